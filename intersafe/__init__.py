@@ -1,0 +1,1 @@
+"""Manufactures multi-turn, multi-image dialogues that make vision-language models safer in conversation."""

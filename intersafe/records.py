@@ -1,0 +1,180 @@
+"""The values that flow through the house: frozen, without I/O, one word per thing.
+
+Every value goes to plain JSON types with `to_row` and comes back with `from_row`. An image is named by its *reference*,
+`<sha256>.<ext>`; its bytes live in the image store. `ROW_VERSION` is written with every row and checked on reading.
+"""
+
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+ROW_VERSION = 1
+
+Safety = Literal["safe", "unsafe", "undetermined"]
+Refusal = Literal["full", "partial", "deflect", "none"]
+Finish = Literal["stop", "length", "blocked", "refused"]
+
+
+class Seed(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One starting point. `image` is a path relative to the seed file, `source_category` the source's own label."""
+
+    id: str
+    query: str
+    category: str
+    source: str
+    license: str
+    image: str | None = None
+    source_category: str = ""
+
+
+class StepScore(msgspec.Struct, frozen=True):
+    """The judge's three scores of a step, each 0 to 10, higher is better (AM3Safety, section on decomposition)."""
+
+    relevance: int
+    """To the image, or to the topic where the seed has none."""
+    association: int
+    """With the original question."""
+    harmless: int
+    """10 = no direct harmful words."""
+    reason: str = ""
+
+    @property
+    def weakest(self) -> int:
+        """The lowest of the three: what the threshold is held against."""
+        return min(self.relevance, self.association, self.harmless)
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One step of a plan and the score that let it pass."""
+
+    text: str
+    score: StepScore
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """The seed's query as ordered steps, each harmless alone; `retries` counts the steps that were asked again."""
+
+    steps: tuple[Step, ...]
+    retries: int = 0
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One message; its `images` (references) come before its text."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    images: tuple[str, ...] = ()
+
+
+class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The judge on one reply. `harmless` and `helpful` run from 1 to 5, higher is better; 0 where undetermined."""
+
+    safety: Safety
+    refusal: Refusal = "none"
+    harmless: int = 0
+    helpful: int = 0
+    reason: str = ""
+
+
+class Turn(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A user message with its images, the victim's reply and the verdict on that reply."""
+
+    user: Message
+    reply: Message
+    verdict: Verdict
+    finish: Finish = "stop"
+
+
+class PrunedTurn(msgspec.Struct, frozen=True):
+    """A turn that was taken back before position `index` (0-based) was settled, and why."""
+
+    index: int
+    turn: Turn
+    reason: str
+
+
+class Check(msgspec.Struct, frozen=True):
+    """The judge on the whole dialogue: is the risk still there, does the talk hold together."""
+
+    risk: bool
+    coherent: bool
+    reason: str = ""
+
+
+class Provenance(msgspec.Struct, frozen=True):
+    """Where a record comes from: enough to make it again, and nothing of the machine that made it."""
+
+    models: dict[str, str]
+    """Role to model identity, `backend:name` with `#revision` where one is set."""
+    prompts: dict[str, str]
+    """Prompt name to sha256 of its file."""
+    sampling: dict[str, dict[str, Any]]
+    recipe: str
+    """Digest of the resolved recipe."""
+    versions: dict[str, str]
+    scripted: bool
+    """True if any model of the cast is `scripted`: not real model output."""
+
+
+class Dialogue(msgspec.Struct, frozen=True):
+    """The turns grown from one job."""
+
+    id: str
+    job: int
+    """The job's place in the order of the run."""
+    key: str
+    """The job's name: seed, strategy, victim and sample number."""
+    seed: Seed
+    strategy: str
+    victim: str
+    sample: int
+    plan: Plan
+    turns: tuple[Turn, ...]
+    pruned: tuple[PrunedTurn, ...]
+    check: Check
+    provenance: Provenance
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The talk as the victim had it: user and assistant in turn."""
+        return tuple(m for turn in self.turns for m in (turn.user, turn.reply))
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """References of all images, in the order of the talk."""
+        return tuple(ref for turn in self.turns for ref in turn.user.images)
+
+    @property
+    def first_unsafe_turn(self) -> int | None:
+        """0-based index of the first turn judged unsafe."""
+        return next((i for i, turn in enumerate(self.turns) if turn.verdict.safety == "unsafe"), None)
+
+
+class Ended(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A job that did not become a dialogue: what ended it, where and why."""
+
+    job: int
+    key: str
+    category: str
+    kind: Literal["rejected", "failed"]
+    stage: str
+    reason: str
+    detail: str = ""
+
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+def to_row(record: msgspec.Struct) -> dict[str, Any]:
+    """The record as plain JSON types, with the row version first."""
+    row: dict[str, Any] = {"v": ROW_VERSION}
+    row.update(msgspec.to_builtins(record))
+    return row
+
+
+def from_row(row: dict[str, Any], kind: type[R]) -> R:
+    """The record of a row; raises `ValueError` for a row of another version or shape."""
+    version = row.get("v")
+    if version != ROW_VERSION:
+        raise ValueError(f"row version {version!r}, this intersafe reads {ROW_VERSION}")
+    return msgspec.convert({name: value for name, value in row.items() if name != "v"}, kind)
