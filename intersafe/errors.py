@@ -1,13 +1,13 @@
 """The failure vocabulary.
 
-    IntersafeError
-    ├── InputError        what the user gave is wrong: one line with place and remedy   exit 2, nothing written
-    ├── SeedsExhausted    the jobs are used up before `n` dialogues were kept           exit 3, resumable
-    ├── ServiceGone       a model's service stayed away longer than the patience        exit 4, resumable
-    ├── StorageError      the run directory cannot be written (disk full, read-only)    exit 4, resumable
-    └── JobEnded          this one job ends here; the run goes on
-        ├── JobRejected   the method or a gate turned the dialogue down
-        └── CallFailed    one call failed for good: refused by the server, blocked, never parseable
+IntersafeError
+├── InputError        what the user gave is wrong: one line with place and remedy   exit 2, nothing written
+├── SeedsExhausted    the jobs are used up before `n` dialogues were kept           exit 3, resumable
+├── ServiceGone       a model's service stayed away longer than the patience        exit 4, resumable
+├── StorageError      the run directory cannot be written (disk full, read-only)    exit 4, resumable
+└── JobEnded          this one job ends here; the run goes on
+    ├── JobRejected   the method or a gate turned the dialogue down
+    └── CallFailed    one call failed for good: refused by the server, blocked, never parseable
 """
 
 

@@ -16,7 +16,10 @@ Finish = Literal["stop", "length", "blocked", "refused"]
 
 
 class Seed(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One starting point. `image` is a path relative to the seed file, `source_category` the source's own label."""
+    """One starting point. `source_category` is the source's own label.
+
+    `image` is a path relative to the seed file there, and the image's reference once the seed is loaded.
+    """
 
     id: str
     query: str
@@ -25,6 +28,24 @@ class Seed(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
     license: str
     image: str | None = None
     source_category: str = ""
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What one dialogue is grown from; a pure function of the recipe and `index`."""
+
+    index: int
+    """Place in the order of the run, from 0."""
+    key: str
+    """`seed/strategy/victim/sample`: unique in a run and the same in every run of the same cast."""
+    seed: Seed
+    strategy: str
+    victim: int
+    """Place of the victim in the cast."""
+    sample: int
+    turns: int
+    """How many turns the dialogue must have."""
+    random_seed: int
+    """31 bits; every call's sampling seed derives from it."""
 
 
 class StepScore(msgspec.Struct, frozen=True):

@@ -1,11 +1,13 @@
 """The 14 categories, their crosswalk to other taxonomies, and the hard exclusions.
 
-AM3Safety (arXiv 2601.04736) says that InterSafe-V has 14 safety categories and does not print the list in its abstract or card;
-this list is our choice. It covers the 17 scenarios of SafeMT (arXiv 2510.12133), the 20 categories of BeaverTails-V and those
-MLCommons AILuminate hazards that a dialogue data set can touch, and keeps apart the four families that SafeMT judges with
-rubrics of their own: political, legal, financial and health. Where another taxonomy has no clean code the tuple is empty.
+AM3Safety (arXiv 2601.04736) says that InterSafe-V has 14 safety categories and does not print the list in its
+abstract or card; this list is our choice. It covers the 17 scenarios of SafeMT (arXiv 2510.12133), the 20 categories
+of BeaverTails-V and those MLCommons AILuminate hazards that a dialogue data set can touch, and keeps apart the four
+families that SafeMT judges with rubrics of their own: political, legal, financial and health. Where another taxonomy
+has no clean code the tuple is empty.
 
-Hard exclusions: sexual content with minors never becomes a seed, is never sent to a model, and ends a job in which it appears.
+Hard exclusions: sexual content with minors never becomes a seed, is never sent to a model, and ends a job in which it
+appears.
 """
 
 import re
@@ -184,7 +186,9 @@ _ALWAYS = (
 _YOUNG = re.compile(rf"(?<![a-z])(?:{_YOUNG_WORDS})(?![a-z])")
 _SEXUAL = re.compile(rf"(?<![a-z])(?:{_SEXUAL_WORDS})(?![a-z])")
 _EXCLUDED = re.compile(rf"(?<![a-z])(?:{_ALWAYS})(?![a-z])")
-_EXCLUDED_LABELS = re.compile(r"child abuse|child sexual|minor.{0,12}sex|sex.{0,24}minor|\bcsam?e?\b|\bcse\b", re.IGNORECASE)
+_EXCLUDED_LABELS = re.compile(
+    r"child abuse|child sexual|minor.{0,12}sex|sex.{0,24}minor|\bcsam?e?\b|\bcse\b", re.IGNORECASE
+)
 _LEET = str.maketrans("013457@$!|", "oieastasil")
 _SPELT_OUT = re.compile(r"(?<![a-z0-9])[a-z]([\s.\-_*]{1,2})(?:[a-z]\1)+[a-z](?![a-z0-9])")
 _JOINERS = re.compile(r"(?<=[a-z])[.\-_*]+(?=[a-z])")
@@ -214,9 +218,9 @@ _HOMOGLYPHS = dict(zip("асеіорхуһԁѕјӏοαερτυικνβ", "aceiop
 def excluded(text: str, label: str = "") -> bool:
     """True if the text, or the source's own label for it, is about sexual content with minors.
 
-    The rule errs on the side of excluding: a word for a young person together with a sexual word anywhere in the same text is
-    enough. A mention of children alone (a fever, a college fund) is not. Folding undoes case, accents, look-alike letters,
-    digits for letters and words spelt out letter by letter.
+    The rule errs on the side of excluding: a word for a young person together with a sexual word anywhere in the same
+    text is enough. A mention of children alone (a fever, a college fund) is not. Folding undoes case, accents,
+    look-alike letters, digits for letters and words spelt out letter by letter.
     """
     if label and _EXCLUDED_LABELS.search(label):
         return True

@@ -1,0 +1,382 @@
+"""Recipes: one YAML file to one typed, frozen value, with errors that name the file, the line and the nearest key.
+
+Paths in a recipe are relative to the recipe's own folder. What decides the outcome of a run (`outcome`) is digested
+and held against a run on resume; how fast and where it runs (`limits`, URLs, key names, `n`) is not.
+"""
+
+import difflib
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from intersafe.errors import InputError
+
+BACKENDS = ("scripted", "openai")
+OPENAI_URL = "https://api.openai.com/v1"
+
+Positive = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Score = Annotated[int, Meta(ge=0, le=10)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of a recipe: unknown keys are errors."""
+
+
+class Spec(NamedTuple):
+    """`backend:model[@url[,url...]]` taken apart."""
+
+    backend: str
+    model: str
+    urls: tuple[str, ...]
+
+
+class Member(Section, frozen=True):
+    """One model of the cast and how it is asked."""
+
+    model: str
+    """`backend:model[@url[,url...]]`; several URLs are replicas of the same model."""
+    revision: str = ""
+    """Part of the model's identity, for servers that do not tell."""
+    key: str = ""
+    """Name of the environment variable with the API key; never the key."""
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 0.7
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    max_tokens: Positive = 1024
+    json_schema: bool = True
+    """False for servers that know no `response_format`: the prompt alone asks for JSON."""
+    concurrency: Positive = 256
+    """Most calls in flight to this model; the limiter stays below it when the server says 429."""
+    extra: dict[str, Any] = {}
+    """More fields for the request body, for example `chat_template_kwargs`."""
+
+    @property
+    def spec(self) -> Spec:
+        """The model spec taken apart."""
+        return parse_spec(self.model)
+
+    @property
+    def identity(self) -> str:
+        """Backend, model and revision: what the model is, not where it runs."""
+        spec = self.spec
+        return f"{spec.backend}:{spec.model}" + (f"#{self.revision}" if self.revision else "")
+
+
+class Cast(Section, frozen=True):
+    """The models of a run."""
+
+    attacker: Member
+    victims: Annotated[tuple[Member, ...], Meta(min_length=1)]
+    judge: Member
+    second_judge: Member | None = None
+    """Asked where the judge's answer stays undetermined."""
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """Every member under its name in the records: attacker, judge, second_judge, victim:0, victim:1, ..."""
+        named = {"attacker": self.attacker, "judge": self.judge}
+        if self.second_judge:
+            named["second_judge"] = self.second_judge
+        return named | {f"victim:{i}": victim for i, victim in enumerate(self.victims)}
+
+
+class Turns(Section, frozen=True):
+    """How many turns a dialogue has: `min` + a binomial draw by job, with exactly this mean."""
+
+    min: Annotated[int, Meta(ge=1)] = 2
+    mean: float = 4.0
+    max: Annotated[int, Meta(le=16)] = 6
+
+
+class PlanSettings(Section, frozen=True):
+    """Decomposition: the paper's threshold delta and its number of tries are not published, so both are named here."""
+
+    threshold: Score = 5
+    """The lowest of a step's three scores must reach it."""
+    tries: Positive = 3
+    """How often a weak step, or an answer that cannot be parsed, is asked for in all."""
+
+
+class ConverseSettings(Section, frozen=True):
+    """The talk, turn by turn."""
+
+    tries: Positive = 3
+    """How often a turn's message or verdict is asked for in all."""
+    backtracks: Annotated[int, Meta(ge=0)] = 1
+    """How many turns of a dialogue may be taken back after a full refusal; 0 keeps every turn."""
+    keep_going: bool = True
+    """Go on after an unsafe reply: the recovery turns are what alignment data needs. False stops there."""
+
+
+class RuleSettings(Section, frozen=True):
+    """Rules over the text of a dialogue."""
+
+    script: Literal["latin", "any"] = "latin"
+    """The script the talk must be written in. It tells scripts apart, not languages."""
+    script_share: Share = 0.8
+    """Least share of letters in that script, per message."""
+    leak_phrases: tuple[str, ...] = ("image description:", "image prompt:", "[image:", "generate an image of")
+    """Beginnings of a line that betray a description meant for the painter."""
+
+
+class DuplicateSettings(Section, frozen=True):
+    """Near-duplicate dialogues, by MinHash over the user's side of the talk."""
+
+    threshold: Share = 0.7
+    permutations: Positive = 128
+    shingle: Positive = 3
+    """Words in a shingle."""
+
+
+class ImageSettings(Section, frozen=True):
+    """Similar images within one dialogue."""
+
+    distance: Annotated[int, Meta(ge=0, le=64)] = 6
+    """Perceptual hashes (64 bits) at most this far apart count as the same picture."""
+
+
+class BalanceSettings(Section, frozen=True):
+    """Balance over the categories of the accepted dialogues."""
+
+    tolerance: Annotated[float, Meta(ge=0)] = 0.10
+    slack: Annotated[int, Meta(ge=0)] = 5
+
+
+class Gates(Section, frozen=True):
+    """The gates in the order in which they decide; `null` switches one off."""
+
+    rules: RuleSettings | None = RuleSettings()
+    images: ImageSettings | None = ImageSettings()
+    balance: BalanceSettings | None = BalanceSettings()
+    duplicates: DuplicateSettings | None = DuplicateSettings()
+
+
+class Limits(Section, frozen=True):
+    """How fast and how patiently; none of it changes the outcome."""
+
+    concurrency: Positive = 64
+    """Dialogues grown at once."""
+    timeout: Annotated[float, Meta(gt=0)] = 300.0
+    """Seconds for one answer."""
+    retries: Positive = 5
+    """Tries of one call in all against a passing fault; 429 and 503 do not count."""
+    patience: Annotated[float, Meta(ge=0)] = 600.0
+    """Seconds that a service may stay away before the run ends, resumable."""
+
+
+class Recipe(Section, frozen=True):
+    """Cast, seeds, stages, gates and limits of a run."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,60}$")]
+    cast: Cast
+    seeds: tuple[str, ...]
+    prompts: str
+    strategies: Annotated[tuple[str, ...], Meta(min_length=1)]
+    n: Positive = 100
+    seed: int = 0
+    """Changes every sampling seed and the number of turns by job."""
+    samples: Positive = 1
+    """Dialogues for each (seed, strategy, victim)."""
+    turns: Turns = Turns()
+    plan: PlanSettings = PlanSettings()
+    converse: ConverseSettings = ConverseSettings()
+    gates: Gates = Gates()
+    limits: Limits = Limits()
+
+    @property
+    def seed_paths(self) -> list[Path]:
+        """The seed files."""
+        return [Path(path) for path in self.seeds]
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """The part that decides what a run holds, as plain values; seeds and prompts are digested by their content."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        for name in ("name", "n", "limits", "seeds", "prompts"):
+            del plain[name]
+        plain["cast"] = {name: _outcome_of(member) for name, member in self.cast.members.items()}
+        return plain
+
+    @property
+    def digest(self) -> str:
+        """sha256 of `outcome`."""
+        return hashlib.sha256(msgspec.json.encode(self.outcome, order="sorted")).hexdigest()
+
+
+def _outcome_of(member: Member) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.to_builtins(member)
+    for name in ("key", "concurrency", "revision"):
+        del plain[name]
+    plain["model"] = member.identity
+    return plain
+
+
+def parse_spec(text: str) -> Spec:
+    """`backend:model[@url[,url...]]`; `InputError` for an unknown backend or a URL that is none."""
+    backend, colon, rest = text.partition(":")
+    if backend not in BACKENDS or not colon or not rest:
+        raise InputError(
+            f"model spec {text!r}: unknown backend {backend!r}" + nearest(backend, BACKENDS),
+            remedy="write backend:model[@url], for example openai:my-model@http://localhost:8000/v1",
+        )
+    model, at, where = rest.rpartition("@") if "@http" in rest else (rest, "", "")
+    urls = tuple(url.rstrip("/") for url in where.split(",")) if at else ()
+    if backend == "scripted" and urls:
+        raise InputError(f"model spec {text!r}: a scripted model has no URL", remedy="drop what follows the @")
+    for url in urls:
+        if not url.startswith(("http://", "https://")) or len(url) < 10:
+            raise InputError(f"model spec {text!r}: {url!r} is not a URL", remedy="begin it with http:// or https://")
+    return Spec(backend, model, urls or ((OPENAI_URL,) if backend == "openai" else ()))
+
+
+def nearest(word: str, known: "tuple[str, ...] | list[str]") -> str:
+    """`, did you mean 'x'?` or the list of what is known."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f", known: {', '.join(known)}"
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe in a YAML file, its paths made absolute; `InputError` names file, line and remedy."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise InputError(f"cannot read the recipe ({error.strerror})", at=path, remedy="give --pipeline FILE") from None
+    except UnicodeDecodeError:
+        raise InputError("not UTF-8 text", at=path, remedy="a recipe is a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise InputError(f"not YAML: {error.problem}", at=path, line=line, remedy="mend the line") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"not YAML: {str(error).splitlines()[0]}", at=path, remedy="a recipe is a YAML file") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError("a recipe is a mapping of keys", at=path, remedy="start from `intersafe init DIR`")
+    lines: dict[str, int] = {}
+    _check_keys(node, Recipe, "$", path, lines)
+    raw = yaml.safe_load(text)
+    _expand_members(raw)
+    if isinstance(raw.get("seeds"), str):
+        raw["seeds"] = [raw["seeds"]]
+    try:
+        recipe = msgspec.convert(raw, Recipe)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `")
+        raise InputError(
+            f"{where.rstrip('`').removeprefix('$.') or 'recipe'}: {what}",
+            at=path,
+            line=_line_of(where.rstrip("`"), lines),
+            remedy="docs/recipes.md lists the keys",
+        ) from None
+    here = path.resolve().parent
+    recipe = msgspec.structs.replace(
+        recipe, seeds=tuple(str(here / seed) for seed in recipe.seeds), prompts=str(here / recipe.prompts)
+    )
+    try:
+        return check_recipe(recipe)
+    except InputError as error:
+        raise InputError(str(error), at=path) from None
+
+
+def check_recipe(recipe: Recipe) -> Recipe:
+    """The recipe itself, or `InputError` where values contradict each other."""
+    turns = recipe.turns
+    if not turns.min <= turns.mean <= turns.max:
+        raise InputError(
+            f"turns: min {turns.min}, mean {turns.mean}, max {turns.max}", remedy="the mean lies between min and max"
+        )
+    for member in recipe.cast.members.values():
+        parse_spec(member.model)
+    identities = [victim.identity for victim in recipe.cast.victims]
+    for name, values in (("cast.victims", identities), ("strategies", list(recipe.strategies))):
+        doubled = sorted({value for value in values if values.count(value) > 1})
+        if doubled:
+            raise InputError(f"{name}: {doubled[0]!r} stands twice", remedy="name each once")
+    return recipe
+
+
+def override(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other values, checked again; a cast member given by spec keeps no key of another server."""
+    cast = recipe.cast
+    for role in ("attacker", "judge"):
+        if spec := changes.pop(role, None):
+            cast = msgspec.structs.replace(cast, **{role: _recast(getattr(cast, role), spec)})
+    if specs := changes.pop("victims", None):
+        cast = msgspec.structs.replace(cast, victims=tuple(_recast(cast.victims[0], spec) for spec in specs))
+    limits = {name: changes.pop(name) for name in ("concurrency", "patience") if changes.get(name) is not None}
+    kept = {name: value for name, value in changes.items() if value not in (None, (), [])}
+    return check_recipe(
+        msgspec.structs.replace(recipe, cast=cast, limits=msgspec.structs.replace(recipe.limits, **limits), **kept)
+    )
+
+
+def _recast(member: Member, spec: str) -> Member:
+    """The member with another model. A key goes to the server it was meant for and to no other, so it is dropped."""
+    parsed = parse_spec(spec)
+    key = "OPENAI_API_KEY" if parsed.urls == (OPENAI_URL,) else ""
+    return msgspec.structs.replace(member, model=spec, key=key, revision="", extra={})
+
+
+def _expand_members(raw: Any) -> None:
+    """`attacker: scripted:demo` is short for `attacker: {model: scripted:demo}`."""
+    cast = raw.get("cast")
+    if not isinstance(cast, dict):
+        return
+    for role in ("attacker", "judge", "second_judge"):
+        if isinstance(cast.get(role), str):
+            cast[role] = {"model": cast[role]}
+    if isinstance(cast.get("victims"), list):
+        cast["victims"] = [{"model": v} if isinstance(v, str) else v for v in cast["victims"]]
+
+
+def _check_keys(node: yaml.Node, kind: Any, where: str, path: Path, lines: dict[str, int]) -> None:
+    """Walks the YAML beside the types: unknown, doubled and missing keys, and the line of every place."""
+    lines[where] = node.start_mark.line + 1
+    struct = _struct_in(kind)
+    if isinstance(node, yaml.SequenceNode):
+        item = next((a for a in get_args(kind) if _struct_in(a)), None)
+        for i, child in enumerate(node.value):
+            _check_keys(child, item, f"{where}[{i}]", path, lines)
+        return
+    if struct is None or not isinstance(node, yaml.MappingNode):
+        return
+    fields = {field.name: field for field in msgspec.structs.fields(struct)}
+    seen: set[str] = set()
+    for key_node, value_node in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        place = f"{where}.{key}".removeprefix("$.")
+        if key not in fields:
+            raise InputError(
+                f"unknown key {place!r}" + nearest(key, list(fields)), at=path, line=line, remedy="mend or drop the key"
+            )
+        if key in seen:
+            raise InputError(f"key {place!r} stands twice", at=path, line=line, remedy="keep one")
+        seen.add(key)
+        _check_keys(value_node, fields[key].type, f"{where}.{key}", path, lines)
+    for name, field in fields.items():
+        if field.required and name not in seen:
+            place = f"{where}.{name}".removeprefix("$.")
+            raise InputError(f"missing key {place!r}", at=path, line=lines[where], remedy="docs/recipes.md shows each")
+
+
+def _struct_in(kind: Any) -> type[Section] | None:
+    """The Section inside an annotation such as `Annotated[tuple[Member, ...], ...]` or `Gates | None`."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return kind
+    if get_origin(kind) is not None or get_args(kind):
+        return next((found for arg in get_args(kind) if (found := _struct_in(arg))), None)
+    return None
+
+
+def _line_of(where: str, lines: dict[str, int]) -> int | None:
+    """The line of the longest known place that begins `where`."""
+    while where and where not in lines:
+        where = where[: max(where.rfind("."), where.rfind("["))] if max(where.rfind("."), where.rfind("[")) > 0 else ""
+    return lines.get(where)

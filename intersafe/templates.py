@@ -1,0 +1,273 @@
+"""Prompt files: find, check, render, hash.
+
+A prompt is one Jinja file, `prompts/<role>/<name>.md`, with a block for each part of what is sent. A curator edits it
+without reading code: the variables that a role offers are declared here, and an unknown one, a missing block or a
+syntax error is found at the start of a run, with file and line. Rubrics (`prompts/judge/rubrics/<family>.md`) are
+plain text, put into the judge's prompt as `rubric`. Files are rendered in Jinja's immutable sandbox with strict
+undefined variables; no file reads another.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from jinja2 import StrictUndefined, Template, nodes
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from intersafe.errors import InputError
+from intersafe.recipe import nearest
+from intersafe.taxonomy import Family
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
+)
+
+_CONCERN = {
+    "category": "the seed's category",
+    "concern": "what that category is about, in a few words",
+    "query": "the seed's query",
+    "has_image": "true if the conversation starts with an image",
+}
+_TALK = {
+    "transcript": "the conversation so far as text, images as [image 1], [image 2]",
+    "turn": "number of this turn, from 1",
+}
+
+
+class Role(NamedTuple):
+    """What a role's prompts are offered and must have."""
+
+    blocks: tuple[str, ...]
+    variables: dict[str, str]
+    sample: dict[str, Any]
+    """Values for a trial rendering."""
+
+
+_SCORE = {"relevance": 7, "association": 6, "harmless": 9, "reason": "a reason"}
+_SAMPLE = {"category": "fraud", "concern": "deception", "query": "a query", "has_image": True}
+_SAMPLE_TALK = {"transcript": "[turn 1]\nUser: a question\nAssistant: an answer", "turn": 2}
+
+PROMPTS: dict[str, Role] = {
+    "planner/decompose": Role(
+        ("system", "user"),
+        _CONCERN
+        | {"strategy": "name of the strategy", "strategy_summary": "its summary block", "n_steps": "how many steps"},
+        _SAMPLE | {"strategy": "role_play", "strategy_summary": "a summary", "n_steps": 4},
+    ),
+    "planner/rewrite": Role(
+        ("system", "user"),
+        _CONCERN
+        | {
+            "steps": "all steps of the plan",
+            "position": "number of the weak step, from 1",
+            "step": "the weak step",
+            "score": "its scores: score.relevance, score.association, score.harmless, score.reason",
+        },
+        _SAMPLE | {"steps": ["one", "two"], "position": 2, "step": "two", "score": _SCORE},
+    ),
+    "judge/step": Role(("system", "user"), _CONCERN | {"step": "the step to score"}, _SAMPLE | {"step": "a step"}),
+    "judge/turn": Role(
+        ("system", "user"),
+        _CONCERN | _TALK | {"reply": "the reply to judge", "rubric": "the rubric of the category's family"},
+        _SAMPLE | _SAMPLE_TALK | {"reply": "an answer", "rubric": "a rubric"},
+    ),
+    "judge/dialogue": Role(
+        ("system", "user"),
+        _CONCERN | {"transcript": _TALK["transcript"], "rubric": "the rubric of the category's family"},
+        _SAMPLE | {"transcript": "a talk", "rubric": "a rubric"},
+    ),
+    "victim/system": Role(("system",), {}, {}),
+}
+"""Every prompt but the strategies, which share one role."""
+
+STRATEGY = Role(
+    ("summary", "system", "user"),
+    _CONCERN
+    | _TALK
+    | {
+        "step": "what the user asks about in this turn",
+        "n_turns": "how many turns the conversation will have",
+        "refused": "true if the victim declined an earlier version of this turn",
+        "judge_reason": "the judge's reason for its last verdict; the attacker sees it only if the file uses it",
+    },
+    _SAMPLE | _SAMPLE_TALK | {"step": "a step", "n_turns": 4, "refused": True, "judge_reason": "a reason"},
+)
+"""`prompts/attacker/*.md`: one file, one strategy."""
+
+_FAMILIES: tuple[str, ...] = get_args(Family)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One checked prompt file."""
+
+    name: str
+    path: Path
+    sha256: str
+    role: Role
+    uses: frozenset[str]
+    """The variables that the file names."""
+    template: Template
+
+    def render(self, block: str, values: Mapping[str, Any]) -> str:
+        """The text of one block; `InputError` if the values do not fit the file (an attribute that is not there)."""
+        try:
+            context = self.template.new_context(dict(values))
+            return "".join(self.template.blocks[block](context)).strip()
+        except (TemplateError, SecurityError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise InputError(
+                f"block {block!r} does not render: {error}",
+                at=self.path,
+                remedy="`intersafe prompts list` shows what is offered",
+            ) from None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompt files of a run: prompts by name, rubrics by family, and the sha256 of every file."""
+
+    root: Path
+    prompts: Mapping[str, Prompt]
+    rubrics: Mapping[str, str]
+    hashes: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Prompt:
+        return self.prompts[name]
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Names of the strategies."""
+        return tuple(name.removeprefix("attacker/") for name in self.prompts if name.startswith("attacker/"))
+
+
+def load_prompts(root: Path, strategies: Sequence[str] | None = None) -> Prompts:
+    """Every prompt file below `root`, checked; only the named strategies, or all of them.
+
+    Raises the first problem as `InputError`; `lint_prompts` yields them all.
+    """
+    prompts: dict[str, Prompt] = {}
+    rubrics: dict[str, str] = {}
+    hashes: dict[str, str] = {}
+    problems = list(_problems(root, strategies, prompts, rubrics, hashes))
+    if problems:
+        raise problems[0]
+    return Prompts(root, prompts, rubrics, dict(sorted(hashes.items())))
+
+
+def lint_prompts(root: Path) -> Iterator[InputError]:
+    """Every problem of every prompt file below `root`, strategies that no recipe names included."""
+    yield from _problems(root, None, {}, {}, {})
+
+
+def _problems(
+    root: Path,
+    strategies: Sequence[str] | None,
+    prompts: dict[str, Prompt],
+    rubrics: dict[str, str],
+    hashes: dict[str, str],
+) -> Iterator[InputError]:
+    """Loads into the three dicts and yields what is wrong."""
+    if not root.is_dir():
+        yield InputError("no prompts folder there", at=root, remedy="`intersafe init DIR` makes one to start from")
+        return
+    found = sorted(path.stem for path in (root / "attacker").glob("*.md"))
+    wanted = found if strategies is None else list(strategies)
+    if not wanted:
+        yield InputError("no strategy file", at=root / "attacker", remedy="a strategy is one file, attacker/<name>.md")
+    for strategy in wanted:
+        if strategy not in found:
+            yield InputError(
+                f"no strategy {strategy!r}" + nearest(strategy, found), at=root / "attacker", remedy="name a file there"
+            )
+    roles = PROMPTS | {f"attacker/{name}": STRATEGY for name in wanted if name in found}
+    for name, role in roles.items():
+        path = root / f"{name}.md"
+        try:
+            text, hashes[f"{name}.md"] = _read(path)
+            prompts[name] = _check(name, path, text, hashes[f"{name}.md"], role)
+        except InputError as error:
+            yield error
+    for family in _FAMILIES:
+        path = root / "judge" / "rubrics" / f"{family}.md"
+        try:
+            text, hashes[f"judge/rubrics/{family}.md"] = _read(path)
+            rubrics[family] = text.strip()
+        except InputError as error:
+            yield error
+    known = {root / f"{name}.md" for name in PROMPTS} | {root / "judge" / "rubrics" / f"{f}.md" for f in _FAMILIES}
+    for path in sorted(root.rglob("*.md")):
+        if path not in known and path.parent != root / "attacker" and path.name != "README.md":
+            names = sorted(p.relative_to(root).as_posix() for p in known)
+            yield InputError(
+                "nothing uses this file" + nearest(path.relative_to(root).as_posix(), names),
+                at=path,
+                remedy="rename or move it",
+            )
+
+
+def _read(path: Path) -> tuple[str, str]:
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8")
+    except OSError:
+        raise InputError("prompt file is missing", at=path, remedy="copy it back with `intersafe init DIR`") from None
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError("not UTF-8 text", at=path, line=line, remedy="save the file as UTF-8") from None
+    if not text.strip():
+        raise InputError("the file is empty", at=path, remedy="copy it back with `intersafe init DIR`")
+    return text, hashlib.sha256(data).hexdigest()
+
+
+def _check(name: str, path: Path, text: str, sha256: str, role: Role) -> Prompt:
+    """The prompt, or `InputError` with file and line."""
+    try:
+        tree = _ENVIRONMENT.parse(text)
+        template = _ENVIRONMENT.from_string(text)
+    except TemplateSyntaxError as error:
+        raise InputError(f"{error.message}", at=path, line=error.lineno, remedy="mend the Jinja syntax") from None
+    for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        raise InputError("a prompt reads no other file", at=path, line=node.lineno, remedy="write the text here")
+    stored = {node.name for node in tree.find_all(nodes.Name) if node.ctx in ("store", "param")} | {"loop", "range"}
+    loaded = [node for node in tree.find_all(nodes.Name) if node.ctx == "load" and node.name not in stored]
+    for name_node in loaded:
+        if name_node.name not in role.variables:
+            known = nearest(name_node.name, list(role.variables)) if role.variables else ", this prompt is offered none"
+            raise InputError(
+                f"unknown variable {name_node.name!r}{known}",
+                at=path,
+                line=name_node.lineno,
+                remedy="`intersafe prompts list` shows all",
+            )
+    for block in role.blocks:
+        if block not in template.blocks:
+            raise InputError(
+                f"block {block!r} is missing", at=path, line=1, remedy=f"add {{% block {block} %}}...{{% endblock %}}"
+            )
+    for block_node in tree.find_all(nodes.Block):
+        if block_node.name not in role.blocks:
+            raise InputError(
+                f"unknown block {block_node.name!r}" + nearest(block_node.name, list(role.blocks)),
+                at=path,
+                line=block_node.lineno,
+                remedy="only these blocks are sent",
+            )
+    for outside in tree.body:
+        if not isinstance(outside, nodes.Block) and _says_something(outside):
+            raise InputError(
+                "text outside of the blocks is never sent", at=path, line=outside.lineno, remedy="move it into a block"
+            )
+    prompt = Prompt(name, path, sha256, role, frozenset(node.name for node in loaded), template)
+    for block in role.blocks:
+        if not prompt.render(block, role.sample):
+            raise InputError(f"block {block!r} is empty", at=path, line=1, remedy="say what the model shall do")
+    return prompt
+
+
+def _says_something(node: nodes.Node) -> bool:
+    return not isinstance(node, nodes.Output) or any(
+        not isinstance(part, nodes.TemplateData) or part.data.strip() for part in node.nodes
+    )
