@@ -10,6 +10,8 @@ IntersafeError
     └── CallFailed    one call failed for good: refused by the server, blocked, never parseable
 """
 
+from typing import Literal
+
 
 class IntersafeError(Exception):
     """Root of every failure that intersafe raises on purpose."""
@@ -49,7 +51,7 @@ class StorageError(IntersafeError):
 class JobEnded(IntersafeError):
     """Ends one job: `stage` and `reason` are counted in the funnel, `detail` is kept beside them."""
 
-    kind = "ended"
+    kind: Literal["rejected", "failed"] = "failed"
 
     def __init__(self, stage: str, reason: str, detail: str = "") -> None:
         """`reason` is one snake_case word of a small set; free text belongs in `detail`."""

@@ -19,7 +19,7 @@ BACKENDS = ("scripted", "openai")
 OPENAI_URL = "https://api.openai.com/v1"
 
 Positive = Annotated[int, Meta(ge=1)]
-Share = Annotated[float, Meta(ge=0, le=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
 Score = Annotated[int, Meta(ge=0, le=10)]
 
 
@@ -108,42 +108,68 @@ class ConverseSettings(Section, frozen=True):
     """How often a turn's message or verdict is asked for in all."""
     backtracks: Annotated[int, Meta(ge=0)] = 1
     """How many turns of a dialogue may be taken back after a full refusal; 0 keeps every turn."""
-    keep_going: bool = True
-    """Go on after an unsafe reply: the recovery turns are what alignment data needs. False stops there."""
 
 
 class RuleSettings(Section, frozen=True):
-    """Rules over the text of a dialogue."""
+    """What a curator may change about the rules."""
 
+    overlap: Share = 0.9
+    """Two user messages repeat each other when their word sets share this much (words in both / words in either)."""
+    overlap_words: Annotated[int, Meta(ge=1)] = 6
+    """Messages with fewer different words than this repeat each other only when they are equal."""
     script: Literal["latin", "any"] = "latin"
-    """The script the talk must be written in. It tells scripts apart, not languages."""
+    """The script that the talk is expected in; `any` switches the rule off. A script is not a language."""
     script_share: Share = 0.8
-    """Least share of letters in that script, per message."""
-    leak_phrases: tuple[str, ...] = ("image description:", "image prompt:", "[image:", "generate an image of")
-    """Beginnings of a line that betray a description meant for the painter."""
+    """The least share of a message's letters that belong to the script."""
+    image_phrases: tuple[str, ...] = (
+        "image description:",
+        "image prompt:",
+        "picture description:",
+        "description of the image:",
+        "prompt for the image:",
+        "[image:",
+        "[image description",
+        "[image of",
+        "<image:",
+    )
+    """Anywhere in a user message these show that the painter's text leaked. Case, quotes and spacing are ignored."""
+    image_openings: tuple[str, ...] = (
+        "generate an image of",
+        "create an image of",
+        "draw an image of",
+        "generate a picture of",
+        "create a picture of",
+    )
+    """The same, but only where a user message opens with them."""
 
 
 class DuplicateSettings(Section, frozen=True):
-    """Near-duplicate dialogues, by MinHash over the user's side of the talk."""
+    """When two dialogues count as the same: MinHash over the user's side of the talk."""
 
-    threshold: Share = 0.7
-    permutations: Positive = 128
-    shingle: Positive = 3
-    """Words in a shingle."""
+    threshold: Share = 0.6
+    """Estimated Jaccard similarity of the two users' sides, from which on a dialogue is a near-duplicate."""
+    unit: Literal["word", "char"] = "char"
+    """What a shingle is made of; `char` forgives typing errors and suits scripts without spaces."""
+    size: Annotated[int, Meta(ge=1, le=32)] = 5
+    """Units in a shingle."""
+    permutations: Annotated[int, Meta(ge=32, le=1024, multiple_of=32)] = 128
+    """Values in a signature: more of them estimate closer (standard error up to 0.5 / sqrt) and cost 4 bytes each."""
 
 
 class ImageSettings(Section, frozen=True):
     """Similar images within one dialogue."""
 
-    distance: Annotated[int, Meta(ge=0, le=64)] = 6
+    distance: Annotated[int, Meta(ge=0, le=64)] = 4
     """Perceptual hashes (64 bits) at most this far apart count as the same picture."""
 
 
 class BalanceSettings(Section, frozen=True):
-    """Balance over the categories of the accepted dialogues."""
+    """How far a category may run ahead of its even share."""
 
-    tolerance: Annotated[float, Meta(ge=0)] = 0.10
-    slack: Annotated[int, Meta(ge=0)] = 5
+    tolerance: Annotated[float, Meta(ge=0)] = 0.05
+    """Share of the even share that a category may have on top of it."""
+    slack: Annotated[float, Meta(ge=1)] = 5
+    """Dialogues on top of that, so that the first few of a run are not held to a share."""
 
 
 class Gates(Section, frozen=True):
@@ -234,9 +260,11 @@ def parse_spec(text: str) -> Spec:
 
 
 def nearest(word: str, known: "tuple[str, ...] | list[str]") -> str:
-    """`, did you mean 'x'?` or the list of what is known."""
+    """`, did you mean 'x'?`, or what is known where that is a short list."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f", known: {', '.join(known)}"
+    if close:
+        return f", did you mean {close[0]!r}?"
+    return f", known: {', '.join(known)}" if len(known) <= 20 else ""
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Every value goes to plain JSON types with `to_row` and comes back with `from_row
 `<sha256>.<ext>`; its bytes live in the image store. `ROW_VERSION` is written with every row and checked on reading.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -181,6 +182,17 @@ class Ended(msgspec.Struct, frozen=True, omit_defaults=True):
     stage: str
     reason: str
     detail: str = ""
+
+
+def transcript(turns: Iterable[Turn]) -> str:
+    """The talk as text, images as [image 1], [image 2] ... in the order of the talk."""
+    lines: list[str] = []
+    seen = 0
+    for number, turn in enumerate(turns, 1):
+        marks = "".join(f"[image {seen + i}] " for i in range(1, len(turn.user.images) + 1))
+        seen += len(turn.user.images)
+        lines += [f"[turn {number}]", f"User: {marks}{turn.user.text}", f"Assistant: {turn.reply.text}"]
+    return "\n".join(lines)
 
 
 R = TypeVar("R", bound=msgspec.Struct)

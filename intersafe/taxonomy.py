@@ -192,7 +192,7 @@ _EXCLUDED_LABELS = re.compile(
 _LEET = str.maketrans("013457@$!|", "oieastasil")
 _SPELT_OUT = re.compile(r"(?<![a-z0-9])[a-z]([\s.\-_*]{1,2})(?:[a-z]\1)+[a-z](?![a-z0-9])")
 _JOINERS = re.compile(r"(?<=[a-z])[.\-_*]+(?=[a-z])")
-_LETTERS_WITH_DIGITS = re.compile(r"(?<![\w@$!|])(?=[a-z0-9@$!|]*[a-z])[a-z0-9@$!|]{3,}(?![\w@$!|])")
+_LETTERS_WITH_DIGITS = re.compile(r"(?<![\w@$!|])(?=[a-z]*[0-9@$!|])(?=[a-z0-9@$!|]*[a-z])[a-z0-9@$!|]{3,}(?![\w@$!|])")
 
 
 def _joined(match: re.Match[str]) -> str:

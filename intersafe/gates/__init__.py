@@ -1,0 +1,36 @@
+"""The gates: pure rules that look at a finished dialogue and say None (keep it) or the `Reason` it is turned down for.
+
+The contract:
+
+- Gates decide in job order, one dialogue after the other, whatever the order in which the jobs finished.
+- A gate may remember what was accepted before. It reads no clock, draws no random number, touches no file and calls no
+  model, so the same dialogues in the same order get the same answers in any process.
+- A gate without memory is a function, `check_rules(dialogue, settings)`. A gate with memory is a `Gate`: `check`
+  decides and changes nothing; `add` is told of each accepted dialogue, in order. A resumed run calls `add` for all
+  that it had accepted.
+- The word of a reason is snake_case and of a small set, so that a funnel can count it. Its detail is for people, names
+  turns from 1, and never quotes the dialogue.
+
+Every gate's settings are a frozen struct in the gate's own module; the recipe embeds them.
+"""
+
+from typing import NamedTuple, Protocol
+
+from intersafe.records import Dialogue
+
+
+class Reason(NamedTuple):
+    """Why a dialogue was turned down: `word` is counted, `detail` is kept beside it."""
+
+    word: str
+    detail: str = ""
+
+
+class Gate(Protocol):
+    """A gate that remembers what was accepted."""
+
+    def check(self, dialogue: Dialogue) -> Reason | None:
+        """The reason to turn the dialogue down, or None; leaves the gate as it was."""
+
+    def add(self, dialogue: Dialogue) -> None:
+        """Remembers a dialogue that every gate accepted."""

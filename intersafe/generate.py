@@ -1,0 +1,517 @@
+"""Generate: jobs, stages, gates, run; many jobs at once, decided in job order, until `n` dialogues are kept.
+
+Jobs finish in any order and wait in a bounded window for the jobs before them. Gates decide in job order, so with
+deterministic models the outcome files are the same bytes for any concurrency and any number of kills in between. What
+a job has paid for is in the journal; a job that is grown again after a kill takes its replies from there and goes on
+at the call where it stopped.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import importlib.metadata
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from intersafe.errors import CallFailed, InputError, IntersafeError, JobEnded, SeedsExhausted, StorageError
+from intersafe.files import write_whole
+from intersafe.gates import Gate, Reason
+from intersafe.gates.dedup import DuplicateIndex, similar_images
+from intersafe.gates.quota import Balance
+from intersafe.gates.rules import check_rules
+from intersafe.images import ImageStore, read_image
+from intersafe.jobs import job_count, jobs
+from intersafe.models import Call, Reply, check_cast, open_models
+from intersafe.models.cast import Company, JobCast, Replies
+from intersafe.recipe import Recipe, RuleSettings
+from intersafe.records import Check, Dialogue, Ended, Job, Provenance, to_row
+from intersafe.runs import (
+    Entry,
+    Funnel,
+    GroupWriter,
+    Journal,
+    Manifest,
+    ReuseIndex,
+    Run,
+    Summary,
+    align_outcomes,
+    differences,
+    lock,
+    outcome_row,
+    run_path,
+)
+from intersafe.stages.conversing import converse
+from intersafe.stages.judging import check_dialogue
+from intersafe.stages.planning import make_plan
+from intersafe.stages.seeding import Seeds, load_seeds
+from intersafe.taxonomy import BY_NAME
+from intersafe.templates import Prompts, load_prompts
+
+WINDOW = 4
+"""Jobs that may be started and not yet decided, for each one that is grown at once."""
+
+
+# --- one dialogue ----------------------------------------------------------------------------------------------------
+
+
+async def grow(job: Job, cast: JobCast, recipe: Recipe, provenance: Provenance) -> Dialogue:
+    """Plan, converse, check: one dialogue, or `JobEnded` with the stage and the reason."""
+    plan = await make_plan(job, cast, recipe.plan)
+    turns, pruned = await converse(job, plan, cast, recipe.converse, recipe.gates.rules or RuleSettings())
+    check: Check = await check_dialogue(job, cast, turns, recipe.converse.tries)
+    texts = [message.text for turn in turns for message in (turn.user, turn.reply)]
+    name = hashlib.blake2b(msgspec.json.encode((job.key, recipe.digest, texts)), digest_size=8).hexdigest()
+    victim = recipe.cast.victims[job.victim].identity
+    return Dialogue(
+        name, job.index, job.key, job.seed, job.strategy, victim, job.sample, plan, turns, pruned, check, provenance
+    )
+
+
+# --- what a run is made from -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe whose every input was read and checked; nothing is written yet."""
+
+    recipe: Recipe
+    prompts: Prompts
+    seeds: Seeds
+    manifest: Manifest
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Reads and checks prompts, seeds and cast; `InputError` names the first thing that is wrong."""
+    prompts = load_prompts(Path(recipe.prompts), recipe.strategies)
+    check_cast(recipe.cast)
+    seeds = load_seeds(recipe.seed_paths)
+    manifest = Manifest(
+        name=recipe.name,
+        recipe=recipe.outcome,
+        resolved=msgspec.to_builtins(recipe),
+        digest=recipe.digest,
+        prompts=dict(prompts.hashes),
+        seeds=seeds.digest,
+        excluded=seeds.excluded,
+        versions={"intersafe": importlib.metadata.version("intersafe")},
+    )
+    return Prepared(recipe, prompts, seeds, manifest)
+
+
+def provenance_of(recipe: Recipe, hashes: dict[str, str], versions: dict[str, str], job: Job) -> Provenance:
+    """The models, prompts and sampling that a job's record names: only those that the job can have met."""
+    family = BY_NAME[job.seed.category].family
+    others = {"attacker/", "judge/rubrics/"}
+    prompts = {
+        name: sha256
+        for name, sha256 in hashes.items()
+        if not name.startswith(tuple(others)) or name in (f"attacker/{job.strategy}.md", f"judge/rubrics/{family}.md")
+    }
+    members = {
+        "victim" if role.startswith("victim:") else role: member
+        for role, member in recipe.cast.members.items()
+        if not role.startswith("victim:") or role == f"victim:{job.victim}"
+    }
+    return Provenance(
+        models={role: member.identity for role, member in members.items()},
+        prompts=prompts,
+        sampling={
+            role: {"temperature": member.temperature, "top_p": member.top_p, "max_tokens": member.max_tokens}
+            for role, member in members.items()
+        },
+        recipe=recipe.digest,
+        versions=versions,
+        scripted=any(member.spec.backend == "scripted" for member in members.values()),
+    )
+
+
+def open_directory(path: Path, prepared: Prepared) -> None:
+    """Makes the run directory, or checks that the one that is there was made from the same things."""
+    if (path / "recipe.json").exists():
+        changed = differences(Run(path).manifest, prepared.manifest)
+        if changed:
+            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+            raise InputError(
+                f"made from something else: {', '.join(changed[:6])}{more}",
+                at=path,
+                remedy=f"put it back, or start a new --run, with --reuse {path} to take over what was paid for",
+            )
+    elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise InputError("the folder is not empty and no run", at=path, remedy="name another --run")
+    else:
+        write_whole(path / "recipe.json", msgspec.json.format(msgspec.json.encode(prepared.manifest)) + b"\n")
+    store = ImageStore(path / "images")
+    for reference, file in prepared.seeds.files.items():
+        if not store.holds(reference):
+            store.put(read_image(file))
+    for name, sha256 in prepared.prompts.hashes.items():
+        data = (prepared.prompts.root / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise InputError("changed while it was read", at=prepared.prompts.root / name, remedy="start again")
+        write_whole(path / "prompts" / name, data)
+    rows = b"".join(msgspec.json.encode(to_row(seed)) + b"\n" for seed in prepared.seeds.seeds)
+    write_whole(path / "seeds.jsonl", rows)
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run is; the same object all along, for a display to look at."""
+
+    n: int
+    jobs: int
+    """How many there are in all."""
+    funnel: Funnel
+    journal: Journal
+    in_flight: dict[str, int]
+    before: int = 0
+    """Dialogues that were there when this process began."""
+
+
+class Display:
+    """Shows how a run goes; this one shows nothing."""
+
+    interval = 60.0
+    """Seconds between two looks."""
+
+    def begin(self, progress: Progress) -> None:
+        """The run begins, or goes on."""
+
+    def look(self) -> None:
+        """Time to show how far it is."""
+
+    def say(self, text: str) -> None:
+        """Something that the user should know now."""
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+@dataclass
+class Conductor:
+    """Starts jobs, takes them in as they finish and decides them in order."""
+
+    n: int
+    recipe: Recipe
+    company: Company
+    writer: GroupWriter
+    queue: Iterator[Job]
+    versions: dict[str, str]
+    hashes: dict[str, str]
+    funnel: Funnel
+    gates: list[Gate]
+    images: ImageStore
+    next: int
+    """The first job that is not decided."""
+    started: int = 0
+    finished: dict[int, Dialogue | Ended] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def done(self) -> bool:
+        """True once `n` dialogues are kept."""
+        return self.funnel.accepted >= self.n
+
+    async def work(self) -> None:
+        """One of the workers: grows job after job, each to its end before the next."""
+        while True:
+            while not self._may_start() and not self.done:
+                self.changed.clear()
+                await self.changed.wait()
+            if self.funnel.accepted >= self.n:
+                return
+            job = next(self.queue, None)
+            if job is None:
+                return
+            self.started = job.index + 1
+            self.finished[job.index] = await self._attempt(job)
+            self._decide_ready()
+
+    def _may_start(self) -> bool:
+        """Not more jobs ahead of the decisions than the window, nor many more than are still needed."""
+        acceptance = max(0.05, (self.funnel.accepted + 1) / (self.funnel.jobs + 1))
+        needed = math.ceil((self.n - self.funnel.accepted) / acceptance)
+        return self.started - self.next < min(WINDOW * self.recipe.limits.concurrency, max(1, needed))
+
+    async def _attempt(self, job: Job) -> Dialogue | Ended:
+        """The one capture point: whatever ends a job becomes its record; what ends the run goes through."""
+        provenance = provenance_of(self.recipe, self.hashes, self.versions, job)
+        try:
+            return await grow(job, JobCast(self.company, job), self.recipe, provenance)
+        except JobEnded as error:
+            kind, stage, reason, detail = error.kind, error.stage, error.reason, error.detail
+        except IntersafeError:
+            raise
+        except Exception as error:  # noqa: BLE001  a defect ends the job that met it, with its name, and no other
+            kind, stage, reason, detail = "failed", "internal", type(error).__name__, str(error)[:300]
+        return Ended(job.index, job.key, job.seed.category, kind, stage, reason, detail)
+
+    def _decide_ready(self) -> None:
+        """Decides all finished jobs that no earlier one holds back."""
+        while not self.done and self.next in self.finished:
+            outcome = self.finished.pop(self.next)
+            if isinstance(outcome, Dialogue):
+                outcome = self._through_gates(outcome)
+            self.funnel.count(outcome)
+            self.writer.add(*outcome_row(outcome))
+            self.next += 1
+        self.changed.set()
+
+    def _through_gates(self, dialogue: Dialogue) -> Dialogue | Ended:
+        for reason in self._reasons(dialogue):
+            if reason:
+                return Ended(
+                    dialogue.job, dialogue.key, dialogue.seed.category, "rejected", "gates", reason.word, reason.detail
+                )
+        for gate in self.gates:
+            gate.add(dialogue)
+        return dialogue
+
+    def _reasons(self, dialogue: Dialogue) -> Iterator[Reason | None]:
+        settings = self.recipe.gates
+        if settings.rules:
+            yield check_rules(dialogue, settings.rules)
+        if settings.images and len(dialogue.images) > 1:
+            hashes = [self.images.perceptual_hash(ref) for ref in dialogue.images]
+            yield similar_images(hashes, settings.images.distance)
+        for gate in self.gates:
+            yield gate.check(dialogue)
+
+
+def generate(
+    recipe: Recipe,
+    *,
+    run: str | Path | None = None,
+    n: int | None = None,
+    reuse: str | Path | None = None,
+    display: Display | None = None,
+) -> Run:
+    """Grows dialogues until `n` are kept (default: the recipe's) and returns the run; goes on with a run that is there.
+
+    Raises `InputError`, `SeedsExhausted`, `ServiceGone` or `StorageError`; all but the first leave a run that the same
+    call resumes, as does Ctrl-C (`KeyboardInterrupt`). Works inside a notebook's running event loop.
+    """
+    prepared = prepare(recipe)
+    path = run_path(run if run is not None else recipe.name)
+    older = ReuseIndex(run_path(reuse)) if reuse is not None else None
+    wanted = recipe.n if n is None else n
+    if not _is_complete(path, prepared, wanted):
+        _run_anywhere(lambda: _session(prepared, path, wanted, older, display or Display()))
+    return Run(path)
+
+
+def _is_complete(path: Path, prepared: Prepared, n: int) -> bool:
+    """True if the run holds exactly `n` dialogues made from the same things; `InputError` if it holds more."""
+    if not (path / "recipe.json").exists():
+        return False
+    run = Run(path)
+    summary = run.summary
+    if summary is None or differences(run.manifest, prepared.manifest):
+        return False
+    if summary.funnel.accepted > n:
+        raise InputError(
+            f"holds {summary.funnel.accepted} dialogues, more than --n {n}", at=path, remedy="name another --run"
+        )
+    return summary.funnel.accepted == n
+
+
+def _run_anywhere(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs the coroutine to its end, beside the event loop of a notebook where there is one."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(make())
+        return
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: asyncio.run(make())).result()
+
+
+async def _session(prepared: Prepared, path: Path, n: int, older: Replies | None, display: Display) -> None:
+    """One process's work on a run: open, go on where it stopped, grow, close."""
+    held = lock(path)
+    try:
+        with _stopped_by_signals():
+            open_directory(path, prepared)
+            await _grow_all(prepared, path, n, older, display)
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or path}: {error.strerror}; mend it, then run the same command again"
+        ) from None
+    finally:
+        os.close(held)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM stops the run as Ctrl-C does: cleanly, and as `KeyboardInterrupt`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    terminated: list[bool] = []
+
+    def stop() -> None:
+        terminated.append(True)
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if terminated:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+async def _grow_all(prepared: Prepared, path: Path, n: int, older: Replies | None, display: Display) -> None:
+    recipe, seeds = prepared.recipe, prepared.seeds.seeds
+    (path / "summary.json").unlink(missing_ok=True)
+    first = align_outcomes(path)
+    funnel, gates = _remember(Run(path), recipe, {seed.category for seed in seeds})
+    if funnel.accepted > n:
+        raise InputError(f"holds {funnel.accepted} dialogues, more than --n {n}", at=path, remedy="name another --run")
+    writer, images = GroupWriter(path), ImageStore(path / "images")
+    journal = Journal(writer)
+    journal.load(path / "journal", first)
+    models = open_models(recipe.cast, recipe.limits, images, display.say)
+    company = Company(recipe.cast, models, prepared.prompts, journal, older)
+    conductor = Conductor(
+        n=n,
+        recipe=recipe,
+        company=company,
+        writer=writer,
+        queue=jobs(recipe, seeds, first),
+        versions=prepared.manifest.versions,
+        hashes=prepared.manifest.prompts,
+        funnel=funnel,
+        gates=gates,
+        images=images,
+        next=first,
+        started=first,
+    )
+    display.begin(Progress(n, job_count(recipe, seeds), funnel, journal, company.in_flight, funnel.accepted))
+    try:
+        await _work(conductor, display)
+    finally:
+        try:
+            await asyncio.gather(*(model.aclose() for model in set(models.values())))
+            await writer.close()
+        finally:
+            display.look()
+            display.end()
+    scripted = any(member.spec.backend == "scripted" for member in recipe.cast.members.values())
+    summary = Summary(n, conductor.done, funnel, journal.roles, len(prepared.seeds.excluded), scripted)
+    write_whole(path / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
+    if not conductor.done:
+        raise SeedsExhausted(_what_to_change(conductor, job_count(recipe, seeds)))
+
+
+def _remember(run: Run, recipe: Recipe, categories: set[str]) -> tuple[Funnel, list[Gate]]:
+    """The funnel and the gates as they were when the last dialogue was decided."""
+    funnel = Funnel()
+    gates: list[Gate] = []
+    settings = recipe.gates
+    if settings.balance:
+        gates.append(Balance(sorted(categories), settings.balance))
+    if settings.duplicates:
+        gates.append(DuplicateIndex(settings.duplicates))
+    for outcome in run.outcomes():
+        funnel.count(outcome)
+        if isinstance(outcome, Dialogue):
+            for gate in gates:
+                gate.add(outcome)
+    return funnel, gates
+
+
+async def _work(conductor: Conductor, display: Display) -> None:
+    """Workers until `n` are kept, the jobs are used up or something ends the run; nothing is left running."""
+    workers = {asyncio.create_task(conductor.work()) for _ in range(conductor.recipe.limits.concurrency)}
+    looking = asyncio.create_task(_look(display))
+    try:
+        pending = workers
+        while pending and not conductor.done:
+            finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for worker in finished:
+                worker.result()
+    finally:
+        for task in (*workers, looking):
+            task.cancel()
+        await asyncio.gather(*workers, looking, return_exceptions=True)
+
+
+async def _look(display: Display) -> None:
+    while True:
+        await asyncio.sleep(display.interval)
+        display.look()
+
+
+def _what_to_change(conductor: Conductor, count: int) -> str:
+    funnel = conductor.funnel
+    lost = sorted(funnel.ended.items(), key=lambda item: -item[1])[:4]
+    why = ", ".join(f"{number} {place}" for place, number in lost) or "none was lost"
+    return (
+        f"all {count} jobs are used up and {funnel.accepted} of {conductor.n} dialogues were kept ({why}); "
+        "raise `samples`, add seeds or strategies, or loosen the gate that rejects most, in a new --run"
+    )
+
+
+# --- looking back ----------------------------------------------------------------------------------------------------
+
+
+class _Unasked:
+    """Stands for a model whose replies are all in the journal."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+
+    async def answer(self, call: Call) -> Reply:
+        raise CallFailed(call.role, "not_in_journal")
+
+    async def aclose(self) -> None:
+        """Nothing to let go of."""
+
+
+class _Kept:
+    """The journal of one job, read-only."""
+
+    def __init__(self, entries: dict[str, Entry]) -> None:
+        self.take = entries.get
+
+    def add(self, entry: Entry) -> None:
+        """Nothing is written when looking back."""
+
+
+def calls_of(run: Run, index: int) -> list[tuple[Call, Reply]]:
+    """What each role saw and said while a job was grown: the job is grown again from the journal, asking nobody."""
+    recipe = msgspec.convert(run.manifest.resolved, Recipe)
+    job = next(jobs(recipe, run.seeds(), index), None)
+    if job is None:
+        raise InputError(f"no job {index} in this run", at=run.path)
+    models = {role: _Unasked(member.identity) for role, member in recipe.cast.members.items()}
+    seen: list[tuple[Call, Reply]] = []
+    prompts = load_prompts(run.path / "prompts", recipe.strategies)
+    company = Company(
+        recipe.cast, models, prompts, _Kept(run.entries(index)), observe=lambda call, reply: seen.append((call, reply))
+    )
+    provenance = provenance_of(recipe, run.manifest.prompts, run.manifest.versions, job)
+
+    async def again() -> None:
+        with contextlib.suppress(JobEnded):
+            await grow(job, JobCast(company, job), recipe, provenance)
+
+    _run_anywhere(again)
+    return seen

@@ -1,0 +1,110 @@
+"""Models: what a call and a reply are, and how a spec becomes something that answers.
+
+A model is anything with an `identity` and an async `answer`. A call carries everything that decides the reply; its
+`key` names it in the journal, so a reply is paid for once. Images travel as references; each backend fetches the
+bytes when it sends them.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from intersafe.errors import InputError
+from intersafe.images import ImageStore
+from intersafe.recipe import Cast, Limits, Member
+from intersafe.records import Finish, Message
+from intersafe.replies import Schema
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How the reply is drawn; `seed` is 31 bits."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One question to one model."""
+
+    role: str
+    """Member of the cast: attacker, judge, second_judge, victim:0, ..."""
+    prompt: str
+    """Name of the prompt file that it was rendered from; not part of the key."""
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    schema: Schema | None
+    job: str
+    """Key of the job: a dialogue stays on one replica of a model."""
+    ordinal: int
+    """Place of the call in its job, from 0."""
+
+    def key(self, identity: str) -> str:
+        """32 hex digits over everything that decides the reply, the model's identity (not its URL) included."""
+        parts = (self.role, identity, self.sampling, self.messages, self.schema, self.job, self.ordinal)
+        return hashlib.blake2b(msgspec.json.encode(parts), digest_size=16).hexdigest()
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """One answer; `tokens` are prompt and completion as the server counted them."""
+
+    text: str
+    finish: Finish = "stop"
+    tokens: tuple[int, int] = (0, 0)
+
+
+class ChatModel(Protocol):
+    """Anything that answers calls."""
+
+    @property
+    def identity(self) -> str:
+        """Backend, name and revision."""
+        ...
+
+    async def answer(self, call: Call) -> Reply:
+        """The reply; `CallFailed` if this call failed for good, `ServiceGone` if the service is."""
+        ...
+
+    async def aclose(self) -> None:
+        """Lets go of connections."""
+        ...
+
+
+def open_models(cast: Cast, limits: Limits, images: ImageStore, say: Callable[[str], None]) -> dict[str, ChatModel]:
+    """One model for each member of the cast; members with the same settings share one. Needs a running event loop."""
+    shared: dict[str, ChatModel] = {}
+    return {role: _open(member, limits, images, say, shared) for role, member in cast.members.items()}
+
+
+def _open(
+    member: Member, limits: Limits, images: ImageStore, say: Callable[[str], None], shared: dict[str, ChatModel]
+) -> ChatModel:
+    backend = member.spec.backend
+    same = f"{member.model} {member.revision} {member.key} {member.json_schema} {member.extra}"
+    if same not in shared:
+        if backend == "scripted":
+            from intersafe.models.scripted import ScriptedModel
+
+            shared[same] = ScriptedModel(member.spec.model)
+        else:
+            from intersafe.models.endpoint import EndpointModel
+
+            shared[same] = EndpointModel(member, limits, images, say)
+    return shared[same]
+
+
+def check_cast(cast: Cast) -> None:
+    """`InputError` where a key variable is not set or a scripted model has no such name; contacts nobody."""
+    for role, member in cast.members.items():
+        if member.key and not os.environ.get(member.key):
+            raise InputError(
+                f"cast.{role}: the environment variable {member.key} is not set", remedy=f"export {member.key}=..."
+            )
+        if member.spec.backend == "scripted":
+            from intersafe.models.scripted import check_name
+
+            check_name(member.spec.model)
