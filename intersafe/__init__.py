@@ -1,1 +1,57 @@
-"""Manufactures multi-turn, multi-image dialogues that make vision-language models safer in conversation."""
+"""Manufactures multi-turn, multi-image dialogues that make vision-language models safer in conversation.
+
+The same from Python as from the terminal, nine names:
+
+    import intersafe
+
+    recipe = intersafe.load_recipe("pipelines/demo.yaml")
+    run = intersafe.generate_dialogues(intersafe.override(recipe, n=20), run="notebook")
+    for dialogue in run.dialogues():
+        pictures = [run.image(reference) for reference in dialogue.images]
+
+Names are imported when they are first used, so `import intersafe` costs nothing and needs no model library.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from intersafe.errors import IntersafeError
+    from intersafe.generate import generate_dialogues
+    from intersafe.recipe import Recipe, load_recipe, override
+    from intersafe.records import Dialogue, Turn
+    from intersafe.runs import Run, open_run
+
+__all__ = [
+    "Dialogue",
+    "IntersafeError",
+    "Recipe",
+    "Run",
+    "Turn",
+    "generate_dialogues",
+    "load_recipe",
+    "open_run",
+    "override",
+]
+
+_HOMES = {
+    "Dialogue": "records",
+    "IntersafeError": "errors",
+    "Recipe": "recipe",
+    "Run": "runs",
+    "Turn": "records",
+    "generate_dialogues": "generate",
+    "load_recipe": "recipe",
+    "open_run": "runs",
+    "override": "recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'intersafe' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"intersafe.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

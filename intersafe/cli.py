@@ -96,7 +96,7 @@ def generate(
     the environment variable that the recipe names. Ctrl-C stops cleanly; the same command goes on.
     """
     from intersafe.display import display_for
-    from intersafe.generate import generate as grow
+    from intersafe.generate import generate_dialogues
     from intersafe.recipe import override
 
     recipe = override(
@@ -105,7 +105,7 @@ def generate(
         seeds=tuple(str(path.resolve()) for path in seeds),
         **changes,
     )
-    made = grow(recipe, run=run, n=n, reuse=reuse, display=display_for(sys.stderr))
+    made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display_for(sys.stderr))
     _print_funnel(made)
     click.echo(f"\n{made.path / 'dialogues.jsonl'}")
 
@@ -200,7 +200,7 @@ def _print_dialogue(run: "Run", dialogue: "Dialogue") -> None:
 
 
 def _print_roles(run: "Run", dialogue: "Dialogue", full: bool) -> None:
-    from intersafe.generate import calls_of
+    from intersafe.rehearsal import calls_of
 
     click.echo(click.style("\nwhat each role saw", bold=True) + ("" if full else "   (--full for all of it)"))
     for call, reply in calls_of(run, dialogue.job):

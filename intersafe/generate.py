@@ -9,7 +9,6 @@ at the call where it stopped.
 import asyncio
 import contextlib
 import hashlib
-import importlib.metadata
 import math
 import os
 import signal
@@ -22,25 +21,22 @@ from typing import Any
 
 import msgspec
 
-from intersafe.errors import CallFailed, InputError, IntersafeError, JobEnded, SeedsExhausted, StorageError
+from intersafe.errors import InputError, IntersafeError, JobEnded, SeedsExhausted, StorageError
 from intersafe.files import write_whole
 from intersafe.gates import Gate, Reason
 from intersafe.gates.dedup import DuplicateIndex, similar_images
 from intersafe.gates.quota import Balance
 from intersafe.gates.rules import check_rules
-from intersafe.images import ImageStore, read_image
+from intersafe.images import ImageStore
 from intersafe.jobs import job_count, jobs
-from intersafe.models import Call, Reply, check_cast, open_models
+from intersafe.journal import GroupWriter, Journal, ReuseIndex
+from intersafe.models import open_models
 from intersafe.models.cast import Company, JobCast, Replies
+from intersafe.prepare import Prepared, open_directory, prepare, provenance_of
 from intersafe.recipe import Recipe, RuleSettings
-from intersafe.records import Check, Dialogue, Ended, Job, Provenance, to_row
+from intersafe.records import Check, Dialogue, Ended, Job, Provenance
 from intersafe.runs import (
-    Entry,
     Funnel,
-    GroupWriter,
-    Journal,
-    Manifest,
-    ReuseIndex,
     Run,
     Summary,
     align_outcomes,
@@ -52,9 +48,6 @@ from intersafe.runs import (
 from intersafe.stages.conversing import converse
 from intersafe.stages.judging import check_dialogue
 from intersafe.stages.planning import make_plan
-from intersafe.stages.seeding import Seeds, load_seeds
-from intersafe.taxonomy import BY_NAME
-from intersafe.templates import Prompts, load_prompts
 
 WINDOW = 4
 """Jobs that may be started and not yet decided, for each one that is grown at once."""
@@ -74,92 +67,6 @@ async def grow(job: Job, cast: JobCast, recipe: Recipe, provenance: Provenance) 
     return Dialogue(
         name, job.index, job.key, job.seed, job.strategy, victim, job.sample, plan, turns, pruned, check, provenance
     )
-
-
-# --- what a run is made from -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A recipe whose every input was read and checked; nothing is written yet."""
-
-    recipe: Recipe
-    prompts: Prompts
-    seeds: Seeds
-    manifest: Manifest
-
-
-def prepare(recipe: Recipe) -> Prepared:
-    """Reads and checks prompts, seeds and cast; `InputError` names the first thing that is wrong."""
-    prompts = load_prompts(Path(recipe.prompts), recipe.strategies)
-    check_cast(recipe.cast)
-    seeds = load_seeds(recipe.seed_paths)
-    manifest = Manifest(
-        name=recipe.name,
-        recipe=recipe.outcome,
-        resolved=msgspec.to_builtins(recipe),
-        digest=recipe.digest,
-        prompts=dict(prompts.hashes),
-        seeds=seeds.digest,
-        excluded=seeds.excluded,
-        versions={"intersafe": importlib.metadata.version("intersafe")},
-    )
-    return Prepared(recipe, prompts, seeds, manifest)
-
-
-def provenance_of(recipe: Recipe, hashes: dict[str, str], versions: dict[str, str], job: Job) -> Provenance:
-    """The models, prompts and sampling that a job's record names: only those that the job can have met."""
-    family = BY_NAME[job.seed.category].family
-    others = {"attacker/", "judge/rubrics/"}
-    prompts = {
-        name: sha256
-        for name, sha256 in hashes.items()
-        if not name.startswith(tuple(others)) or name in (f"attacker/{job.strategy}.md", f"judge/rubrics/{family}.md")
-    }
-    members = {
-        "victim" if role.startswith("victim:") else role: member
-        for role, member in recipe.cast.members.items()
-        if not role.startswith("victim:") or role == f"victim:{job.victim}"
-    }
-    return Provenance(
-        models={role: member.identity for role, member in members.items()},
-        prompts=prompts,
-        sampling={
-            role: {"temperature": member.temperature, "top_p": member.top_p, "max_tokens": member.max_tokens}
-            for role, member in members.items()
-        },
-        recipe=recipe.digest,
-        versions=versions,
-        scripted=any(member.spec.backend == "scripted" for member in members.values()),
-    )
-
-
-def open_directory(path: Path, prepared: Prepared) -> None:
-    """Makes the run directory, or checks that the one that is there was made from the same things."""
-    if (path / "recipe.json").exists():
-        changed = differences(Run(path).manifest, prepared.manifest)
-        if changed:
-            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
-            raise InputError(
-                f"made from something else: {', '.join(changed[:6])}{more}",
-                at=path,
-                remedy=f"put it back, or start a new --run, with --reuse {path} to take over what was paid for",
-            )
-    elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-        raise InputError("the folder is not empty and no run", at=path, remedy="name another --run")
-    else:
-        write_whole(path / "recipe.json", msgspec.json.format(msgspec.json.encode(prepared.manifest)) + b"\n")
-    store = ImageStore(path / "images")
-    for reference, file in prepared.seeds.files.items():
-        if not store.holds(reference):
-            store.put(read_image(file))
-    for name, sha256 in prepared.prompts.hashes.items():
-        data = (prepared.prompts.root / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise InputError("changed while it was read", at=prepared.prompts.root / name, remedy="start again")
-        write_whole(path / "prompts" / name, data)
-    rows = b"".join(msgspec.json.encode(to_row(seed)) + b"\n" for seed in prepared.seeds.seeds)
-    write_whole(path / "seeds.jsonl", rows)
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -289,7 +196,7 @@ class Conductor:
             yield gate.check(dialogue)
 
 
-def generate(
+def generate_dialogues(
     recipe: Recipe,
     *,
     run: str | Path | None = None,
@@ -307,7 +214,7 @@ def generate(
     older = ReuseIndex(run_path(reuse)) if reuse is not None else None
     wanted = recipe.n if n is None else n
     if not _is_complete(path, prepared, wanted):
-        _run_anywhere(lambda: _session(prepared, path, wanted, older, display or Display()))
+        run_anywhere(lambda: _session(prepared, path, wanted, older, display or Display()))
     return Run(path)
 
 
@@ -326,7 +233,7 @@ def _is_complete(path: Path, prepared: Prepared, n: int) -> bool:
     return summary.funnel.accepted == n
 
 
-def _run_anywhere(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
+def run_anywhere(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Runs the coroutine to its end, beside the event loop of a notebook where there is one."""
     try:
         asyncio.get_running_loop()
@@ -467,51 +374,3 @@ def _what_to_change(conductor: Conductor, count: int) -> str:
         f"all {count} jobs are used up and {funnel.accepted} of {conductor.n} dialogues were kept ({why}); "
         "raise `samples`, add seeds or strategies, or loosen the gate that rejects most, in a new --run"
     )
-
-
-# --- looking back ----------------------------------------------------------------------------------------------------
-
-
-class _Unasked:
-    """Stands for a model whose replies are all in the journal."""
-
-    def __init__(self, identity: str) -> None:
-        self.identity = identity
-
-    async def answer(self, call: Call) -> Reply:
-        raise CallFailed(call.role, "not_in_journal")
-
-    async def aclose(self) -> None:
-        """Nothing to let go of."""
-
-
-class _Kept:
-    """The journal of one job, read-only."""
-
-    def __init__(self, entries: dict[str, Entry]) -> None:
-        self.take = entries.get
-
-    def add(self, entry: Entry) -> None:
-        """Nothing is written when looking back."""
-
-
-def calls_of(run: Run, index: int) -> list[tuple[Call, Reply]]:
-    """What each role saw and said while a job was grown: the job is grown again from the journal, asking nobody."""
-    recipe = msgspec.convert(run.manifest.resolved, Recipe)
-    job = next(jobs(recipe, run.seeds(), index), None)
-    if job is None:
-        raise InputError(f"no job {index} in this run", at=run.path)
-    models = {role: _Unasked(member.identity) for role, member in recipe.cast.members.items()}
-    seen: list[tuple[Call, Reply]] = []
-    prompts = load_prompts(run.path / "prompts", recipe.strategies)
-    company = Company(
-        recipe.cast, models, prompts, _Kept(run.entries(index)), observe=lambda call, reply: seen.append((call, reply))
-    )
-    provenance = provenance_of(recipe, run.manifest.prompts, run.manifest.versions, job)
-
-    async def again() -> None:
-        with contextlib.suppress(JobEnded):
-            await grow(job, JobCast(company, job), recipe, provenance)
-
-    _run_anywhere(again)
-    return seen

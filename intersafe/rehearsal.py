@@ -1,24 +1,26 @@
-"""Rehearsal: the messages that a prompt file makes for one seed, without asking any model.
+"""Rehearsal: what each role would see, or saw, without asking any model.
 
-The job is grown by the scripted cast with the recipe's own prompts and settings, and the call in question is caught
-on its way.
+Before a run: the messages that a prompt file makes for one seed, caught while the scripted cast grows the job with the
+recipe's own prompts and settings. After it: all messages of a job, caught while it is grown again from the journal.
 """
 
-import asyncio
 import contextlib
 from pathlib import Path
 
+import msgspec
 from msgspec import structs
 
-from intersafe.errors import InputError, JobEnded
-from intersafe.generate import grow, provenance_of
+from intersafe.errors import CallFailed, InputError, JobEnded
+from intersafe.generate import grow, run_anywhere
 from intersafe.jobs import jobs
-from intersafe.models import Call
+from intersafe.journal import Entry
+from intersafe.models import Call, Reply
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.scripted import ScriptedModel
+from intersafe.prepare import provenance_of
 from intersafe.recipe import Cast, Member, Recipe, nearest
 from intersafe.records import Job
-from intersafe.runs import Entry
+from intersafe.runs import Run
 from intersafe.stages.seeding import load_seeds
 from intersafe.templates import load_prompts
 
@@ -55,7 +57,7 @@ def rehearse(recipe: Recipe, name: str, seed_id: str, turn: int) -> Call:
         with contextlib.suppress(JobEnded):
             await grow(job, JobCast(company, job), recipe, provenance_of(recipe, {}, {}, job))
 
-    asyncio.run(talk())
+    run_anywhere(talk)
     made = [call for call in calls if call.prompt == name]
     once = len(made) == 1 or name in ("planner/decompose", "judge/dialogue", "planner/rewrite")
     if not made or (turn > 1 and once) or turn > len(made):
@@ -78,3 +80,48 @@ def _job(recipe: Recipe, name: str, seed_id: str, turn: int) -> Job:
         recipe = structs.replace(recipe, strategies=(name.removeprefix("attacker/"),))
     job = next(job for job in jobs(recipe, seeds) if job.seed.id == seed_id)
     return structs.replace(job, turns=max(turn, round(recipe.turns.mean)))
+
+
+class _Unasked:
+    """Stands for a model whose replies are all in the journal."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+
+    async def answer(self, call: Call) -> Reply:
+        raise CallFailed(call.role, "not_in_journal")
+
+    async def aclose(self) -> None:
+        """Nothing to let go of."""
+
+
+class _Kept:
+    """The journal of one job, read-only."""
+
+    def __init__(self, entries: dict[str, Entry]) -> None:
+        self.take = entries.get
+
+    def add(self, entry: Entry) -> None:
+        """Nothing is written when looking back."""
+
+
+def calls_of(run: Run, index: int) -> list[tuple[Call, Reply]]:
+    """What each role saw and said while a job was grown: the job is grown again from the journal, asking nobody."""
+    recipe = msgspec.convert(run.manifest.resolved, Recipe)
+    job = next(jobs(recipe, run.seeds(), index), None)
+    if job is None:
+        raise InputError(f"no job {index} in this run", at=run.path)
+    models = {role: _Unasked(member.identity) for role, member in recipe.cast.members.items()}
+    seen: list[tuple[Call, Reply]] = []
+    prompts = load_prompts(run.path / "prompts", recipe.strategies)
+    company = Company(
+        recipe.cast, models, prompts, _Kept(run.entries(index)), observe=lambda call, reply: seen.append((call, reply))
+    )
+    provenance = provenance_of(recipe, run.manifest.prompts, run.manifest.versions, job)
+
+    async def again() -> None:
+        with contextlib.suppress(JobEnded):
+            await grow(job, JobCast(company, job), recipe, provenance)
+
+    run_anywhere(again)
+    return seen

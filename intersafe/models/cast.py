@@ -14,11 +14,11 @@ from typing import Any, Protocol
 from msgspec import structs
 
 from intersafe.errors import CallFailed
+from intersafe.journal import Entry
 from intersafe.models import Call, ChatModel, Reply, Sampling
 from intersafe.recipe import Cast
 from intersafe.records import Job, Message
 from intersafe.replies import A, ReplyError, Schema, parse, schema_of
-from intersafe.runs import Entry
 from intersafe.templates import Prompts
 
 

@@ -169,7 +169,7 @@ def _step_score(_: str, __: dict[str, Any], dice: random.Random, profile: Profil
 
 
 def _message(question: str, _: dict[str, Any], dice: random.Random, __: Profile) -> dict[str, Any]:
-    topic = _topic(_between("step", question) or _between("query", question), dice)
+    topic = _topic(_between("query", question), dice)
     sentences = [_fill(CONTEXTS, topic, dice), _fill(QUESTIONS, topic, dice)]
     if dice.random() < 0.6:
         sentences.insert(0, _fill(OPENERS, topic, dice))

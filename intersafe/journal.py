@@ -1,0 +1,253 @@
+"""The journal: every model reply on its way to the disk before it is used, and back again after a kill.
+
+Appends are grouped (`GroupWriter`): at most 64 lines or 50 ms wait in memory, and fsync runs beside the event loop.
+Plain append-only files with one writer each, since those work on NFS and Lustre, where the locks of SQLite do not.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from intersafe.errors import InputError, StorageError
+from intersafe.records import Finish
+
+GROUP_LINES = 64
+GROUP_SECONDS = 0.05
+
+
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of a journal: a model's reply to one call, or why the call failed for good."""
+
+    job: int
+    key: str
+    role: str
+    text: str
+    finish: Finish = "stop"
+    tokens: tuple[int, int] = (0, 0)
+    """Prompt and completion."""
+    ms: int = 0
+    failed: str = ""
+    """Reason word of a call that failed for good; `text` holds the detail."""
+
+
+class RoleTally(msgspec.Struct):
+    """What one role has cost so far."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+
+class GroupWriter:
+    """Appends lines to files of one directory in groups; a failed write or fsync ends the run as `StorageError`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._files: dict[str, int] = {}
+        self._lines: list[tuple[str, bytes]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fsync")
+        self._syncing: asyncio.Future[None] | None = None
+        self._unsynced: set[str] = set()
+        self._problem: OSError | None = None
+
+    def add(self, name: str, record: msgspec.Struct | dict[str, Any]) -> None:
+        """Appends one record as a line of JSON to the file `name`."""
+        self._lines.append((name, msgspec.json.encode(record) + b"\n"))
+        if len(self._lines) >= GROUP_LINES:
+            self._write()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(GROUP_SECONDS, self._write_quietly)
+
+    def _write_quietly(self) -> None:
+        with contextlib.suppress(StorageError):  # kept as `_problem`; the next `add` raises it inside the run
+            self._write()
+
+    def _write(self) -> None:
+        """Hands the waiting lines to the operating system: from here on a kill of the process loses none of them."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._problem is not None:
+            raise self._storage_error(self._problem)
+        groups: dict[str, list[bytes]] = {}
+        for name, line in self._lines:
+            groups.setdefault(name, []).append(line)
+        self._lines.clear()
+        try:
+            for name, lines in groups.items():
+                _append(self._file(name), b"".join(lines))
+                self._unsynced.add(name)
+        except OSError as error:
+            self._problem = error
+            raise self._storage_error(error) from None
+        if self._syncing is None and self._unsynced:
+            self._sync()
+
+    def _sync(self) -> None:
+        files = [self._files[name] for name in sorted(self._unsynced)]
+        self._unsynced.clear()
+        loop = asyncio.get_running_loop()
+        self._syncing = loop.run_in_executor(self._thread, _fsync, files)
+        self._syncing.add_done_callback(self._synced)
+
+    def _synced(self, future: "asyncio.Future[None]") -> None:
+        self._syncing = None
+        if not future.cancelled() and isinstance(error := future.exception(), OSError):
+            self._problem = error
+
+    def _file(self, name: str) -> int:
+        if name not in self._files:
+            path = self._root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._files[name] = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        return self._files[name]
+
+    def _storage_error(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"{self._root}: cannot write ({error.strerror}); "
+            "free the disk or mend its rights, then run the same command again"
+        )
+
+    async def close(self) -> None:
+        """Writes and syncs what waits, then closes the files; raises `StorageError` if that cannot be done."""
+        try:
+            self._write()
+            while self._syncing is not None:
+                await asyncio.wait([self._syncing])
+            await asyncio.get_running_loop().run_in_executor(self._thread, _fsync, list(self._files.values()))
+            if self._problem is not None:
+                raise self._storage_error(self._problem)
+        except OSError as error:
+            raise self._storage_error(error) from None
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._thread.shutdown(wait=True)
+            for file in self._files.values():
+                os.close(file)
+            self._files.clear()
+
+
+def _append(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _fsync(files: list[int]) -> None:
+    for file in files:
+        os.fsync(file)
+
+
+class Journal:
+    """The replies of a run by the key of their call; each is handed out once, to the job that owes it."""
+
+    def __init__(self, writer: GroupWriter, name: str = "journal/main.jsonl") -> None:
+        self._writer, self._name = writer, name
+        self._replies: dict[str, Entry] = {}
+        self.roles: dict[str, RoleTally] = {}
+
+    def load(self, folder: Path, first_job: int) -> None:
+        """Reads every journal of the folder: all entries are tallied, those of jobs from `first_job` on are kept."""
+        for path in sorted(folder.glob("*.jsonl")):
+            heal(path)
+            for entry in entries_of(path):
+                tally(self.roles, entry)
+                if entry.job >= first_job:
+                    self._replies[entry.key] = entry
+
+    def take(self, key: str) -> Entry | None:
+        """The entry of that call, if it was paid for before."""
+        return self._replies.pop(key, None)
+
+    def add(self, entry: Entry) -> None:
+        """Appends an entry; it is on its way to the disk when this returns."""
+        tally(self.roles, entry)
+        self._writer.add(self._name, entry)
+
+
+def tally(roles: dict[str, RoleTally], entry: Entry) -> None:
+    """Adds an entry to what its role has cost."""
+    role = roles.setdefault(entry.role, RoleTally())
+    role.calls += 1
+    role.prompt_tokens += entry.tokens[0]
+    role.completion_tokens += entry.tokens[1]
+    role.seconds += entry.ms / 1000
+
+
+class ReuseIndex:
+    """Where the replies of an older run stand, by key: 16 bytes and a place for each, the texts stay on the disk."""
+
+    def __init__(self, run: Path) -> None:
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._paths = sorted((run / "journal").glob("*.jsonl"))
+        if not self._paths:
+            raise InputError("no journal there", at=run, remedy="give --reuse an older run")
+        decoder = msgspec.json.Decoder(_KeyOnly)
+        for number, path in enumerate(self._paths):
+            for offset, line in lines_of(path):
+                with contextlib.suppress(msgspec.DecodeError):
+                    self._places[bytes.fromhex(decoder.decode(line).key)] = (number, offset)
+
+    def take(self, key: str) -> Entry | None:
+        """The entry of that call in the older run."""
+        place = self._places.get(bytes.fromhex(key))
+        if place is None:
+            return None
+        with self._paths[place[0]].open("rb") as file:
+            file.seek(place[1])
+            return msgspec.json.decode(file.readline(), type=Entry)
+
+
+class _KeyOnly(msgspec.Struct):
+    key: str
+
+
+# --- files of lines -------------------------------------------------------------------------------------------------
+
+
+def heal(path: Path) -> None:
+    """Cuts off a torn last line."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        at = end
+        while at > 0:
+            start = max(0, at - 65_536)
+            file.seek(start)
+            newline = file.read(at - start).rfind(b"\n")
+            if newline >= 0:
+                at = start + newline + 1
+                break
+            at = start
+        if at < end:
+            file.truncate(at)
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of every whole line."""
+    if not path.exists():
+        return
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield offset, line
+            offset += len(line)
+
+
+def entries_of(path: Path) -> Iterator[Entry]:
+    """Every entry of a journal file that can be read."""
+    decoder = msgspec.json.Decoder(Entry)
+    for _, line in lines_of(path):
+        with contextlib.suppress(msgspec.DecodeError):  # a damaged line is a call owed again, never a crash
+            yield decoder.decode(line)
