@@ -166,7 +166,7 @@ class ImageSettings(Section, frozen=True):
 class BalanceSettings(Section, frozen=True):
     """How far a category may run ahead of its even share."""
 
-    tolerance: Annotated[float, Meta(ge=0)] = 0.05
+    tolerance: Annotated[float, Meta(ge=0)] = 0.10
     """Share of the even share that a category may have on top of it."""
     slack: Annotated[float, Meta(ge=1)] = 5
     """Dialogues on top of that, so that the first few of a run are not held to a share."""

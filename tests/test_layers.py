@@ -14,7 +14,7 @@ FLOORS: dict[str, int] = {
     "models": 2,
     "stages": 3, "gates": 3,
     "prepare": 4, "generate": 4, "rehearsal": 4,
-    "cli": 5, "display": 5,
+    "cli": 5, "display": 5, "__main__": 6,
 }  # fmt: skip
 
 
@@ -83,7 +83,9 @@ def test_no_circles() -> None:
 def test_only_the_command_line_prints_and_no_room_is_crowded() -> None:
     for name, tree in modules().items():
         calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-        assert name == "cli" or not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert name == "cli" or not [
+            call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"
+        ]
         assert max((getattr(node, "end_lineno", 0) for node in ast.walk(tree)), default=0) <= 450, name
 
 

@@ -1,0 +1,5 @@
+"""`python -m intersafe` is `intersafe`."""
+
+from intersafe.cli import main
+
+main()

@@ -1,0 +1,63 @@
+"""What several tests make: recipes with the scripted cast, and the outcome of a run."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from intersafe.files import bundled
+from intersafe.recipe import Recipe, load_recipe, override
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+OUTCOMES = ("dialogues.jsonl", "rejected.jsonl", "failed.jsonl")
+
+
+def demo(**changes: Any) -> Recipe:
+    """The demo recipe with changes as `override` takes them."""
+    return override(load_recipe(bundled("pipelines/demo.yaml")), **changes)
+
+
+def cli(*words: str, cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]":
+    """Runs `intersafe` to its end in a folder of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "intersafe", *words],
+        cwd=cwd,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+
+
+def started(*words: str, cwd: Path) -> "subprocess.Popen[str]":
+    """Starts `intersafe` and returns at once."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "intersafe", *words],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def digest(run: Path) -> dict[str, str]:
+    """sha256 of each outcome file of a run."""
+    return {
+        name: hashlib.sha256((run / name).read_bytes()).hexdigest() if (run / name).exists() else ""
+        for name in OUTCOMES
+    }
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def journal_keys(run: Path) -> list[str]:
+    """The key of every journal line."""
+    return [row["key"] for path in sorted((run / "journal").glob("*.jsonl")) for row in rows(path)]
