@@ -95,22 +95,28 @@ class Source:
 
 
 def random_word(rng: random.Random) -> str:
-    """One token of noise: letters, digits, punctuation, now and then beyond ASCII."""
-    kind = rng.random()
-    if kind < 0.8:
+    """A word that no list holds: halves of two words, letters, a number, a compound, or signs from beyond ASCII too."""
+    kind, one, two = rng.random(), rng.choice(WORDS), rng.choice(WORDS)
+    if kind < 0.45:
+        word = one[: rng.randint(1, 6)] + rng.choice(("", two[:3])) + two[rng.randint(0, 3) :]
+        return rng.choice((word, word, word, word.capitalize()))
+    if kind < 0.65:
         word = "".join(rng.choices("etaoinshrdlucmfwypvbgk" + string.ascii_lowercase, k=rng.randint(1, 12)))
-        return rng.choice((word, word, word, word.capitalize(), word.upper()))
+        return rng.choice((word, word, word.capitalize(), word.upper()))
+    if kind < 0.75:
+        return (
+            rng.choice(("", "$", "#", "1.", "~")) + str(rng.randrange(10 ** rng.randint(1, 5))) + rng.choice(("", "%"))
+        )
     if kind < 0.9:
-        return str(rng.randrange(10 ** rng.randint(1, 5)))
+        return one + rng.choice(("-", "'s", "'ll", "n't", "'re", "/", "_", "--")) + rng.choice(("", two))
     pool = string.punctuation if kind < 0.97 else "éüñßøçłЖшλπ你好世界🙂—“”…"
     return "".join(rng.choices(pool, k=rng.randint(1, 4))).replace("<|", "<")
 
 
 def training_text(rng: random.Random, most: int) -> str:
-    """Random words in sentences, at most `most` words; how many of them are noise differs from text to text."""
-    noise, words, until_stop = rng.choice((0.0, 0.0, 0.1, 0.3, 1.0)), list[str](), 0
-    total = rng.randint(1, max(1, int(most / (1 + 2 * noise))))  # noise takes thrice the tokens
-    for _ in range(total):
+    """Random words in sentences, at most `most` words; how many of them are no real words differs from text to text."""
+    noise, words, until_stop = rng.choice((0.0, 0.1, 0.3, 0.6, 1.0)), list[str](), 0
+    for _ in range(rng.randint(1, max(1, int(most / (1 + noise))))):  # strange words take twice the tokens
         word = random_word(rng) if rng.random() < noise else rng.choice(WORDS)
         if until_stop == 0:
             until_stop, word = rng.randint(3, 16), word[:1].upper() + word[1:]
