@@ -8,7 +8,7 @@ from intersafe import open_run
 
 def main() -> None:
     """Exits with 1 and the figure that is off."""
-    dialogues = categories = turns = 0
+    dialogues = turns = 0
     ids: set[str] = set()
     counts: Counter[str] = Counter()
     for dialogue in open_run(sys.argv[1] if "/" in sys.argv[1] else f"./{sys.argv[1]}").dialogues():
@@ -18,7 +18,8 @@ def main() -> None:
         counts[dialogue.seed.category] += 1
     categories = len(counts)
     mean, most, least = turns / dialogues, max(counts.values()), min(counts.values())
-    print(f"{dialogues:,} dialogues, {len(ids):,} ids, {mean:.3f} turns, {categories} categories, {least} to {most} each")
+    spread = f"{categories} categories, {least} to {most} each"
+    print(f"{dialogues:,} dialogues, {len(ids):,} ids, {mean:.3f} turns, {spread}")
     fine = dialogues == len(ids) == 11_270 and 3.8 <= mean <= 4.2 and categories == 14
     if not fine or most > 1.1 * least:
         sys.exit("the demo run is not what the README says")

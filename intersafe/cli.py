@@ -5,13 +5,14 @@ Exit codes: 0 done, 2 bad input (one line, nothing written), 3 seeds exhausted, 
 130 stopped by Ctrl-C or SIGTERM (resumable).
 """
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from intersafe.errors import InputError, IntersafeError
+from intersafe.errors import InputError, IntersafeError, StorageError
 
 if TYPE_CHECKING:
     from intersafe.recipe import Recipe
@@ -25,11 +26,18 @@ class _Group(click.Group):
     """Turns the failures of the house into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that knows fewer letters is no reason to stop
         try:
             return super().invoke(ctx)
         except IntersafeError as error:
             click.echo(f"intersafe: {error}", err=True)
             ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            click.echo(f"intersafe: {error.filename or 'disk'}: {error.strerror}; mend its path or rights", err=True)
+            ctx.exit(StorageError.exit_code)
         except KeyboardInterrupt:
             click.echo("intersafe: stopped; the same command goes on where it was", err=True)
             ctx.exit(130)

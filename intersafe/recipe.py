@@ -1,24 +1,33 @@
 """Recipes: one YAML file to one typed, frozen value, with errors that name the file, the line and the nearest key.
 
-Paths in a recipe are relative to the recipe's own folder. What decides the outcome of a run (`outcome`) is digested
-and held against a run on resume; how fast and where it runs (`limits`, URLs, key names, `n`) is not.
+Paths in a recipe are relative to the recipe's own folder. YAML's aliases and tags are refused. What decides the outcome
+of a run (`outcome`) is digested and held against a run on resume; how fast and where it runs (`limits`, URLs, key
+names, `n`) is not.
 """
 
 import difflib
+import functools
 import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+from urllib.parse import urlsplit
 
 import msgspec
 import yaml
 from msgspec import Meta
 
 from intersafe.errors import InputError
+from intersafe.files import read_yaml
 
 BACKENDS = ("scripted", "openai")
 OPENAI_URL = "https://api.openai.com/v1"
 
-Positive = Annotated[int, Meta(ge=1)]
+# Upper bounds keep every number finite and exact in JSON, as which a run keeps its recipe.
+Natural = Annotated[int, Meta(ge=0, le=10**9)]
+Positive = Annotated[int, Meta(ge=1, le=10**9)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Score = Annotated[int, Meta(ge=0, le=10)]
 
@@ -42,7 +51,7 @@ class Member(Section, frozen=True):
     """`backend:model[@url[,url...]]`; several URLs are replicas of the same model."""
     revision: str = ""
     """Part of the model's identity, for servers that do not tell."""
-    key: str = ""
+    key: Annotated[str, Meta(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?\Z")] = ""
     """Name of the environment variable with the API key; never the key."""
     temperature: Annotated[float, Meta(ge=0, le=2)] = 0.7
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -106,7 +115,7 @@ class ConverseSettings(Section, frozen=True):
 
     tries: Positive = 3
     """How often a turn's message or verdict is asked for in all."""
-    backtracks: Annotated[int, Meta(ge=0)] = 1
+    backtracks: Natural = 1
     """How many turns of a dialogue may be taken back after a full refusal; 0 keeps every turn."""
 
 
@@ -115,7 +124,7 @@ class RuleSettings(Section, frozen=True):
 
     overlap: Share = 0.9
     """Two user messages repeat each other when their word sets share this much (words in both / words in either)."""
-    overlap_words: Annotated[int, Meta(ge=1)] = 6
+    overlap_words: Positive = 6
     """Messages with fewer different words than this repeat each other only when they are equal."""
     script: Literal["latin", "any"] = "latin"
     """The script that the talk is expected in; `any` switches the rule off. A script is not a language."""
@@ -166,9 +175,9 @@ class ImageSettings(Section, frozen=True):
 class BalanceSettings(Section, frozen=True):
     """How far a category may run ahead of its even share."""
 
-    tolerance: Annotated[float, Meta(ge=0)] = 0.10
+    tolerance: Annotated[float, Meta(ge=0, le=1e9)] = 0.10
     """Share of the even share that a category may have on top of it."""
-    slack: Annotated[float, Meta(ge=1)] = 5
+    slack: Annotated[float, Meta(ge=1, le=1e9)] = 5.0
     """Dialogues on top of that, so that the first few of a run are not held to a share."""
 
 
@@ -186,24 +195,24 @@ class Limits(Section, frozen=True):
 
     concurrency: Positive = 64
     """Dialogues grown at once."""
-    timeout: Annotated[float, Meta(gt=0)] = 300.0
+    timeout: Annotated[float, Meta(gt=0, le=1e9)] = 300.0
     """Seconds for one answer."""
     retries: Positive = 5
     """Tries of one call in all against a passing fault; 429 and 503 do not count."""
-    patience: Annotated[float, Meta(ge=0)] = 600.0
+    patience: Annotated[float, Meta(ge=0, le=1e9)] = 600.0
     """Seconds that a service may stay away before the run ends, resumable."""
 
 
 class Recipe(Section, frozen=True):
     """Cast, seeds, stages, gates and limits of a run."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,60}$")]
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z")]
     cast: Cast
-    seeds: tuple[str, ...]
+    seeds: Annotated[tuple[str, ...], Meta(min_length=1)]
     prompts: str
     strategies: Annotated[tuple[str, ...], Meta(min_length=1)]
     n: Positive = 100
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=-(2**53), le=2**53)] = 0
     """Changes every sampling seed and the number of turns by job."""
     samples: Positive = 1
     """Dialogues for each (seed, strategy, victim)."""
@@ -230,7 +239,12 @@ class Recipe(Section, frozen=True):
     @property
     def digest(self) -> str:
         """sha256 of `outcome`."""
-        return hashlib.sha256(msgspec.json.encode(self.outcome, order="sorted")).hexdigest()
+        return digest_of(self.outcome)
+
+
+def digest_of(outcome: dict[str, Any]) -> str:
+    """sha256 over plain values; the order of keys does not count."""
+    return hashlib.sha256(msgspec.json.encode(outcome, order="sorted")).hexdigest()
 
 
 def _outcome_of(member: Member) -> dict[str, Any]:
@@ -241,25 +255,43 @@ def _outcome_of(member: Member) -> dict[str, Any]:
     return plain
 
 
+_ADDRESS = re.compile(r"@(?=http|localhost|[^@]*[:/])")
+"""An `@` with an address behind it; any other belongs to the model's name."""
+
+
+@functools.lru_cache
 def parse_spec(text: str) -> Spec:
-    """`backend:model[@url[,url...]]`; `InputError` for an unknown backend or a URL that is none."""
+    """`backend:model[@url[,url...]]`; `InputError` for an unknown backend, no model, or a URL that is none."""
     backend, colon, rest = text.partition(":")
-    if backend not in BACKENDS or not colon or not rest:
+    if backend not in BACKENDS or not colon:
         raise InputError(
             f"model spec {text!r}: unknown backend {backend!r}" + nearest(backend, BACKENDS),
             remedy="write backend:model[@url], for example openai:my-model@http://localhost:8000/v1",
         )
-    model, at, where = rest.rpartition("@") if "@http" in rest else (rest, "", "")
-    urls = tuple(url.rstrip("/") for url in where.split(",")) if at else ()
+    model, *address = _ADDRESS.split(rest, maxsplit=1)
+    urls = tuple(url.rstrip("/") for url in address[0].split(",")) if address else ()
+    if any("@" in url for url in urls):  # not echoed: it may be a password
+        raise InputError(f"model spec of {model!r}: an @ inside a URL", remedy="a secret goes into the `key` variable")
+    if not model or "://" in model or not model.isprintable() or " " in model:
+        raise InputError(f"model spec {text!r}: {model!r} is no model's name", remedy="write backend:model[@url]")
     if backend == "scripted" and urls:
         raise InputError(f"model spec {text!r}: a scripted model has no URL", remedy="drop what follows the @")
     for url in urls:
-        if not url.startswith(("http://", "https://")) or len(url) < 10:
-            raise InputError(f"model spec {text!r}: {url!r} is not a URL", remedy="begin it with http:// or https://")
+        if not _is_base_url(url):
+            raise InputError(f"model spec {text!r}: {url!r} is not a URL", remedy="write http(s)://host[:port][/path]")
     return Spec(backend, model, urls or ((OPENAI_URL,) if backend == "openai" else ()))
 
 
-def nearest(word: str, known: "tuple[str, ...] | list[str]") -> str:
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return usable and url.isprintable() and not set(url) & set(" ?#")
+
+
+def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
     """`, did you mean 'x'?`, or what is known where that is a short list."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:
@@ -273,68 +305,71 @@ def nearest(word: str, known: "tuple[str, ...] | list[str]") -> str:
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file, its paths made absolute; `InputError` names file, line and remedy."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise InputError(f"cannot read the recipe ({error.strerror})", at=path, remedy="give --pipeline FILE") from None
-    except UnicodeDecodeError:
-        raise InputError("not UTF-8 text", at=path, remedy="a recipe is a YAML file") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else None
-        raise InputError(f"not YAML: {error.problem}", at=path, line=line, remedy="mend the line") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"not YAML: {str(error).splitlines()[0]}", at=path, remedy="a recipe is a YAML file") from None
+    node, raw = read_yaml(path)
     if not isinstance(node, yaml.MappingNode):
-        raise InputError("a recipe is a mapping of keys", at=path, remedy="start from `intersafe init DIR`")
+        raise InputError("a recipe is a mapping of keys", at=path, line=1, remedy="start from `intersafe init DIR`")
     lines: dict[str, int] = {}
     _check_keys(node, Recipe, "$", path, lines)
-    raw = yaml.safe_load(text)
     _expand_members(raw)
     if isinstance(raw.get("seeds"), str):
         raw["seeds"] = [raw["seeds"]]
     try:
         recipe = msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `")
-        raise InputError(
-            f"{where.rstrip('`').removeprefix('$.') or 'recipe'}: {what}",
-            at=path,
-            line=_line_of(where.rstrip("`"), lines),
-            remedy="docs/recipes.md lists the keys",
-        ) from None
+        raise _misfit(error, path, lines) from None
     here = path.resolve().parent
-    recipe = msgspec.structs.replace(
-        recipe, seeds=tuple(str(here / seed) for seed in recipe.seeds), prompts=str(here / recipe.prompts)
-    )
+    seeds = tuple(os.path.normpath(here / seed) for seed in recipe.seeds)
+    recipe = msgspec.structs.replace(recipe, seeds=seeds, prompts=os.path.normpath(here / recipe.prompts))
+    return check_recipe(recipe, path, lines)
+
+
+def _misfit(error: msgspec.ValidationError, at: object, lines: Mapping[str, int]) -> InputError:
+    """A value of the wrong type or size, with its line."""
+    what, _, where = str(error).partition(" - at `")
+    where = where.rstrip("`")
+    name = where.removeprefix("$.") or "recipe"
+    return InputError(f"{name}: {what}", at=at, line=_line_of(where, lines), remedy="docs/recipes.md lists the keys")
+
+
+def check_recipe(recipe: Recipe, at: object = None, lines: Mapping[str, int] | None = None) -> Recipe:
+    """The recipe, 1 made 1.0 where a float is meant; `InputError` where values do not fit or contradict each other."""
+    lines = lines or {}
     try:
-        return check_recipe(recipe)
-    except InputError as error:
-        raise InputError(str(error), at=path) from None
+        recipe = msgspec.convert(msgspec.to_builtins(recipe), Recipe)
+    except msgspec.ValidationError as error:
+        raise _misfit(error, at, lines) from None
+    for where, problem in _contradictions(recipe):
+        raise InputError(str(problem), at=at, line=_line_of(where, lines))
+    return recipe
 
 
-def check_recipe(recipe: Recipe) -> Recipe:
-    """The recipe itself, or `InputError` where values contradict each other."""
+def _contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
+    """Place and problem."""
     turns = recipe.turns
     if not turns.min <= turns.mean <= turns.max:
-        raise InputError(
-            f"turns: min {turns.min}, mean {turns.mean}, max {turns.max}", remedy="the mean lies between min and max"
-        )
-    for member in recipe.cast.members.values():
-        parse_spec(member.model)
+        what = f"turns: min {turns.min}, mean {turns.mean}, max {turns.max}"
+        yield "$.turns", InputError(what, remedy="the mean lies between min and max")
+    for name, member in recipe.cast.members.items():
+        role, _, number = name.partition(":")
+        where = f"$.cast.victims[{number}]" if number else f"$.cast.{role}"
+        try:
+            parse_spec(member.model)
+        except InputError as error:
+            yield f"{where}.model", error
+        for field in {"model", "messages", "stream", "n"} & member.extra.keys():
+            yield f"{where}.extra", InputError(f"extra: {field!r} is set by intersafe", remedy="drop it")
     identities = [victim.identity for victim in recipe.cast.victims]
     for name, values in (("cast.victims", identities), ("strategies", list(recipe.strategies))):
-        doubled = sorted({value for value in values if values.count(value) > 1})
-        if doubled:
-            raise InputError(f"{name}: {doubled[0]!r} stands twice", remedy="name each once")
-    return recipe
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                yield f"$.{name}[{i}]", InputError(f"{name}: {value!r} stands twice", remedy="name each once")
 
 
 def override(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with other values, checked again; a cast member given by spec keeps no key of another server."""
     cast = recipe.cast
     for role in ("attacker", "judge"):
-        if spec := changes.pop(role, None):
+        if (spec := changes.pop(role, None)) is not None:
             cast = msgspec.structs.replace(cast, **{role: _recast(getattr(cast, role), spec)})
     if specs := changes.pop("victims", None):
         cast = msgspec.structs.replace(cast, victims=tuple(_recast(cast.victims[0], spec) for spec in specs))
@@ -367,43 +402,41 @@ def _expand_members(raw: Any) -> None:
 def _check_keys(node: yaml.Node, kind: Any, where: str, path: Path, lines: dict[str, int]) -> None:
     """Walks the YAML beside the types: unknown, doubled and missing keys, and the line of every place."""
     lines[where] = node.start_mark.line + 1
-    struct = _struct_in(kind)
+    struct = _section_in(kind)
     if isinstance(node, yaml.SequenceNode):
-        item = next((a for a in get_args(kind) if _struct_in(a)), None)
         for i, child in enumerate(node.value):
-            _check_keys(child, item, f"{where}[{i}]", path, lines)
+            _check_keys(child, struct, f"{where}[{i}]", path, lines)
+    if not isinstance(node, yaml.MappingNode):
         return
-    if struct is None or not isinstance(node, yaml.MappingNode):
-        return
-    fields = {field.name: field for field in msgspec.structs.fields(struct)}
+    fields = {field.name: field for field in msgspec.structs.fields(struct)} if struct else {}
     seen: set[str] = set()
     for key_node, value_node in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
-        place = f"{where}.{key}".removeprefix("$.")
-        if key not in fields:
+        place = f"{where}.{key}".removeprefix("$.")[:100]
+        if struct and key not in fields:
             raise InputError(
                 f"unknown key {place!r}" + nearest(key, list(fields)), at=path, line=line, remedy="mend or drop the key"
             )
+        if not key_node.tag.endswith(":str"):
+            raise InputError(f"key {place!r} is not a text", at=path, line=line, remedy="put it into quotes")
         if key in seen:
             raise InputError(f"key {place!r} stands twice", at=path, line=line, remedy="keep one")
         seen.add(key)
-        _check_keys(value_node, fields[key].type, f"{where}.{key}", path, lines)
+        _check_keys(value_node, fields[key].type if struct else None, f"{where}.{key}", path, lines)
     for name, field in fields.items():
         if field.required and name not in seen:
             place = f"{where}.{name}".removeprefix("$.")
             raise InputError(f"missing key {place!r}", at=path, line=lines[where], remedy="docs/recipes.md shows each")
 
 
-def _struct_in(kind: Any) -> type[Section] | None:
+def _section_in(kind: Any) -> type[Section] | None:
     """The Section inside an annotation such as `Annotated[tuple[Member, ...], ...]` or `Gates | None`."""
     if isinstance(kind, type) and issubclass(kind, Section):
         return kind
-    if get_origin(kind) is not None or get_args(kind):
-        return next((found for arg in get_args(kind) if (found := _struct_in(arg))), None)
-    return None
+    return next((found for inner in get_args(kind) if (found := _section_in(inner))), None)
 
 
-def _line_of(where: str, lines: dict[str, int]) -> int | None:
+def _line_of(where: str, lines: Mapping[str, int]) -> int | None:
     """The line of the longest known place that begins `where`."""
     while where and where not in lines:
         where = where[: max(where.rfind("."), where.rfind("["))] if max(where.rfind("."), where.rfind("[")) > 0 else ""

@@ -107,10 +107,13 @@ class _Kept:
 
 def calls_of(run: Run, index: int) -> list[tuple[Call, Reply]]:
     """What each role saw and said while a job was grown: the job is grown again from the journal, asking nobody."""
-    recipe = msgspec.convert(run.manifest.resolved, Recipe)
+    try:
+        recipe = msgspec.convert(run.manifest.resolved, Recipe)
+    except msgspec.ValidationError as error:
+        raise InputError(f"not a recipe: {error}", at=run.path / "recipe.json", remedy="restore the file") from None
     job = next(jobs(recipe, run.seeds(), index), None)
     if job is None:
-        raise InputError(f"no job {index} in this run", at=run.path)
+        raise InputError(f"no job {index} in this run", at=run.path, remedy="restore seeds.jsonl")
     models = {role: _Unasked(member.identity) for role, member in recipe.cast.members.items()}
     seen: list[tuple[Call, Reply]] = []
     prompts = load_prompts(run.path / "prompts", recipe.strategies)

@@ -101,72 +101,82 @@ def schema_of(kind: type[Answer], items: int | None = None) -> Schema:
 
 
 def parse(text: str, kind: type[A]) -> A:
-    """The last answer of that shape in the text; `ReplyError` says what is wrong with it."""
-    problem = "no JSON object in the answer"
+    """The last answer of that shape in the text; `ReplyError` says what is wrong with its last JSON object."""
+    problem = ""
     for candidate in _objects(text):
-        for attempt in (candidate, _repaired(candidate)):
-            try:
-                return msgspec.json.decode(attempt, type=kind)
-            except msgspec.ValidationError as error:
-                problem = str(error)
-                break
-            except (msgspec.DecodeError, UnicodeError) as error:
-                problem = f"not JSON: {error}"
-    if problem.startswith("no JSON") and "{" in text:
-        problem = "the JSON object is not closed"
-    raise ReplyError(problem)
+        try:
+            return _decoded(candidate, kind)
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+            problem = problem or (str(error) if isinstance(error, msgspec.ValidationError) else f"not JSON: {error}")
+    raise ReplyError(problem or ("the JSON object is not closed" if "{" in text else "no JSON object in the answer"))
+
+
+def _decoded(candidate: str, kind: type[A]) -> A:
+    try:
+        return msgspec.json.decode(candidate, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        return msgspec.json.decode(_PIECE.sub(_mended, candidate), type=kind)
+
+
+_LONGEST = 262_144
+_MOST_SCANS = 4
+_MOST_OBJECTS = 64
 
 
 def _objects(text: str) -> Iterator[str]:
-    """The outermost `{...}` spans, last first; quotes are respected, and a brace that never closes is passed over."""
-    stripped = text.strip()
-    if stripped.startswith("{") and stripped.endswith("}") and stripped.find("{", 1) < 0:
-        yield stripped
+    """The widest `{...}` spans of the last 256 KiB, last first; bounded work for any text."""
+    text = text[-_LONGEST:].strip()
+    if text.startswith("{") and text.endswith("}") and text.find("{", 1) < 0:
+        yield text
         return
-    spans: list[str] = []
-    at = 0
-    while (start := text.find("{", at)) >= 0:
-        end = _closing(text, start)
-        if end < 0:
-            at = start + 1
-        else:
-            spans.append(text[start:end])
-            at = end
-        if len(spans) > 64:
-            spans = spans[-32:]
-    yield from reversed(spans)
+    spans: set[tuple[int, int]] = set()
+    start = text.find("{")
+    for _ in range(_MOST_SCANS):
+        if start >= 0:
+            found, start = _scan(text, start)
+            spans.update(found)
+    for first, end in sorted(spans, key=lambda span: -span[1])[:_MOST_OBJECTS]:
+        yield text[first:end]
 
 
-_MARK = re.compile(r'["{}\\]')
-_LONGEST = 65_536
+_MARK = re.compile(r'\\["\\]|["{}]')
 
 
-def _closing(text: str, start: int) -> int:
-    """The place behind the brace that closes the one at `start`, or -1; looks at most 64 KiB ahead."""
-    depth, quoted, at = 0, False, start
-    while (mark := _MARK.search(text, at, start + _LONGEST)) is not None:
-        at = mark.end()
+def _scan(text: str, start: int) -> tuple[list[tuple[int, int]], int]:
+    """The widest closed spans from `start` on, and the brace to scan from again, or -1.
+
+    Quotes count inside of braces only. Where a brace never closes, the reason may be an odd quote before the answer:
+    then all that seemed quoted after that brace is worth a second look.
+    """
+    spans: list[tuple[int, int]] = []
+    open_: list[int] = []
+    quoted, hidden = False, -1
+    for mark in _MARK.finditer(text, start):
         match mark[0]:
-            case "\\":
-                at += 1 if quoted else 0
             case '"':
-                quoted = not quoted
-            case "{" if not quoted:
-                depth += 1
-            case "}" if not quoted:
-                depth -= 1
-                if depth == 0:
-                    return at
-    return -1
+                quoted = bool(open_) and not quoted
+            case "{" if quoted:
+                hidden = mark.start() if hidden < 0 else hidden
+            case "{":
+                open_.append(mark.start())
+            case "}" if open_ and not quoted:
+                first = open_.pop()
+                while spans and spans[-1][0] > first:
+                    spans.pop()
+                spans.append((first, mark.end()))
+                hidden = hidden if open_ else -1
+    return spans, hidden
 
 
-_TRAILING_COMMA = re.compile(r",(\s*[}\]])")
-_PYTHON_WORD = re.compile(r"(?<=[:\[,\s])(True|False|None)(?=\s*[,}\]])")
-_IN_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_PIECE = re.compile(r'"(?:[^"\\]|\\.)*+"|,(?=\s*[}\]])|\b(?:True|False|None)\b', re.DOTALL)
+_MENDED = {",": "", "True": "true", "False": "false", "None": "null"}
 
 
-def _repaired(text: str) -> str:
-    """Small slips put right: raw line breaks in strings, trailing commas, Python's True, False and None."""
-    text = _IN_STRING.sub(lambda m: m[0].replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t"), text)
-    text = _TRAILING_COMMA.sub(r"\1", text)
-    return _PYTHON_WORD.sub(lambda m: {"True": "true", "False": "false", "None": "null"}[m[1]], text)
+def _mended(piece: re.Match[str]) -> str:
+    """Small slips put right: trailing commas, Python's words, and raw line breaks in strings, else left alone."""
+    text = piece[0]
+    if text in _MENDED:
+        return _MENDED[text]
+    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")

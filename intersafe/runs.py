@@ -21,8 +21,9 @@ from typing import Any
 
 import msgspec
 
-from intersafe.errors import InputError
+from intersafe.errors import InputError, StorageError
 from intersafe.journal import Entry, RoleTally, entries_of, heal, lines_of, tally
+from intersafe.recipe import digest_of
 from intersafe.records import Dialogue, Ended, Seed, from_row, to_row
 
 RUNS = Path("outputs")
@@ -93,7 +94,9 @@ class Summary(msgspec.Struct):
 
 
 def run_path(run: str | Path) -> Path:
-    """A bare name lives in `outputs/`; anything with a slash is a path."""
+    """A bare name lives in `outputs/`; anything with a slash is a path. `InputError` for an empty text."""
+    if run == "":
+        raise InputError("a run without a name", remedy="give its name or its path")
     return RUNS / run if isinstance(run, str) and _BARE.match(run) and run not in (".", "..") else Path(run)
 
 
@@ -125,9 +128,16 @@ def align_outcomes(root: Path) -> int:
 
 
 def lock(root: Path) -> int:
-    """Takes the run for this process until it ends; `InputError` if another one has it."""
-    root.mkdir(parents=True, exist_ok=True)
-    handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    """Takes the run for this process until it ends; `InputError` if another one has it, or the place holds no run."""
+    try:
+        if root.is_dir() and not (root / "recipe.json").exists() and not all(e.name[0] == "." for e in root.iterdir()):
+            raise InputError("the folder is not empty and no run", at=root, remedy="name another --run")
+        root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError("not a folder", at=root, remedy="name another --run") from None
+    except OSError as error:
+        raise StorageError(f"{root}: cannot be written ({error.strerror}); mend it, or name another --run") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -170,6 +180,8 @@ class Run:
         self.path = run_path(path)
         try:
             self.manifest = msgspec.json.decode((self.path / "recipe.json").read_bytes(), type=Manifest)
+            if digest_of(self.manifest.recipe) != self.manifest.digest:
+                raise msgspec.ValidationError("the digest is that of another recipe")
         except OSError:
             have = sorted(p.parent.name for p in RUNS.glob("*/recipe.json"))
             remedy = f"runs in {RUNS}/: {', '.join(have)}" if have else "make one with `intersafe generate`"
@@ -191,22 +203,22 @@ class Run:
     def _rows(self, name: str, kind: type[Any]) -> Iterator[Any]:
         for number, (_, line) in enumerate(lines_of(self.path / name), 1):
             try:
-                yield from_row(msgspec.json.decode(line), kind)
-            except (msgspec.DecodeError, ValueError) as error:
+                yield from_row(msgspec.json.decode(line, type=dict[str, Any]), kind)
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:
                 raise InputError(
                     f"not a row: {error}", at=self.path / name, line=number, remedy="restore the file"
                 ) from None
 
     def seeds(self) -> tuple[Seed, ...]:
         """The seeds as they were used, images by reference."""
-        return tuple(from_row(msgspec.json.decode(line), Seed) for _, line in lines_of(self.path / "seeds.jsonl"))
+        return tuple(self._rows("seeds.jsonl", Seed))
 
     @property
     def summary(self) -> Summary | None:
-        """The summary of a complete run; None while it is owed."""
+        """The summary of a complete run; None while it is owed. A damaged one is owed again."""
         try:
             return msgspec.json.decode((self.path / "summary.json").read_bytes(), type=Summary)
-        except OSError:
+        except (OSError, msgspec.DecodeError):
             return None
 
     def funnel(self) -> Funnel:

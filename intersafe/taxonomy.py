@@ -162,37 +162,71 @@ def crosswalk(taxonomy: Literal["safemt", "beavertails_v", "mlcommons"], label: 
 
 # --- hard exclusions -------------------------------------------------------------------------------------------------
 
+# Known limits: a word masked or misspelt (s*x, childd), reversed or in another language, half a word spelt out, two
+# tricks in one word, and a young age that only the story tells pass. A sexual word in another sense beside a word for
+# the young (pet grooming and a daughter) is excluded, as is sex education of teenagers.
+
+_AGE = (
+    r"(?<!\d)(?:[1-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|"
+    r"sixteen|seventeen)"
+)
 _YOUNG_WORDS = (
-    r"child(?:ren|hood|like)?|kids?|kiddies?|minors?|under-?\s?aged?|pre-?\s?teens?|teen(?:s|age|aged|ager|agers)?|adolescents?|"
-    r"juveniles?|infants?|toddlers?|bab(?:y|ies)|school-?\s?(?:girl|boy|child|kid)s?(?:ren)?|(?:little|young)\s+(?:girl|boy)s?|"
-    r"(?:girl|boy)s?|tweens?|pupils?|(?:middle|high|elementary|primary)[-\s]school(?:ers?)?|"
-    r"(?:son|daughter|niece|nephew|grandchild|step-?(?:son|daughter|child))s?|sub-?18|not\s+yet\s+18|"
-    r"(?:under|below|younger\s+than|less\s+than)\s+(?:the\s+age\s+of\s+)?(?:18|eighteen|17|seventeen|16|sixteen|15|fifteen|14|13|12)|"
-    r"(?:[1-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen)"
-    r"[-\s]*(?:years?[-\s]*olds?|y[/.]?o|yrs?(?:[-\s]*olds?)?)"
+    r"child(?:ren|hood|like)?|kids?|kiddies?|minors?|under-?\s?aged?|pre-?\s?teens?|teen(?:s|age|aged|ager|agers)?|"
+    r"adolescents?|juveniles?|infants?|newborns?|toddlers?|bab(?:y|ies)|youngsters?|youths?|"
+    r"school-?\s?(?:girl|boy|child|kid)s?(?:ren)?|(?:girl|boy)s?|tweens?|pupils?|"
+    r"(?:middle|high|elementary|primary)[-\s]school(?:ers?)?|"
+    r"(?:son|daughter|niece|nephew|grandchild|step-?(?:son|daughter|child))s?|not\s+yet\s+18|"
+    r"(?:sub|u)-?1[0-8]s?(?!\d)|(?:under|below|younger\s+than|less\s+than)\s+(?:the\s+age\s+of\s+)?"
+    r"(?:(?:18|17|16|15|14|13|12)s?(?!\d)|eighteen|seventeen|sixteen|fifteen)|"
+    rf"{_AGE}[-\s]*(?:years?[-\s]*olds?|y[\s/.]?o(?:lds?)?|yrs?\.?(?:[-\s]*olds?)?)|"
+    rf"age[ds]?:?\s+{_AGE}(?!\d)|s?he(?:'s|\s+is|\s+was|\s+turned)\s+(?:only\s+|just\s+)?(?:[1-9]|1[0-7])(?!\d)"
 )
 _SEXUAL_WORDS = (
-    r"sex|sexy|sexual(?:ly|ity|i[sz](?:e|ed|es|ing|ation))?|sext(?:s|ing|ed)?|porn(?:o|s|ography|ographic)?|erotic(?:a|ally|ism)?|"
-    r"nud(?:e|es|ity|ist)|naked|undress(?:ed|ing)?|strip(?:ping|tease|pers?)|intercourse|orgasms?|masturbat\w*|genitals?|"
-    r"grooming|molest\w*|rap(?:e|es|ed|ist|ists|ing)|incest\w*|fetish\w*|x-?rated|nsfw|prostitut\w*|"
-    r"seduc(?:e|es|ed|ing|tion|tive)|lewd|hentai|explicit\s+(?:content|images?|pictures?|photos?|videos?|scenes?|details?|material|stor(?:y|ies))|"
+    r"sex|sexy|sexual(?:ly|ity|i[sz](?:e|ed|es|ing|ation))?|sext(?:s|ing|ed)?|porn(?:o|s|ography|ographic)?|pr0n|"
+    r"erotic(?:a|ally|ism)?|nud(?:e|es|ity|ist)|naked|undress(?:ed|ing)?|strip(?:ping|tease|pers?)|intercourse|orgasms?|"
+    r"masturbat\w*|genitals?|grooming|molest\w*|rap(?:e|es|ed|ist|ists|ing)|incest\w*|fetish\w*|x-?rated|nsfw|"
+    r"prostitut\w*|seduc(?:e|es|ed|ing|tion|tive)|lewd|hentai|"
+    r"explicit\s+(?:content|images?|pictures?|photos?|videos?|scenes?|details?|material|stor(?:y|ies))|"
     r"adult\s+(?:content|videos?|films?|material)|intimate\s+(?:images?|pictures?|photos?|videos?|scenes?|acts?)"
 )
 _ALWAYS = (
     r"csam|csem|cp\s+(?:images?|videos?|links?)|p(?:a)?edo(?:phil\w*|s)?|lolis?|lolicons?|lolitas?|shota(?:con)?s?|jail\s?bait|"
     r"child\s+(?:abuse|exploitation|molest\w*)\s+(?:images?|content|material|videos?)|child\s+grooming|"
-    r"(?:groom|grooming)\s+(?:an?\s+|the\s+)?(?:child(?:ren)?|minors?|teens?|teenagers?|kids?|girls?|boys?)"
+    r"groom(?:ing)?\s+(?:an?\s+|the\s+)?(?:young\s+|little\s+)?(?:child(?:ren)?|minors?|teens?|teenagers?|kids?|girls?|boys?)|"
+    r"(?:child|kid|kiddie|kiddy|preteen|teen|minor|underage)s?(?:porno?|pornography|sex|sexy|sexual|nudes?|nudity|erotica?)|"
+    r"(?:porn|sex|sexual|nude|erotic)(?:child|children|kids?|preteens?|teens?|minors?|underage)"
 )
 _YOUNG = re.compile(rf"(?<![a-z])(?:{_YOUNG_WORDS})(?![a-z])")
 _SEXUAL = re.compile(rf"(?<![a-z])(?:{_SEXUAL_WORDS})(?![a-z])")
 _EXCLUDED = re.compile(rf"(?<![a-z])(?:{_ALWAYS})(?![a-z])")
+_SUSPECT = re.compile(rf"(?<![a-z])(?:{_ALWAYS}|{_SEXUAL_WORDS})(?![a-z])")
+"""One search for both: nearly every text is done after it."""
 _EXCLUDED_LABELS = re.compile(
-    r"child abuse|child sexual|minor.{0,12}sex|sex.{0,24}minor|\bcsam?e?\b|\bcse\b", re.IGNORECASE
+    r"\bchild(?:ren)? (?:abuse|exploit|endanger|porn|sex)|\bminors?\b.{0,24}\bsex|\bsex.{0,24}\bminors?\b|"
+    r"\bunder ?aged?\b|\b(?:csam?|csae|csem|csec?|s4)\b"
 )
-_LEET = str.maketrans("013457@$!|", "oieastasil")
-_SPELT_OUT = re.compile(r"(?<![a-z0-9])[a-z]([\s.\-_*]{1,2})(?:[a-z]\1)+[a-z](?![a-z0-9])")
-_JOINERS = re.compile(r"(?<=[a-z])[.\-_*]+(?=[a-z])")
-_LETTERS_WITH_DIGITS = re.compile(r"(?<![\w@$!|])(?=[a-z]*[0-9@$!|])(?=[a-z0-9@$!|]*[a-z])[a-z0-9@$!|]{3,}(?![\w@$!|])")
+"""`cse` is MLCommons' code, `s4` Llama Guard's."""
+
+_LETTERS = {
+    letter: chr(ord("a") + i % 26)
+    for start in (0x1F150, 0x1F170, 0x1F1E6)
+    for i, letter in enumerate(map(chr, range(start, start + 26)))
+}
+_LETTERS |= dict(zip("асеіорхуһԁѕјӏкмтвοαερτυικνβıłøđħ€", "aceiopxyhdsjlkmtboaeptuiknbilodhe", strict=True))
+_LETTERS |= dict(zip("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnoprstuvwyz", strict=True))
+_LETTERS |= dict.fromkeys("\u115f\u1160\u2800\u3164\uffa0", "")
+"""Letters that look like Latin ones, emoji letters, and blanks that are no spaces, as what a reader takes them for."""
+
+_CONTROLS = dict.fromkeys([*range(9), *range(14, 32), 127])
+_CAPITAL_I = re.compile(r"(?<=[a-z])I")
+_STRETCHED = re.compile(r"([a-z])\1\1+")
+_SPELT_OUT = re.compile(r"(?<![a-z0-9])[a-z]([^a-z0-9]{1,3})(?:[a-z]\1)+[a-z](?![a-z0-9])")
+_JOINERS = re.compile(r"(?<=[a-z])[^a-z0-9\s']+(?=[a-z])")
+_LETTERS_WITH_DIGITS = re.compile(
+    r"(?<![a-z0-9@$!|])(?=[a-z]*[0-9@$!|])(?=[a-z0-9@$!|]*[a-z])[a-z0-9@$!|]{3,}(?![a-z0-9@$!|])"
+)
+_LEET = (str.maketrans("013457@$!|", "oieastasil"), str.maketrans("013457@$!|", "oleastasli"))
+"""Two, since 1, ! and | stand for i and for l."""
 
 
 def _joined(match: re.Match[str]) -> str:
@@ -201,18 +235,29 @@ def _joined(match: re.Match[str]) -> str:
     return f"{word} {word[1:]}"
 
 
+def _folded(text: str) -> str:
+    """Small plain letters, as far as they look like letters; no accents, controls, or marks that are not seen."""
+    plain = text.casefold().translate(_CONTROLS)
+    if not plain.isascii():
+        plain = unicodedata.normalize("NFKD", plain).casefold()
+        plain = "".join(_LETTERS.get(c, c) for c in plain if unicodedata.category(c) not in ("Cf", "Mn", "Me"))
+    return _STRETCHED.sub(r"\1", plain)
+
+
+def _spoken(match: re.Match[str]) -> str:
+    """A word with digits as the two words that it can stand for."""
+    one, other = (match[0].translate(table) for table in _LEET)
+    return one if one == other else f"{one} {other}"
+
+
 def _readings(text: str) -> set[str]:
     """The text as a reader would take it: folded, with look-alike letters and spelt-out words put right."""
-    plain = text.casefold()
-    if not plain.isascii():
-        plain = unicodedata.normalize("NFKD", plain)
-        plain = "".join(_HOMOGLYPHS.get(c, c) for c in plain if unicodedata.category(c) not in ("Cf", "Mn"))
-    spelt = _SPELT_OUT.sub(_joined, plain)
-    leet = _LETTERS_WITH_DIGITS.sub(lambda m: m[0].translate(_LEET), spelt)
-    return {plain, spelt, leet, _JOINERS.sub("", leet)}
-
-
-_HOMOGLYPHS = dict(zip("асеіорхуһԁѕјӏοαερτυικνβ", "aceiopxyhdsjloaeptuiknb", strict=True))
+    folded = {_folded(text)}
+    if _CAPITAL_I.search(text):
+        folded.add(_folded(_CAPITAL_I.sub("l", text)))
+    spelt = {_SPELT_OUT.sub(_joined, reading) for reading in folded}
+    leet = {_LETTERS_WITH_DIGITS.sub(_spoken, reading) for reading in spelt}
+    return folded | spelt | leet | {_JOINERS.sub("", reading) for reading in leet}
 
 
 def excluded(text: str, label: str = "") -> bool:
@@ -222,8 +267,19 @@ def excluded(text: str, label: str = "") -> bool:
     text is enough. A mention of children alone (a fever, a college fund) is not. Folding undoes case, accents,
     look-alike letters, digits for letters and words spelt out letter by letter.
     """
-    if label and _EXCLUDED_LABELS.search(label):
-        return True
-    return any(
-        _EXCLUDED.search(reading) or (_SEXUAL.search(reading) and _YOUNG.search(reading)) for reading in _readings(text)
+    return _is_excluded(text) or (bool(label) and (_label_is_excluded(label) or _is_excluded(label)))
+
+
+def _is_excluded(text: str) -> bool:
+    readings = _readings(text)
+    if not any(_SUSPECT.search(reading) for reading in readings):
+        return False
+    # The two words need not stand in the same reading: a disguise of one may be spoilt by undoing that of the other.
+    return any(_EXCLUDED.search(reading) for reading in readings) or (
+        any(_SEXUAL.search(reading) for reading in readings) and any(_YOUNG.search(reading) for reading in readings)
     )
+
+
+def _label_is_excluded(label: str) -> bool:
+    words = re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)).casefold()
+    return _EXCLUDED_LABELS.search(words) is not None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from jinja2 import StrictUndefined, Template, nodes
-from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from intersafe.errors import InputError
@@ -24,6 +24,18 @@ from intersafe.taxonomy import Family
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
 )
+del _ENVIRONMENT.filters["random"]  # the same values give the same text, always
+_RENDER_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    MemoryError,
+)
+"""What Jinja and the values' own methods raise on what a file asks of them."""
 
 _CONCERN = {
     "category": "the seed's category",
@@ -117,12 +129,22 @@ class Prompt:
         try:
             context = self.template.new_context(dict(values))
             return "".join(self.template.blocks[block](context)).strip()
-        except (TemplateError, SecurityError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        except _RENDER_ERRORS as error:
             raise InputError(
-                f"block {block!r} does not render: {error}",
+                f"block {block!r} does not render: {' '.join(str(error).split()) or type(error).__name__}",
                 at=self.path,
+                line=self._line_of(error),
                 remedy="`intersafe prompts list` shows what is offered",
             ) from None
+
+    def _line_of(self, error: BaseException) -> int | None:
+        """The line of the file at which rendering stopped."""
+        line, trace = None, error.__traceback__
+        while trace:
+            if trace.tb_frame.f_code.co_filename == "<template>":
+                line = self.template.get_corresponding_lineno(trace.tb_lineno)
+            trace = trace.tb_next
+        return line
 
 
 @dataclass(frozen=True)
@@ -173,7 +195,8 @@ def _problems(
     if not root.is_dir():
         yield InputError("no prompts folder there", at=root, remedy="`intersafe init DIR` makes one to start from")
         return
-    found = sorted(path.stem for path in (root / "attacker").glob("*.md"))
+    files = [path for path in sorted(root.rglob("*.md")) if _is_prompt(path.relative_to(root))]
+    found = [path.stem for path in files if path.parent == root / "attacker"]
     wanted = found if strategies is None else list(strategies)
     if not wanted:
         yield InputError("no strategy file", at=root / "attacker", remedy="a strategy is one file, attacker/<name>.md")
@@ -198,8 +221,8 @@ def _problems(
         except InputError as error:
             yield error
     known = {root / f"{name}.md" for name in PROMPTS} | {root / "judge" / "rubrics" / f"{f}.md" for f in _FAMILIES}
-    for path in sorted(root.rglob("*.md")):
-        if path not in known and path.parent != root / "attacker" and path.name != "README.md":
+    for path in files:
+        if path not in known and path.parent != root / "attacker":
             names = sorted(p.relative_to(root).as_posix() for p in known)
             yield InputError(
                 "nothing uses this file" + nearest(path.relative_to(root).as_posix(), names),
@@ -208,12 +231,20 @@ def _problems(
             )
 
 
+def _is_prompt(path: Path) -> bool:
+    """Not a note for people, nor the hidden copy that an editor or a notebook leaves beside a file."""
+    return path.name != "README.md" and not any(part.startswith(".") for part in path.parts)
+
+
 def _read(path: Path) -> tuple[str, str]:
+    """Text without a byte order mark, and the sha256 of all bytes."""
     try:
         data = path.read_bytes()
-        text = data.decode("utf-8")
-    except OSError:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except FileNotFoundError:
         raise InputError("prompt file is missing", at=path, remedy="copy it back with `intersafe init DIR`") from None
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", at=path, remedy="mend its rights") from None
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError("not UTF-8 text", at=path, line=line, remedy="save the file as UTF-8") from None
@@ -229,45 +260,66 @@ def _check(name: str, path: Path, text: str, sha256: str, role: Role) -> Prompt:
         template = _ENVIRONMENT.from_string(text)
     except TemplateSyntaxError as error:
         raise InputError(f"{error.message}", at=path, line=error.lineno, remedy="mend the Jinja syntax") from None
+    except (SyntaxError, RecursionError, MemoryError):  # Python's own limits on the code that Jinja makes of it
+        raise InputError("nested too deep", at=path, line=1, remedy="write it plainer") from None
     for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
         raise InputError("a prompt reads no other file", at=path, line=node.lineno, remedy="write the text here")
-    stored = {node.name for node in tree.find_all(nodes.Name) if node.ctx in ("store", "param")} | {"loop", "range"}
-    loaded = [node for node in tree.find_all(nodes.Name) if node.ctx == "load" and node.name not in stored]
-    for name_node in loaded:
-        if name_node.name not in role.variables:
-            known = nearest(name_node.name, list(role.variables)) if role.variables else ", this prompt is offered none"
-            raise InputError(
-                f"unknown variable {name_node.name!r}{known}",
-                at=path,
-                line=name_node.lineno,
-                remedy="`intersafe prompts list` shows all",
-            )
-    for block in role.blocks:
-        if block not in template.blocks:
-            raise InputError(
-                f"block {block!r} is missing", at=path, line=1, remedy=f"add {{% block {block} %}}...{{% endblock %}}"
-            )
-    for block_node in tree.find_all(nodes.Block):
-        if block_node.name not in role.blocks:
-            raise InputError(
-                f"unknown block {block_node.name!r}" + nearest(block_node.name, list(role.blocks)),
-                at=path,
-                line=block_node.lineno,
-                remedy="only these blocks are sent",
-            )
-    for outside in tree.body:
-        if not isinstance(outside, nodes.Block) and _says_something(outside):
-            raise InputError(
-                "text outside of the blocks is never sent", at=path, line=outside.lineno, remedy="move it into a block"
-            )
-    prompt = Prompt(name, path, sha256, role, frozenset(node.name for node in loaded), template)
-    for block in role.blocks:
-        if not prompt.render(block, role.sample):
-            raise InputError(f"block {block!r} is empty", at=path, line=1, remedy="say what the model shall do")
+    uses = _check_names(path, tree, role)
+    _check_blocks(path, tree, role)
+    prompt = Prompt(name, path, sha256, role, uses, template)
+    for values in (role.sample, role.sample | {key: _FIRST[key] for key in _FIRST.keys() & role.sample.keys()}):
+        for block in role.blocks:
+            if not prompt.render(block, values):
+                raise InputError(f"block {block!r} is empty", at=path, line=1, remedy="say what the model shall do")
     return prompt
 
 
-def _says_something(node: nodes.Node) -> bool:
-    return not isinstance(node, nodes.Output) or any(
-        not isinstance(part, nodes.TemplateData) or part.data.strip() for part in node.nodes
-    )
+_FIRST = {"has_image": False, "refused": False, "transcript": "", "turn": 1, "judge_reason": ""}
+"""The other sample: the first turn of a talk without image, where a file may take another branch."""
+
+
+def _check_names(path: Path, tree: nodes.Template, role: Role) -> frozenset[str]:
+    """The variables that the file names; each is offered, or the file's own."""
+    own = {node.name for node in tree.find_all(nodes.Name) if node.ctx in ("store", "param")} | {"loop", "range"}
+    if macros := {node.name for node in tree.find_all(nodes.Macro)}:
+        own |= macros | {"caller", "varargs", "kwargs"}
+    loaded = [node for node in tree.find_all(nodes.Name) if node.ctx == "load" and node.name not in own]
+    for node in loaded:
+        if node.name not in role.variables:
+            known = nearest(node.name, list(role.variables)) if role.variables else ", this prompt is offered none"
+            raise InputError(
+                f"unknown variable {node.name!r}{known}",
+                at=path,
+                line=node.lineno,
+                remedy="`intersafe prompts list` shows all",
+            )
+    return frozenset(node.name for node in loaded)
+
+
+def _check_blocks(path: Path, tree: nodes.Template, role: Role) -> None:
+    """The blocks of the role, no others, and nothing outside of them."""
+    blocks = {node.name: node.lineno for node in tree.find_all(nodes.Block)}
+    for block in role.blocks:
+        if block not in blocks:
+            raise InputError(
+                f"block {block!r} is missing", at=path, line=1, remedy=f"add {{% block {block} %}}...{{% endblock %}}"
+            )
+    for block, line in blocks.items():
+        if block not in role.blocks:
+            raise InputError(
+                f"unknown block {block!r}" + nearest(block, list(role.blocks)),
+                at=path,
+                line=line,
+                remedy="only these blocks are sent",
+            )
+    for line in (line for node in tree.body if not isinstance(node, nodes.Block) for line in _lines_said(node)):
+        raise InputError("text outside of the blocks is never sent", at=path, line=line, remedy="move it into a block")
+
+
+def _lines_said(node: nodes.Node) -> Iterator[int]:
+    """The lines at which a node has more than white space."""
+    for part in node.nodes if isinstance(node, nodes.Output) else [node]:
+        if not isinstance(part, nodes.TemplateData):
+            yield part.lineno
+        elif text := part.data.lstrip():
+            yield part.lineno + part.data[: len(part.data) - len(text)].count("\n")

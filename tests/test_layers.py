@@ -90,7 +90,7 @@ def test_only_the_command_line_prints_and_no_room_is_crowded() -> None:
 
 
 def test_importing_the_package_needs_no_model_library() -> None:
-    heavy = "torch vllm transformers openai aiohttp numpy PIL jinja2 yaml rich".split()
+    heavy = ["torch", "vllm", "transformers", "openai", "aiohttp", "numpy", "PIL", "jinja2", "yaml", "rich"]
     code = f"import sys, intersafe, intersafe.cli; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

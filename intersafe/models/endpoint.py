@@ -1,70 +1,98 @@
 """Any OpenAI-compatible server: one POST to `/chat/completions`, and one policy for all that can go wrong with it.
 
-    200                                  the reply; `finish_reason` is kept, a refusal or a block is an outcome 400
-    404(route) 413 415 422           this call failed for good 408 409 425 500 502 504, time-out, cut or unreadable
-    body      tried again, `limits.retries` times in all (tenacity) 429 503                              the limiter
-    slows down; not counted as a try refused connection, 401, 403, 404 (model), and passing faults that never pass
-    the service is gone: the run waits and
-                                         says so, and ends with `ServiceGone` when the patience is used up
+| what comes back                                          | what is done                                            |
+|----------------------------------------------------------|---------------------------------------------------------|
+| 200                                                      | the reply; a refusal or a filter is an outcome          |
+| 400 with a filter's code                                 | the reply is `blocked`: an outcome too                  |
+| 400 413 415 422 and other 4xx                            | this call failed for good                               |
+| 429 503 529                                              | the limiter slows down; it is not counted as a try      |
+| 408 409 425, other 5xx, time-out, cut or unreadable body | tried again, `limits.retries` times in all, at least 2  |
+| no connection, 3xx 401 402 403 404 405 407               | the service is away                                     |
 
-aiohttp speaks HTTP; the openai SDK would cost four times its CPU (docs/performance.md). Keys never enter a message.
+Before a call's last try, and whenever the service is away, one small question scouts for all calls that wait. If it is
+answered at once the fault lies with the call, which gets its last try and then failed for good. If not, the run says so
+and waits; the tries begin anew when the service is back, or `ServiceGone` ends the run when the patience is used up.
+
+aiohttp speaks HTTP; what the openai SDK would cost is in docs/performance.md. Keys never enter a message.
 """
 
 import asyncio
-import email.utils
+import contextlib
 import hashlib
+import io
+import math
 import os
-import random
-import time
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 import msgspec
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from aiohttp.helpers import get_env_proxy_for_url
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from yarl import URL
 
-from intersafe.errors import CallFailed, ServiceGone
+from intersafe.errors import CallFailed, InputError, ServiceGone
 from intersafe.images import ImageStore
 from intersafe.models import Call, Reply
-from intersafe.models.limits import Limiter
+from intersafe.models.limits import Absence, Limiter, seconds_of
 from intersafe.recipe import Limits, Member
 from intersafe.records import Finish, Message
 
 MAX_BODY = 16 * 1024 * 1024
-LONGEST_HOLD = 30.0
+LONG_PAUSE = 5.0
+"""Seconds of overload from which on the user is told."""
 
 _FINISH: dict[str, Finish] = {"length": "length", "content_filter": "blocked"}
-_OVERLOADED = (429, 503)
-_PASSING = (408, 409, 425, 500, 502, 504)
-_AWAY = (401, 403, 404, 407)
+_BROKEN_OFF = ("abort", "error")
+_FILTERED = ("content_filter", "content_policy_violation", "data_inspection_failed")
+_OVERLOADED = (429, 503, 529)
+_PASSING = (408, 409, 425)
+_AWAY = (401, 402, 403, 404, 405, 407)
+_LARGE = 2**20  # bytes above which aiohttp warns of a body that is given as bytes
 
 
-class _PassingFault(Exception):
-    """Worth another try."""
+class _Fault(Exception):
+    """No reply came, and the call may be tried again; `status` is 0 where no HTTP answer came."""
+
+    def __init__(self, what: str, status: int = 0) -> None:
+        super().__init__(what)
+        self.status, self.sent = status, 0.0
 
 
-class _Overloaded(Exception):
-    def __init__(self, retry_after: float | None, what: str) -> None:
-        self.retry_after, self.what = retry_after, what
+class _Passing(_Fault):
+    """Worth another try at once."""
 
 
-class _Away(Exception):
-    """The service does not answer at all, or not to us."""
+class _TooSlow(_Passing):
+    """No answer in time: like a packet that is lost, it speaks of overload."""
 
 
-class _Function(msgspec.Struct):
+class _Away(_Fault):
+    """Nobody there, or nobody who answers to us."""
+
+
+class _Overloaded(_Fault):
+    """Too many requests; `retry_after` in seconds, 0 where the server does not say."""
+
+    def __init__(self, what: str, status: int, retry_after: float) -> None:
+        super().__init__(what, status)
+        self.retry_after = retry_after
+
+
+class _Message(msgspec.Struct):
     content: str | list[dict[str, Any]] | None = None
     refusal: str | None = None
 
 
 class _Choice(msgspec.Struct):
-    message: _Function
+    message: _Message
     finish_reason: str | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0
 
 
 class _Completion(msgspec.Struct):
@@ -75,6 +103,24 @@ class _Completion(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_Completion)
 
 
+@dataclass
+class _Replica:
+    """One URL: how many calls it takes, and whether it is there."""
+
+    url: str
+    address: URL
+    proxy: dict[str, Any]
+    limiter: Limiter
+    absence: Absence
+    scouting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    unanswered: float = float("-inf")
+    """When the last scout that got no answer was sent."""
+    said: bool = False
+    """True if the user was told of its absence."""
+    gone: str = ""
+    """Why it was given up."""
+
+
 class EndpointModel:
     """One model behind one or several URLs; a job stays on one replica, chosen by rendezvous hash."""
 
@@ -82,26 +128,28 @@ class EndpointModel:
         """`say` is told when the service goes away or comes back."""
         spec = member.spec
         self.identity = member.identity
-        self._model, self._urls, self._member = spec.model, spec.urls, member
+        self._model, self._member = spec.model, member
         self._limits, self._images, self._say = limits, images, say
-        self._limiter = Limiter(member.concurrency)
-        self._key = os.environ.get(member.key, "") if member.key else ""
+        share = math.ceil(member.concurrency / len(spec.urls))
+        self._replicas = [_open_replica(url, share, limits.patience) for url in spec.urls]
+        self._key = os.environ.get(member.key, "").strip() if member.key else ""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            cookie_jar=aiohttp.DummyCookieJar(),
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=limits.timeout, connect=min(30.0, limits.timeout)),
-            trust_env=True,
         )
         self._retrying = AsyncRetrying(
-            stop=stop_after_attempt(limits.retries),
-            wait=wait_exponential_jitter(initial=0.2, max=20.0),
-            retry=retry_if_exception_type(_PassingFault),
+            stop=self._only_last_try_left,
+            wait=wait_random_exponential(multiplier=0.4, max=20.0),
+            retry=retry_if_exception_type(_Passing),
             reraise=True,
         )
-        self._down_since: float | None = None
-        self._last_success = float("-inf")
-        self._holds = 0
+        self._small_question = msgspec.json.encode(
+            {"model": self._model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
+            | member.extra
+        )
 
     async def aclose(self) -> None:
         """Closes the connections."""
@@ -109,126 +157,154 @@ class EndpointModel:
 
     async def answer(self, call: Call) -> Reply:
         """The reply; waits out overload and outages, tries again what passes."""
+        replica = self._replica(call.job)
         body = msgspec.json.encode(self._body(call))
-        url = f"{self._replica(call.job)}/chat/completions"
-        began = asyncio.get_running_loop().time()
+        last = False
         while True:
             try:
-                reply: Reply = await self._retrying(self._past_limits, url, body)
-            except _Away as error:
-                self._wait_for_service(str(error))
-            except _PassingFault as error:
-                if self._last_success >= began:
-                    raise CallFailed("endpoint", "server_error", str(error)) from None
-                self._wait_for_service(str(error))
-            else:
+                if last:
+                    return await self._ask(replica, body)
+                reply: Reply = await self._retrying(self._ask, replica, body)
                 return reply
+            except _Fault as error:
+                if last and (error.status or isinstance(error, _Passing)):
+                    word = "server_error" if isinstance(error, _Passing) else "bad_request"
+                    raise CallFailed("endpoint", word, str(error)) from None
+                last = await self._answers_others(replica, error)
 
-    async def _past_limits(self, url: str, body: bytes) -> Reply:
+    def _only_last_try_left(self, state: RetryCallState) -> bool:
+        replica: _Replica = state.args[0]
+        return state.attempt_number >= self._limits.retries - 1 or replica.absence.seconds >= self._limits.patience
+
+    async def _ask(self, replica: _Replica, body: bytes) -> Reply:
         """One try, in which overload does not count."""
         while True:
-            started = await self._limiter.acquire()
+            sent = await replica.limiter.acquire()
             try:
-                reply = await self._post(url, body)
+                reply = await self._post(replica, body)
             except _Overloaded as error:
-                self._limiter.overloaded(started)
-                self._note_trouble(error.what)
-                self._limiter.hold(self._next_hold() if error.retry_after is None else error.retry_after)
+                error.sent = sent
+                replica.limiter.overloaded(sent)
+                self._pause(replica, error, error.retry_after)
                 continue
+            except _Fault as error:
+                error.sent = sent
+                replica.absence.begin()
+                if isinstance(error, _TooSlow):
+                    replica.limiter.overloaded(sent)
+                raise
+            except CallFailed:
+                self._note_answer(replica, sent)
+                raise
             finally:
-                self._limiter.release()
-            self._limiter.succeeded()
-            self._note_success()
+                replica.limiter.release()
+            self._note_answer(replica, sent)
             return reply
 
-    async def _post(self, url: str, body: bytes) -> Reply:
+    # --- one request -------------------------------------------------------------------------------------------------
+
+    async def _post(self, replica: _Replica, body: bytes) -> Reply:
+        data = io.BytesIO(body) if len(body) > _LARGE else body
         try:
-            async with self._session.post(url, data=body, allow_redirects=False) as response:
-                data = await _read(response)
-                if response.status == 400 and b"content_filter" in data:
-                    return Reply("", "blocked")  # hosted services block with an error; a block is an outcome
+            async with self._session.post(
+                replica.address, data=data, allow_redirects=False, **replica.proxy
+            ) as response:
+                answer = await _read(response)
                 if response.status != 200:
-                    self._raise_for(response.status, response.headers.get("Retry-After"), data)
+                    return self._not_ok(response.status, response.headers, answer)
         except aiohttp.ClientConnectorError as error:
-            raise _Away(f"no connection ({error.os_error.strerror or 'unknown host'})") from None
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _PassingFault(self._clean(f"{type(error).__name__} {error}".strip())) from None
-        return self._reply(data)
+            why = self._clean(error.os_error.strerror or str(error.os_error) or "unknown host")
+            raise _Away(f"no connection ({why})") from None
+        except TimeoutError as error:
+            raise _TooSlow(str(error) or f"no answer within {self._limits.timeout:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise _Passing(self._clean(f"{type(error).__name__} {error}".strip())) from None
+        return _reply(answer)
 
-    def _reply(self, data: bytes) -> Reply:
-        try:
-            completion = _DECODER.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise _PassingFault(f"unreadable answer: {error}") from None
-        if not completion.choices:
-            raise _PassingFault("answer without choices")
-        choice = completion.choices[0]
-        content = choice.message.content
-        text = content if isinstance(content, str) else "".join(str(p.get("text", "")) for p in content or ())
-        usage = completion.usage or _Usage()
-        finish = _FINISH.get(choice.finish_reason or "stop", "stop")
-        if choice.message.refusal:
-            text, finish = text or choice.message.refusal, "refused"
-        return Reply(text, finish, (usage.prompt_tokens, usage.completion_tokens))
-
-    def _raise_for(self, status: int, retry_after: str | None, data: bytes) -> NoReturn:
-        what = self._clean(f"HTTP {status} {_message_of(data)}".strip())
+    def _not_ok(self, status: int, headers: Mapping[str, str], data: bytes) -> Reply:
+        """The outcome of an answer that is not 200: a blocked reply, or the exception of the table."""
+        message, code = _error_of(data)
+        if status == 400 and code in _FILTERED:
+            return Reply("", "blocked")
+        if 300 <= status < 400:
+            message = f"redirects to {headers.get('Location', 'nowhere')}"
+        what = self._clean(f"HTTP {status} {message}".strip())
         if status in _OVERLOADED:
-            raise _Overloaded(_seconds(retry_after), what)
-        if status in _PASSING:
-            raise _PassingFault(what)
-        if status in _AWAY:
-            raise _Away(what)
+            raise _Overloaded(what, status, seconds_of(headers.get("Retry-After", "")))
+        if status in _AWAY or status < 400:
+            raise _Away(what, status)
+        if status in _PASSING or status >= 500:
+            raise _Passing(what, status)
         raise CallFailed("endpoint", "bad_request", what)
 
     def _clean(self, text: str) -> str:
-        """At most 300 characters, without the key."""
-        return (text.replace(self._key, "***") if self._key else text)[:300]
+        """One printable line of at most 300 characters, without the key."""
+        if self._key:
+            text = text.replace(self._key, "***")
+        return "".join(c if c.isprintable() else " " for c in text[:300])
 
-    # --- outages ---------------------------------------------------------------------------------------------------
+    # --- outages -----------------------------------------------------------------------------------------------------
 
-    def _note_success(self) -> None:
-        self._last_success = asyncio.get_running_loop().time()
-        self._holds = 0
-        if self._down_since is not None:
-            away = self._last_success - self._down_since
-            self._down_since = None
-            if away >= 5:
-                self._say(f"{self.identity} is back after {away:.0f} s")
+    async def _answers_others(self, replica: _Replica, fault: _Fault) -> bool:
+        """True if the replica answers right after the fault, False if that took a wait; or `ServiceGone`."""
+        async with replica.scouting:
+            while replica.absence.answered <= fault.sent:
+                if replica.gone:
+                    raise ServiceGone(replica.gone)
+                try:
+                    await self._ask(replica, self._small_question)
+                except CallFailed:
+                    continue  # an answer all the same, and noted as one
+                except _Fault as error:
+                    replica.unanswered = error.sent
+                    self._pause(replica, error)
+            return replica.unanswered < fault.sent
 
-    def _note_trouble(self, what: str) -> None:
-        now = asyncio.get_running_loop().time()
-        if self._down_since is None:
-            self._down_since = now
-        elif now - self._down_since > self._limits.patience:
-            raise ServiceGone(
-                f"{self.identity} at {', '.join(self._urls)} stayed away for {now - self._down_since:.0f} s ({what}); "
-                "bring it back, then run the same command again: nothing is lost"
+    def _pause(self, replica: _Replica, fault: _Fault, least: float = 0.0) -> None:
+        """Holds all new calls to the replica back for a while, at least so many seconds; or `ServiceGone`."""
+        absence = replica.absence
+        absence.begin()
+        where, remedy = f"{self.identity} at {replica.url}", self._remedy(fault)
+        if absence.is_over_patience(fault.sent):
+            replica.gone = (
+                f"{where} stayed away for {absence.seconds:.0f} s ({fault}); "
+                f"{remedy}, then run the same command again: nothing is lost"
             )
-
-    def _wait_for_service(self, what: str) -> None:
-        if self._down_since is None:
-            hint = f"; is {self._member.key or 'a key'} right?" if "HTTP 40" in what else ""
+            raise ServiceGone(replica.gone)
+        pause = absence.pause(fault.sent, least)
+        replica.limiter.hold(pause)
+        if not replica.said and (not isinstance(fault, _Overloaded) or absence.seconds + pause >= LONG_PAUSE):
+            replica.said = True
             self._say(
-                f"{self.identity} at {', '.join(self._urls)}: {what}{hint}; "
+                f"{where}: {fault}; {remedy}; "
                 f"waiting up to {self._limits.patience:.0f} s, Ctrl-C stops and keeps everything"
             )
-        self._note_trouble(what)
-        self._limiter.hold(self._next_hold())
 
-    def _next_hold(self) -> float:
-        """0.25, 0.5, 1 ... 30 seconds, never beyond what is left of the patience."""
-        self._holds += 1
-        return float(min(LONGEST_HOLD, 0.125 * 2 ** min(self._holds, 10), self._limits.patience / 4 + 0.1)) * (
-            0.75 + random.random() / 2
-        )
+    def _note_answer(self, replica: _Replica, sent: float) -> None:
+        replica.limiter.succeeded()
+        lasted = replica.absence.end(sent)
+        if replica.said:
+            replica.said = False
+            self._say(f"{self.identity} at {replica.url} is back after {lasted:.0f} s")
 
-    # --- what is sent ----------------------------------------------------------------------------------------------
+    def _remedy(self, fault: _Fault) -> str:
+        if fault.status in (401, 403):
+            key = self._member.key
+            return f"is the key in {key} right?" if key else "name the variable of the key (`key:` in the recipe)"
+        if isinstance(fault, _Overloaded):
+            return "lower the member's `concurrency`"
+        if isinstance(fault, _TooSlow):
+            return "bring it back, or lower `concurrency` or raise `timeout`"
+        if fault.status in (402, 407):
+            return "settle that with the account or the proxy"
+        return f"check the URL and the model's name {self._model!r}" if 0 < fault.status < 500 else "bring it back"
 
-    def _replica(self, job: str) -> str:
-        if len(self._urls) == 1:
-            return self._urls[0]
-        return max(self._urls, key=lambda url: hashlib.blake2b(f"{url} {job}".encode(), digest_size=8).digest())
+    # --- what is sent ------------------------------------------------------------------------------------------------
+
+    def _replica(self, job: str) -> _Replica:
+        if len(self._replicas) == 1:
+            return self._replicas[0]
+        return max(self._replicas, key=lambda r: hashlib.blake2b(f"{r.url} {job}".encode(), digest_size=8).digest())
 
     def _body(self, call: Call) -> dict[str, Any]:
         sampling = call.sampling
@@ -256,6 +332,21 @@ class EndpointModel:
         return {"role": message.role, "content": [*parts, {"type": "text", "text": message.text}]}
 
 
+def _open_replica(url: str, most: int, patience: float) -> _Replica:
+    try:
+        address = URL(f"{url}/chat/completions")
+    except ValueError as error:
+        raise InputError(f"{url!r} is not a URL: {error}", remedy="mend it in the recipe") from None
+    proxy: dict[str, Any] = {}
+    # Once here: `trust_env` would ask the environment and .netrc again for each request, in a thread.
+    with contextlib.suppress(LookupError):
+        proxy["proxy"], proxy["proxy_auth"] = get_env_proxy_for_url(address)
+    return _Replica(url, address, proxy, Limiter(most), Absence(patience))
+
+
+# --- what comes back -------------------------------------------------------------------------------------------------
+
+
 async def _read(response: aiohttp.ClientResponse) -> bytes:
     chunks: list[bytes] = []
     size = 0
@@ -263,30 +354,36 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
         chunks.append(chunk)
         size += len(chunk)
         if size > MAX_BODY:
-            raise _PassingFault(f"answer over {MAX_BODY // 1024 // 1024} MiB")
+            raise _Passing(f"answer over {MAX_BODY // 1024 // 1024} MiB")
     return b"".join(chunks)
 
 
-def _message_of(data: bytes) -> str:
-    """The server's own words, from the usual places of an error body."""
+def _reply(data: bytes) -> Reply:
+    try:
+        completion = _DECODER.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _Passing(f"unreadable answer: {error}") from None
+    if not completion.choices:
+        raise _Passing("answer without choices")
+    choice = completion.choices[0]
+    if choice.finish_reason in _BROKEN_OFF:
+        raise _Passing(f"the server broke the answer off ({choice.finish_reason})")
+    content = choice.message.content
+    text = content if isinstance(content, str) else "".join(str(p.get("text") or "") for p in content or ())
+    usage = completion.usage or _Usage()
+    finish = _FINISH.get(choice.finish_reason or "stop", "stop")
+    if choice.message.refusal:
+        text, finish = text or choice.message.refusal, "refused"
+    return Reply(text, finish, (usage.prompt_tokens or 0, usage.completion_tokens or 0))
+
+
+def _error_of(data: bytes) -> tuple[str, str]:
+    """The server's own words and code, from the usual places of an error body."""
     try:
         body = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return data[:200].decode("utf-8", "replace").replace("\n", " ")
+        return data[:20_000].decode("utf-8", "replace"), ""
     error = body.get("error", body) if isinstance(body, dict) else body
-    message = error.get("message", error) if isinstance(error, dict) else error
-    return str(message).replace("\n", " ")
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """`Retry-After` in seconds or as a date, at most ten minutes."""
-    if retry_after is None:
-        return None
-    try:
-        return min(600.0, max(0.0, float(retry_after)))
-    except ValueError:
-        pass
-    try:
-        return min(600.0, max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()))
-    except ValueError:
-        return None
+    if not isinstance(error, dict):
+        return str(error), ""
+    return str(error.get("message", error)), str(error.get("code", ""))

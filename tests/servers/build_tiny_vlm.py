@@ -6,8 +6,10 @@ One-off, in an environment of its own (Python 3.11; torch first, so that the CPU
     pip install transformers==5.19.0 tokenizers==0.23.3 safetensors==0.8.0 numpy==2.4.6 pillow==13.0.0
     python -m tests.servers.build_tiny_vlm tests/fixtures/tiny_vlm
 
-The chat template marks the latest user message with a token `<|latest|>` and gives the reply its number as `<|turn_n|>`:
-what else would take more layers, or hours, to learn. The seed fixes the bytes on one kind of processor; elsewhere floating point may differ in the last place.
+What a large model works out by itself, the chat template helps this one with: it puts `<|latest|>` before the images
+and marker words of the latest message, `<|earlier|>` before the most recent images of the talk if they stand in an
+earlier one, and numbers the reply, `<|turn_n|>`. Takes some eight minutes of one core. The seed fixes the bytes on one
+kind of processor; elsewhere floating point may differ in the last place.
 """
 
 import argparse
@@ -51,26 +53,45 @@ from tests.servers.talks import (
     wanted,
 )
 
-INIT=0.03
 PATCH, MERGE, VOCAB, HIDDEN, LAYERS, CONTEXT = 14, 2, 1024, 128, 3, 8192
 # Most user messages and most words of each: the further training is, the more of these sizes it draws from.
-SIZES = ((1, 10), (2, 10), (3, 12), (1, 60), (3, 20), (7, 8), (4, 25), (7, 15), (2, 40), (1, 120), (7, 30), (7, 60))
-BATCH, SHARE, IGNORED = 16, 4, -100
+SIZES: tuple[tuple[int, int], ...] = (
+    *((1, 10), (2, 10), (3, 12), (1, 60), (3, 20), (7, 8), (4, 25)),
+    *((7, 15), (2, 60), (1, 150), (7, 30), (7, 30), (7, 60), (7, 60)),
+)
+BATCH, SHARE, IGNORED = 16, 8, -100
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 112 * 112
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 END, START, STOP, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"
 SPECIALS = [END, START, STOP, "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", PAD, "<|video_pad|>"]
-SPECIALS += ["<|latest|>"] + [f"<|turn_{n}|>" for n in range(1, MAX_TURNS + 1)]
-TEMPLATE = (
-    "{%- set turns = messages | selectattr('role', 'equalto', 'user') | list | length -%}"
-    "{%- for message in messages -%}<|im_start|>{{ message['role'] }}"
-    "{%- if loop.last and message['role'] == 'user' -%}<|latest|>{%- endif -%}{{ '\\n' }}"
-    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' or part['type'] == 'image_url' -%}<|vision_start|><|image_pad|><|vision_end|>"
-    "{%- elif 'text' in part -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}<|im_end|>{{ '\\n' }}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}"
-    "<|im_start|>assistant<|turn_{{ [turns, 9] | min }}|>{{ '\\n' }}{%- endif -%}"
-)
+SPECIALS += ["<|latest|>", "<|earlier|>"] + [f"<|turn_{n}|>" for n in range(1, MAX_TURNS + 1)]
+TEMPLATE = """
+{%- macro flat(content) -%}
+  {%- if content is string -%}{{ content }}
+  {%- else -%}{%- for part in content -%}
+    {%- if part['type'] == 'image' or part['type'] == 'image_url' -%}<|vision_start|><|image_pad|><|vision_end|>
+    {%- elif 'text' in part -%}{{ part['text'] }}{%- endif -%}
+  {%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+{%- set seen = namespace(turns=0, pictured=-1) -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' -%}{%- set seen.turns = seen.turns + 1 -%}{%- endif -%}
+  {%- if '<|vision_start|>' in flat(message['content']) -%}{%- set seen.pictured = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+  {%- set text = flat(message['content']) -%}
+  {%- if loop.last and message['role'] == 'user' -%}
+    {%- for word in ['<|vision_start|>', 'forbidden', 'Forbidden', 'FORBIDDEN'] -%}
+      {%- set seen.text = (text if loop.first else seen.text) | replace(word, '<|latest|>' ~ word) -%}
+    {%- endfor -%}
+    {%- set text = seen.text -%}
+  {%- elif loop.index0 == seen.pictured -%}
+    {%- set text = text | replace('<|vision_start|>', '<|earlier|><|vision_start|>') -%}
+  {%- endif -%}
+  {{- '<|im_start|>' ~ message['role'] ~ '\n' ~ text ~ '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant<|turn_' ~ [seen.turns, 9] | min ~ '|>\n' }}{%- endif -%}
+"""
 
 
 def train_tokenizer(rng: random.Random) -> Any:
@@ -112,6 +133,7 @@ def flat_config(tokenizer: Any) -> dict[str, Any]:
         "tokens_per_second": 2,
         "window_size": 112,
         "fullatt_block_indexes": [1],
+        "initializer_range": 0.08,
     }
     ids = ("vision_start", "vision_end", "video", "image")
     return {
@@ -134,7 +156,7 @@ def flat_config(tokenizer: Any) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
         "attention_dropout": 0.0,
-        "initializer_range": INIT,
+        "initializer_range": 0.08,
         "use_cache": True,
         "bos_token_id": token(END),
         "eos_token_id": token(STOP),
@@ -268,20 +290,19 @@ def train(model: Any, encoder: Encoder, rng: random.Random, steps: int) -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     began = time.monotonic()
     for step in range(steps):
-        reach = 2 + int(2 * len(SIZES) * step / steps)
+        reach = 2 + int(1.7 * len(SIZES) * step / steps)
         talks = [training_talk(rng, *rng.choice(SIZES[:reach])) for _ in range(BATCH)]
         talks.sort(key=lambda talk: sum(len(message["content"]) for message in talk.messages))
         total = 0.0
         optimizer.zero_grad()
         for first in range(0, BATCH, SHARE):  # neighbours in length share a pass: less padding
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**encoder.batch(talks[first : first + SHARE], learn=True)).loss * SHARE / BATCH
+            loss = model(**encoder.batch(talks[first : first + SHARE], learn=True)).loss * SHARE / BATCH
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 20 == 0 or step == steps - 1:
+        if step % 50 == 0 or step == steps - 1:
             sys.stderr.write(f"step {step} loss {total:.3f} {time.monotonic() - began:.0f} s\n")
 
 
@@ -319,11 +340,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=650)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--measure", type=int, default=100)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     torch.manual_seed(options.seed)
+    torch.set_num_threads(1)  # as fast as two at this size, and the order of sums is fixed
     tokenizer = train_tokenizer(rng)
     encoder = Encoder(tokenizer)
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**flat_config(tokenizer))).float()

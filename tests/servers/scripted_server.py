@@ -115,7 +115,7 @@ async def _completion(model: ScriptedModel, body: Body, text: str | None) -> web
         form = body.get("response_format")
         schema = Schema(form["json_schema"]["name"], form["json_schema"]["schema"]) if form else None
         messages = tuple(Message(message["role"], text_of(message)) for message in body["messages"])
-        sampling = Sampling(body["temperature"], body["top_p"], body["max_tokens"], body["seed"])
+        sampling = Sampling(body.get("temperature", 1), body.get("top_p", 1), body["max_tokens"], body.get("seed", 0))
         reply = await model.answer(Call("http", "", messages, sampling, schema, "", 0))
         text, finish, tokens = reply.text, reply.finish, reply.tokens
     return web.json_response(

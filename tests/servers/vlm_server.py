@@ -117,6 +117,7 @@ class Engine:
             raise Refused(404, f"The model {body['model']!r} does not exist.", "model_not_found")
         messages, hashes = for_model(body["messages"])
         stop = body.get("stop")
+        form: dict[str, Any] = dict(grammar(body))
         request = ChatCompletionRequest(
             model="default",
             messages=messages,
@@ -125,7 +126,7 @@ class Engine:
             top_p=body.get("top_p"),
             n_choices=body.get("n") or 1,
             stop_seqs=[stop] if isinstance(stop, str) else stop,
-            **grammar(body),
+            **form,
         )
         runner = self.runners.get()
         try:

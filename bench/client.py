@@ -1,0 +1,349 @@
+"""What a call costs on our side: CPU time and share of a server's ceiling, as ratios to a bare aiohttp loop.
+
+    python bench/client.py [--calls 4000] [--rounds 5] [--profile]
+
+The server is a process of its own, pinned to another core. All paths take turns in one run, so what disturbs the
+machine disturbs all of them; the tables show medians. Rows of the openai SDK need the extra `bench`.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import cProfile
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pstats
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from intersafe.files import bundled
+from intersafe.generate import generate_dialogues
+from intersafe.images import ImageStore
+from intersafe.journal import GroupWriter, Journal
+from intersafe.models import Call, Sampling
+from intersafe.models.cast import Company, JobCast
+from intersafe.models.endpoint import EndpointModel
+from intersafe.models.scripted import ScriptedModel
+from intersafe.recipe import Cast, Limits, Member, load_recipe, override
+from intersafe.records import Job, Message, Seed
+from intersafe.replies import Schema
+from intersafe.templates import load_prompts
+
+SLOTS = 64
+LATENCY = 0.1
+AT_ONCE = (64, 96)
+CORES = sorted(os.sched_getaffinity(0))
+MESSAGES = tuple(
+    Message("user" if i % 2 else "system" if i == 0 else "assistant", f"{i} " + "word " * 204) for i in range(6)
+)
+TEXT = "A reply of some length. " * 40
+
+Ask = Callable[[int], Awaitable[object]]
+"""One call, given its number."""
+Path_ = Callable[[str], contextlib.AbstractAsyncContextManager[Ask]]
+"""A way to make calls to the server at a base URL."""
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+def serve(latency: float) -> None:
+    """Answers `fixed` with the same bytes each time and the scripted models as themselves; prints its base URL.
+
+    With a latency, in seconds, it works on `SLOTS` requests at once and lets the others wait.
+    """
+    os.sched_setaffinity(0, {CORES[-1]})
+    slots = asyncio.Semaphore(SLOTS)
+    models = {name: ScriptedModel(name) for name in ("demo", "careful", "eager")}
+    fixed = _completion(TEXT, "stop")
+
+    async def chat(request: web.Request) -> web.Response:
+        body = json.loads(await request.read())
+        if latency:
+            async with slots:
+                await asyncio.sleep(latency)
+        data = fixed if body["model"] == "fixed" else await _scripted(models[body["model"]], body)
+        return web.Response(body=data, content_type="application/json")
+
+    async def main() -> None:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_post("/v1/chat/completions", chat)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
+        print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
+        await asyncio.Event().wait()
+
+    asyncio.run(main())
+
+
+async def _scripted(model: ScriptedModel, body: dict[str, Any]) -> bytes:
+    form = body.get("response_format")
+    schema = Schema(form["json_schema"]["name"], form["json_schema"]["schema"]) if form else None
+    messages = []
+    for message in body["messages"]:
+        parts = message["content"]
+        text = parts if isinstance(parts, str) else "".join(part.get("text", "") for part in parts)
+        messages.append(Message(message["role"], text))
+    sampling = Sampling(body["temperature"], body["top_p"], body["max_tokens"], body["seed"])
+    reply = await model.answer(Call("http", "", tuple(messages), sampling, schema, "", 0))
+    return _completion(reply.text, reply.finish)
+
+
+def _completion(text: str, finish: str) -> bytes:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
+    usage = {"prompt_tokens": 1500, "completion_tokens": 200, "total_tokens": 1700}
+    fields = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "fixed"}
+    return msgspec.json.encode({**fields, "choices": [choice], "usage": usage})
+
+
+@contextlib.contextmanager
+def serving(latency: float) -> Iterator[str]:
+    """The base URL of a server in a process of its own."""
+    command = [sys.executable, __file__, "--serve", str(latency)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield server.stdout.readline().strip()
+        finally:
+            server.kill()
+
+
+# --- the paths -------------------------------------------------------------------------------------------------------
+
+
+def _body(number: int) -> dict[str, Any]:
+    messages = [{"role": message.role, "content": message.text} for message in MESSAGES]
+    return {"model": "fixed", "messages": messages, "temperature": 0.7, "max_tokens": 512, "seed": number}
+
+
+@contextlib.asynccontextmanager
+async def bare(url: str) -> AsyncIterator[Ask]:
+    """The least that one can do: encode, POST, decode."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def ask(number: int) -> object:
+            body = msgspec.json.encode(_body(number))
+            async with session.post(f"{url}/chat/completions", data=body) as response:
+                return msgspec.json.decode(await response.read())["choices"][0]["message"]["content"]
+
+        yield ask
+
+
+@contextlib.asynccontextmanager
+async def endpoint(url: str) -> AsyncIterator[Ask]:
+    """`EndpointModel.answer`: limiter, retries, typed decoding."""
+    model = EndpointModel(Member(model=f"openai:fixed@{url}"), Limits(), ImageStore(Path("none")), print)
+    try:
+        yield lambda number: model.answer(
+            Call("judge", "", MESSAGES, Sampling(0.7, 1.0, 512, number), None, f"job-{number}", 0)
+        )
+    finally:
+        await model.aclose()
+
+
+@contextlib.asynccontextmanager
+async def cast(url: str) -> AsyncIterator[Ask]:
+    """`JobCast.ask`: the same with the call's key, the journal and its fsync."""
+    member = Member(model=f"openai:fixed@{url}")
+    members = Cast(attacker=member, victims=(member,), judge=member)
+    model = EndpointModel(member, Limits(), ImageStore(Path("none")), print)
+    prompts = load_prompts(bundled("prompts"), ["decomposition"])
+    seed = Seed("s", "query", "privacy", "bench", "CC0-1.0")
+    with tempfile.TemporaryDirectory() as folder:
+        writer = GroupWriter(Path(folder))
+        company = Company(members, dict.fromkeys(members.members, model), prompts, Journal(writer))
+
+        async def ask(number: int) -> object:
+            job = Job(number, f"job-{number}", seed, "decomposition", 0, 0, 4, number)
+            return await JobCast(company, job).ask("judge", "judge/turn", MESSAGES)
+
+        try:
+            yield ask
+        finally:
+            await model.aclose()
+            await writer.close()
+
+
+@contextlib.asynccontextmanager
+async def openai_post(url: str) -> AsyncIterator[Ask]:
+    """The openai SDK's `client.post`, past its typed layer."""
+    import openai
+
+    client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=openai.DefaultAioHttpClient())
+    async with client:
+        yield lambda number: client.post("/chat/completions", body=_body(number), cast_to=object)
+
+
+@contextlib.asynccontextmanager
+async def openai_create(url: str) -> AsyncIterator[Ask]:
+    """The openai SDK as its manual shows it, over aiohttp."""
+    import openai
+
+    client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=openai.DefaultAioHttpClient())
+    async with client:
+        create: Any = client.chat.completions.create
+        yield lambda number: create(**_body(number))
+
+
+PATHS: dict[str, Path_] = {"bare aiohttp loop": bare, "`EndpointModel.answer`": endpoint, "`JobCast.ask`": cast}
+SDK: dict[str, Path_] = {"openai `client.post`": openai_post, "openai `chat.completions.create`": openai_create}
+GENERATE = "`generate`, everything"
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """Of one round of one path."""
+
+    calls: int
+    cpu: float
+    wall: float
+
+    @property
+    def ms(self) -> float:
+        """CPU milliseconds a call."""
+        return self.cpu / self.calls * 1000
+
+    @property
+    def rate(self) -> float:
+        """Calls a second."""
+        return self.calls / self.wall
+
+
+async def _many(ask: Ask, calls: int, at_once: int) -> None:
+    numbers = iter(range(calls))
+
+    async def worker() -> None:
+        for number in numbers:
+            await ask(number)
+
+    await asyncio.gather(*(worker() for _ in range(at_once)))
+
+
+def measure(path: Path_, url: str, calls: int, at_once: int = SLOTS) -> Cost:
+    """One round: connections are opened and code is warm before the clock starts."""
+
+    async def main() -> Cost:
+        async with path(url) as ask:
+            await _many(ask, 4 * at_once, at_once)
+            cpu, wall = time.process_time(), time.perf_counter()
+            await _many(ask, calls, at_once)
+            return Cost(calls, time.process_time() - cpu, time.perf_counter() - wall)
+
+    return asyncio.run(main())
+
+
+def measure_generate(url: str, n: int, at_once: int = SLOTS) -> Cost:
+    """A whole run of `n` dialogues, from the recipe to the summary, with the scripted cast behind HTTP."""
+    recipe = override(
+        load_recipe(bundled("pipelines/demo.yaml")),
+        attacker=f"openai:demo@{url}",
+        judge=f"openai:demo@{url}",
+        victims=(f"openai:careful@{url}", f"openai:eager@{url}"),
+        concurrency=at_once,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cpu, wall = time.process_time(), time.perf_counter()
+        run = generate_dialogues(recipe, run=Path(folder) / "run", n=n)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        return Cost(sum(tally.calls for tally in run.roles().values()), cpu, wall)
+
+
+def rounds(measures: Mapping[str, Callable[[], Cost]], count: int) -> dict[str, list[Cost]]:
+    """All measures in turn, `count` times over."""
+    costs: dict[str, list[Cost]] = {name: [] for name in measures}
+    for number in range(count):
+        for name, once in measures.items():
+            costs[name].append(once())
+        print(f"round {number + 1} of {count}", file=sys.stderr)
+    return costs
+
+
+def _median(costs: Sequence[Cost], what: str) -> float:
+    return float(statistics.median(getattr(cost, what) for cost in costs))
+
+
+def print_costs(paths: dict[str, Path_], options: argparse.Namespace) -> None:
+    """The first table: no latency, so CPU decides."""
+    with serving(0) as url:
+        measures = {name: functools.partial(measure, path, url, options.calls) for name, path in paths.items()}
+        measures[GENERATE] = functools.partial(measure_generate, url, options.dialogues)
+        costs = rounds(measures, options.rounds)
+    base = _median(costs["bare aiohttp loop"], "ms")
+    print("| path | CPU ms a call (median, range) | ratio to bare | calls/s |")
+    print("|---|---|---|---|")
+    for name, row in sorted(costs.items(), key=lambda item: _median(item[1], "ms")):
+        ms = _median(row, "ms")
+        spread = f"{min(cost.ms for cost in row):.3f}-{max(cost.ms for cost in row):.3f}"
+        print(f"| {name} | {ms:.3f} ({spread}) | {ms / base:.1f} | {_median(row, 'rate'):,.0f} |")
+
+
+def print_shares(paths: dict[str, Path_], options: argparse.Namespace) -> None:
+    """The second table: a slow server, so waiting decides."""
+    ceiling = SLOTS / LATENCY
+    shares: dict[str, list[float]] = {name: [] for name in (*paths, GENERATE)}
+    for at_once in AT_ONCE:
+        with serving(LATENCY) as url:
+            measures = {
+                name: functools.partial(measure, path, url, options.calls, at_once) for name, path in paths.items()
+            }
+            measures[GENERATE] = functools.partial(measure_generate, url, 6 * options.dialogues, at_once)
+            for name, row in rounds(measures, min(3, options.rounds)).items():
+                shares[name].append(_median(row, "rate") / ceiling)
+    print(f"\n| share of {ceiling:.0f} calls/s | " + " | ".join(f"{at_once} at once" for at_once in AT_ONCE) + " |")
+    print("|---|" + "---|" * len(AT_ONCE))
+    for name, values in shares.items():
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+
+
+def print_profile(url: str, calls: int) -> None:
+    """Where `JobCast.ask` and a whole run spend their time, by own time."""
+    for work in (functools.partial(measure, cast, url, calls), functools.partial(measure_generate, url, 200)):
+        profile = cProfile.Profile()
+        profile.runcall(work)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(35)
+
+
+def main() -> None:
+    """Parses the options and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=4000, help="calls a round and path (4000)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds without latency; three with (5)")
+    parser.add_argument("--dialogues", type=int, default=200, help="dialogues of a run of generate (200)")
+    parser.add_argument("--profile", action="store_true", help="profile `JobCast.ask` and `generate` instead")
+    parser.add_argument("--serve", type=float, metavar="LATENCY", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve is not None:
+        return serve(options.serve)
+    os.sched_setaffinity(0, {CORES[0]})
+    if options.profile:
+        with serving(0) as url:
+            return print_profile(url, options.calls)
+    has_sdk = importlib.util.find_spec("openai") is not None
+    paths = PATHS | (SDK if has_sdk else {})
+    names = ("aiohttp", "msgspec", "tenacity", *(("openai",) if has_sdk else ()))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    print(f"Python {sys.version.split()[0]}, {versions}, {len(CORES)} cores; {options.calls} calls, 64 at once\n")
+    print_costs(paths, options)
+    print_shares(PATHS, options)
+    return None
+
+
+if __name__ == "__main__":
+    main()

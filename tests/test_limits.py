@@ -1,0 +1,314 @@
+"""The limiter and the clock of an outage, on an event loop whose time jumps: exact, and without waiting."""
+
+import asyncio
+import itertools
+import selectors
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import pytest
+
+from intersafe.models.limits import Absence, Limiter
+
+T = TypeVar("T")
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """Where nothing is ready, the time of the next timer is now."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        super().__init__(_NeverWaits(self))
+
+    def time(self) -> float:
+        return self.now
+
+
+class _NeverWaits(selectors.SelectSelector):
+    def __init__(self, loop: JumpingLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self._loop.now += max(0.0, timeout or 0.0)
+        return super().select(0)
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """What the coroutine returns, in time that jumps; a deadlock fails at once."""
+
+    async def bounded() -> T:
+        return await asyncio.wait_for(main, 1_000_000)
+
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        return runner.run(bounded())
+
+
+class Capacity:
+    """A server that takes `most` requests at once for a second each, and turns the others down at once."""
+
+    def __init__(self, most: int, retry_after: float = 0.0) -> None:
+        self.most, self.retry_after, self.busy = most, retry_after, 0
+        self.served, self.refused = 0, 0
+        self.loads: list[int] = []
+
+    async def request(self) -> bool:
+        if self.busy >= self.most:
+            self.refused += 1
+            return False
+        self.busy += 1
+        self.loads.append(self.busy)
+        await asyncio.sleep(1)
+        self.busy -= 1
+        self.served += 1
+        return True
+
+
+async def call(limiter: Limiter, server: Capacity, absence: Absence) -> None:
+    """One call as the endpoint makes it."""
+    while True:
+        started = await limiter.acquire()
+        try:
+            if await server.request():
+                limiter.succeeded()
+                absence.end(started)
+                return
+            limiter.overloaded(started)
+            absence.begin()
+            limiter.hold(absence.pause(started, server.retry_after))
+        finally:
+            limiter.release()
+
+
+@pytest.mark.parametrize("capacity", [1, 5, 40])
+@pytest.mark.parametrize("most", [64, 1000])
+def test_the_limit_settles_near_the_capacity_of_the_server(capacity: int, most: int) -> None:
+    async def main() -> tuple[Capacity, float]:
+        server, limiter, absence = Capacity(capacity), Limiter(most), Absence(1e9)
+        began = asyncio.get_running_loop().time()
+        waiting = iter(range(100 * capacity))
+
+        async def worker() -> None:
+            for _ in waiting:
+                await call(limiter, server, absence)
+
+        await asyncio.gather(*(worker() for _ in range(200)))
+        return server, asyncio.get_running_loop().time() - began
+
+    server, seconds = run(main())
+    assert server.served == 100 * capacity
+    assert seconds < 100 / 0.7, "less than 70 % of what the server can do"
+    assert max(server.loads) == capacity
+    assert server.refused < server.served * 0.7 + 200
+
+
+def test_a_burst_of_rejections_lowers_the_limit_once_and_pauses_once() -> None:
+    async def main() -> tuple[int, float]:
+        limiter, absence = Limiter(64), Absence(1e9)
+        starts = [await limiter.acquire() for _ in range(64)]
+        await asyncio.sleep(1)
+        pauses = []
+        for started in starts:
+            limiter.overloaded(started)
+            absence.begin()
+            pauses.append(absence.pause(started))
+            limiter.release()
+        return limiter.limit, max(pauses)
+
+    limit, longest = run(main())
+    assert limit == 48
+    assert longest < 0.1
+
+
+def test_the_limit_falls_below_what_is_in_flight_and_not_below_a_ceiling_that_nobody_reaches() -> None:
+    async def main() -> int:
+        limiter = Limiter(1000)
+        starts = [await limiter.acquire() for _ in range(8)]
+        await asyncio.sleep(1)
+        limiter.overloaded(starts[0])
+        return limiter.limit
+
+    assert run(main()) == 6
+
+
+def test_successes_raise_the_limit_by_one_a_round_and_never_over_the_ceiling() -> None:
+    async def main() -> list[int]:
+        limiter = Limiter(8)
+        starts = [await limiter.acquire() for _ in range(8)]
+        await asyncio.sleep(1)
+        limiter.overloaded(starts[0])
+        limits = [limiter.limit]
+        for successes in (7, 200):
+            for _ in range(successes):
+                limiter.succeeded()
+            limits.append(limiter.limit)
+        return limits
+
+    assert run(main()) == [6, 7, 8]
+
+
+def test_places_go_to_those_who_wait_in_the_order_in_which_they_came() -> None:
+    async def main() -> list[int]:
+        limiter = Limiter(2)
+        order: list[int] = []
+
+        async def one(number: int) -> None:
+            await limiter.acquire()
+            order.append(number)
+            await asyncio.sleep(1)
+            limiter.release()
+            if number < 4:  # comes again in the very moment in which the place is free
+                await one(number + 10)
+
+        await asyncio.gather(*(one(number) for number in range(6)))
+        return order
+
+    assert run(main()) == [0, 1, 2, 3, 4, 5, 10, 11, 12, 13]
+
+
+def test_cancelled_callers_leak_no_place_wherever_the_cancellation_meets_them() -> None:
+    async def main() -> None:
+        for tick in range(40):
+            limiter = Limiter(2)
+
+            async def caller(limiter: Limiter = limiter) -> None:
+                await limiter.acquire()
+                try:
+                    await asyncio.sleep(1)
+                finally:
+                    limiter.release()
+
+            tasks = [asyncio.create_task(caller()) for _ in range(8)]
+            if tick % 2:
+                limiter.hold(2.5)
+            await asyncio.sleep(tick * 0.25)
+            for task in tasks[tick % 3 :: 2]:
+                task.cancel()
+            await asyncio.wait_for(asyncio.wait(tasks), 100)
+            assert limiter.in_flight == 0
+            for task in tasks:  # an InvalidStateError in here would be a place given to a caller that had gone
+                assert task.cancelled() or task.exception() is None
+
+    run(main())
+
+
+def test_a_place_that_was_handed_over_in_the_moment_of_the_cancellation_goes_on_to_the_next() -> None:
+    async def main() -> list[str]:
+        limiter, got = Limiter(1), list[str]()
+
+        async def caller(name: str) -> None:
+            await limiter.acquire()
+            got.append(name)
+
+        await limiter.acquire()
+        first, second = asyncio.create_task(caller("first")), asyncio.create_task(caller("second"))
+        await asyncio.sleep(0)
+        limiter.release()  # hands the place to `first`, which has not run yet
+        first.cancel()
+        await asyncio.wait([first, second], timeout=10)
+        return got
+
+    assert run(main()) == ["second"]
+
+
+def test_cancelling_everybody_at_once_raises_nothing_but_cancellations() -> None:
+    async def main() -> list[BaseException | None]:
+        limiter = Limiter(1)
+
+        async def caller() -> None:
+            await limiter.acquire()
+            try:
+                await asyncio.sleep(1)
+            finally:
+                limiter.release()
+
+        tasks = [asyncio.create_task(caller()) for _ in range(5)]
+        await asyncio.sleep(0.5)
+        for task in reversed(tasks):  # those who wait first: their turn is cancelled when the holder releases
+            task.cancel()
+        return list(await asyncio.gather(*tasks, return_exceptions=True))
+
+    assert [type(result) for result in run(main())] == [asyncio.CancelledError] * 5
+
+
+def test_a_hold_keeps_back_everybody_and_a_longer_one_wins() -> None:
+    async def main() -> list[float]:
+        limiter, loop = Limiter(4), asyncio.get_running_loop()
+        began = loop.time()
+        limiter.hold(3)
+        limiter.hold(1)
+
+        async def caller() -> float:
+            started = await limiter.acquire()
+            limiter.release()
+            return started - began
+
+        async def lengthen() -> None:
+            await asyncio.sleep(2)
+            limiter.hold(5)
+
+        *starts, _ = await asyncio.gather(*(caller() for _ in range(6)), lengthen())
+        return [start for start in starts if start is not None]
+
+    assert all(start >= 7 for start in run(main()))
+
+
+def test_pauses_double_up_to_half_a_minute_and_begin_small_after_an_answer() -> None:
+    async def main() -> tuple[list[float], float]:
+        absence, loop = Absence(1e9), asyncio.get_running_loop()
+        absence.begin()
+        pauses = []
+        for _ in range(16):
+            started = loop.time()
+            pauses.append(absence.pause(started))
+            await asyncio.sleep(1)
+        absence.end(loop.time())
+        return pauses, absence.pause(loop.time())
+
+    pauses, after = run(main())
+    assert pauses[0] < 0.1
+    assert after < 0.1
+    assert all(a < b for a, b in itertools.pairwise(pauses[:9]))
+    assert all(22 <= pause <= 38 for pause in pauses[11:])
+
+
+def test_no_pause_is_longer_than_the_patience_that_is_left() -> None:
+    async def main() -> tuple[float, float, bool, bool]:
+        absence, loop = Absence(60), asyncio.get_running_loop()
+        absence.begin()
+        whole = absence.pause(loop.time(), 3600)
+        await asyncio.sleep(50)
+        rest, sent = absence.pause(loop.time(), 3600), loop.time()
+        early = absence.is_over_patience(sent)
+        await asyncio.sleep(rest)
+        return whole, rest, early, absence.is_over_patience(loop.time())
+
+    assert run(main()) == (60, 10, False, True)
+
+
+def test_an_absence_is_counted_from_the_first_fault_without_an_answer_since() -> None:
+    async def main() -> list[float]:
+        absence, seen = Absence(60), list[float]()
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            absence.begin()
+            await asyncio.sleep(50)
+            absence.begin()
+            seen.append(absence.seconds)
+            absence.end(loop.time())
+            seen.append(absence.seconds)
+        return seen
+
+    assert run(main()) == [50, 0, 50, 0, 50, 0]
+
+
+def test_one_request_that_hung_past_the_patience_is_not_yet_a_service_that_is_gone() -> None:
+    async def main() -> bool:
+        absence, loop = Absence(60), asyncio.get_running_loop()
+        sent = loop.time()
+        await asyncio.sleep(300)
+        absence.begin()
+        await asyncio.sleep(100)
+        return absence.is_over_patience(sent)
+
+    assert not run(main())
