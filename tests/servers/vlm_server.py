@@ -100,7 +100,8 @@ class Engine:
 
     def __init__(self, model: Path, pool: int) -> None:
         self.runners: queue.Queue[Runner] = queue.Queue()
-        which = Which.MultimodalPlain(model_id=str(model), arch=MultimodalArchitecture.Qwen2_5VL, dtype=ModelDType.F32)
+        arch = MultimodalArchitecture.Qwen2_5VL
+        which: Any = Which.MultimodalPlain(model_id=str(model), arch=arch, dtype=ModelDType.F32)
         for _ in range(pool):
             self.runners.put(Runner(which, max_seqs=4, prefix_cache_n=0))
         self.count, self.lock = 0, threading.Lock()
