@@ -1,6 +1,6 @@
 """Same bytes for any concurrency and after SIGKILLs at random moments.   python bench/kills.py [--n 11270] [--kills 10]
 
-Grows the demo recipe three times: with concurrency 1, with 64, and with 64 while the process is killed and started again.
+Grows the demo recipe three times: with concurrency 1, with 64, and with 64 while the process is killed and restarted.
 Prints the sha256 of each dialogues.jsonl and whether any call stands in the journals twice.
 """
 
@@ -64,10 +64,9 @@ def main() -> None:
     dice = random.Random(given.seed)
     done = [grow(given.n, 1, 0, dice), grow(given.n, 64, 0, dice), grow(given.n, 64, given.kills, dice)]
     same = len({digest for digest, *_ in done}) == 1
-    print(
-        f"same bytes: {same}; calls written twice: {[twice for _, _, twice, _ in done]} of {[n for _, n, _, _ in done]}"
-    )
-    sys.exit(0 if same and not any(twice for _, _, twice, _ in done) else 1)
+    twice, lines = [entry[2] for entry in done], [entry[1] for entry in done]
+    print(f"same bytes: {same}; calls written twice: {twice} of {lines}")
+    sys.exit(0 if same and not any(twice) else 1)
 
 
 if __name__ == "__main__":
