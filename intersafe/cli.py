@@ -103,8 +103,6 @@ def generate(
     A model SPEC is backend:model[@url[,url]]; backends: scripted, openai (any OpenAI-compatible URL). Keys come from
     the environment variable that the recipe names. Ctrl-C stops cleanly; the same command goes on.
     """
-    from intersafe.display import display_for
-    from intersafe.generate import generate_dialogues
     from intersafe.recipe import override
 
     recipe = override(
@@ -113,6 +111,9 @@ def generate(
         seeds=tuple(str(path.resolve()) for path in seeds),
         **changes,
     )
+    from intersafe.display import display_for
+    from intersafe.generate import generate_dialogues
+
     made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display_for(sys.stderr))
     _print_funnel(made)
     click.echo(f"\n{made.path / 'dialogues.jsonl'}")

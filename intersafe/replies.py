@@ -102,13 +102,15 @@ def schema_of(kind: type[Answer], items: int | None = None) -> Schema:
 
 def parse(text: str, kind: type[A]) -> A:
     """The last answer of that shape in the text; `ReplyError` says what is wrong with its last JSON object."""
-    problem = ""
+    misfit, broken = "", "the JSON object is not closed" if "{" in text else "no JSON object in the answer"
     for candidate in _objects(text):
         try:
             return _decoded(candidate, kind)
+        except msgspec.ValidationError as error:
+            misfit = misfit or str(error)
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-            problem = problem or (str(error) if isinstance(error, msgspec.ValidationError) else f"not JSON: {error}")
-    raise ReplyError(problem or ("the JSON object is not closed" if "{" in text else "no JSON object in the answer"))
+            broken = f"not JSON: {error}"
+    raise ReplyError(misfit or broken)
 
 
 def _decoded(candidate: str, kind: type[A]) -> A:
@@ -145,10 +147,10 @@ _MARK = re.compile(r'\\["\\]|["{}]')
 
 
 def _scan(text: str, start: int) -> tuple[list[tuple[int, int]], int]:
-    """The widest closed spans from `start` on, and the brace to scan from again, or -1.
+    """The widest closed spans from `start` on, and the first brace that stood in quotes, or -1.
 
-    Quotes count inside of braces only. Where a brace never closes, the reason may be an odd quote before the answer:
-    then all that seemed quoted after that brace is worth a second look.
+    Quotes count inside of braces only. After an odd quote (thinking aloud, 5" wide) all that follows seems quoted and
+    the other way round; a scan from the quoted brace sees it right.
     """
     spans: list[tuple[int, int]] = []
     open_: list[int] = []
@@ -166,11 +168,10 @@ def _scan(text: str, start: int) -> tuple[list[tuple[int, int]], int]:
                 while spans and spans[-1][0] > first:
                     spans.pop()
                 spans.append((first, mark.end()))
-                hidden = hidden if open_ else -1
     return spans, hidden
 
 
-_PIECE = re.compile(r'"(?:[^"\\]|\\.)*+"|,(?=\s*[}\]])|\b(?:True|False|None)\b', re.DOTALL)
+_PIECE = re.compile(r'\\["\\]|"(?:[^"\\]|\\.)*+"|,(?=\s*[}\]])|\b(?:True|False|None)\b', re.DOTALL)
 _MENDED = {",": "", "True": "true", "False": "false", "None": "null"}
 
 

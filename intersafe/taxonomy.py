@@ -225,8 +225,8 @@ _JOINERS = re.compile(r"(?<=[a-z])[^a-z0-9\s']+(?=[a-z])")
 _LETTERS_WITH_DIGITS = re.compile(
     r"(?<![a-z0-9@$!|])(?=[a-z]*[0-9@$!|])(?=[a-z0-9@$!|]*[a-z])[a-z0-9@$!|]{3,}(?![a-z0-9@$!|])"
 )
-_LEET = (str.maketrans("013457@$!|", "oieastasil"), str.maketrans("013457@$!|", "oleastasli"))
-"""Two, since 1, ! and | stand for i and for l."""
+_LEET = (str.maketrans("013457@$!|", "oieastasii"), str.maketrans("013457@$!|", "oleastasil"))
+"""Two, since 1 and | stand for i and for l."""
 
 
 def _joined(match: re.Match[str]) -> str:
@@ -255,9 +255,9 @@ def _readings(text: str) -> set[str]:
     folded = {_folded(text)}
     if _CAPITAL_I.search(text):
         folded.add(_folded(_CAPITAL_I.sub("l", text)))
-    spelt = {_SPELT_OUT.sub(_joined, reading) for reading in folded}
+    spelt = {" ".join(_SPELT_OUT.sub(_joined, reading).split()) for reading in folded}
     leet = {_LETTERS_WITH_DIGITS.sub(_spoken, reading) for reading in spelt}
-    return folded | spelt | leet | {_JOINERS.sub("", reading) for reading in leet}
+    return spelt | leet | {_JOINERS.sub("", reading) for reading in leet}
 
 
 def excluded(text: str, label: str = "") -> bool:

@@ -1,9 +1,8 @@
-"""Structured answers: the last one that fits counts, what was cut off is never completed, no text costs much to read."""
+"""Structured answers: the last that fits counts, what was cut off is never completed, no text costs much to read."""
 
 import json
 import random
 import string
-import time
 from typing import Any
 
 import pytest
@@ -63,6 +62,8 @@ def refusal(reply: str, kind: type[Answer] = VerdictAnswer) -> str:
         "Asked for was " + FORMAT + "\n{}",
         "{}\nAs asked: " + FORMAT,
         FORMAT * 30 + "{}",
+        '5" {a} {}',
+        'a {5" wide} board, {6" long}, {}',
         '<think>a set {x} and {"safety": "unsafe" hm, it\'s 5" wide</think>{}',
         'He said "hello { and left. {}',
         'One " quote, then { and "another", then {} and " again',
@@ -80,7 +81,7 @@ def refusal(reply: str, kind: type[Answer] = VerdictAnswer) -> str:
 )
 @pytest.mark.parametrize("indent", [None, 2])
 def test_the_answer_is_found_in_what_surrounds_it(reply: str, indent: int | None) -> None:
-    before, _, after = reply.rpartition("{}") if reply.endswith(FORMAT) is False else reply.partition("{}")
+    before, _, after = reply.rpartition("{}")
     answer = json.dumps(SAFE | {"reason": 'it\'s {safe} — a "}" and a "{"'}, indent=indent)
     assert parse(before + answer + after, VerdictAnswer).reason == 'it\'s {safe} — a "}" and a "{"'
 
@@ -163,7 +164,7 @@ def test_what_would_need_guessing_is_not_repaired(reply: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_cut_off_is_never_completed(kind: type[Answer]) -> None:
     whole = text(sample(schema_of(kind).schema, random.Random(3)))
-    for end in range(len(whole)):
+    for end in {*range(0, len(whole), len(whole) // 300 + 1), *range(max(0, len(whole) - 30), len(whole))}:
         assert refusal(whole[:end], kind)
 
 
@@ -359,7 +360,7 @@ def test_a_flood_is_read_at_once(flood: str, size: int) -> None:
     closed = "{" + junk + "}"
     for reply in (junk, closed, "{" + '"' + junk + '"' + "}", junk + closed + junk):
         assert refusal(reply, MessageAnswer)
-    assert verdict(f"{junk}\n{text(SAFE)}\n") == "safe" or flood in ("[", "\\")
+    assert verdict(f"{junk}\n{text(SAFE)}\n") == "safe"
 
 
 @pytest.mark.timeout(20)
