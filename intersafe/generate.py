@@ -121,6 +121,8 @@ class Conductor:
     images: ImageStore
     next: int
     """The first job that is not decided."""
+    jobs: int
+    """How many there are in all."""
     started: int = 0
     finished: dict[int, Dialogue | Ended] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -308,9 +310,10 @@ async def _grow_all(prepared: Prepared, path: Path, n: int, older: Replies | Non
         gates=gates,
         images=images,
         next=first,
+        jobs=job_count(recipe, seeds),
         started=first,
     )
-    display.begin(Progress(n, job_count(recipe, seeds), funnel, journal, company.in_flight, funnel.accepted))
+    display.begin(Progress(n, conductor.jobs, funnel, journal, company.in_flight, funnel.accepted))
     try:
         await _work(conductor, display)
     finally:
@@ -324,7 +327,7 @@ async def _grow_all(prepared: Prepared, path: Path, n: int, older: Replies | Non
     summary = Summary(n, conductor.done, funnel, journal.roles, len(prepared.seeds.excluded), scripted)
     write_whole(path / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
     if not conductor.done:
-        raise SeedsExhausted(_what_to_change(conductor, job_count(recipe, seeds)))
+        raise SeedsExhausted(_what_to_change(conductor))
 
 
 def _remember(run: Run, recipe: Recipe, categories: set[str]) -> tuple[Funnel, list[Gate]]:
@@ -346,7 +349,8 @@ def _remember(run: Run, recipe: Recipe, categories: set[str]) -> tuple[Funnel, l
 
 async def _work(conductor: Conductor, display: Display) -> None:
     """Workers until `n` are kept, the jobs are used up or something ends the run; nothing is left running."""
-    workers = {asyncio.create_task(conductor.work()) for _ in range(conductor.recipe.limits.concurrency)}
+    useful = min(conductor.recipe.limits.concurrency, conductor.jobs - conductor.next)
+    workers = {asyncio.create_task(conductor.work()) for _ in range(useful)}
     looking = asyncio.create_task(_look(display))
     try:
         pending = workers
@@ -366,11 +370,11 @@ async def _look(display: Display) -> None:
         display.look()
 
 
-def _what_to_change(conductor: Conductor, count: int) -> str:
+def _what_to_change(conductor: Conductor) -> str:
     funnel = conductor.funnel
     lost = sorted(funnel.ended.items(), key=lambda item: -item[1])[:4]
     why = ", ".join(f"{number} {place}" for place, number in lost) or "none was lost"
     return (
-        f"all {count} jobs are used up and {funnel.accepted} of {conductor.n} dialogues were kept ({why}); "
+        f"all {conductor.jobs} jobs are used up and {funnel.accepted} of {conductor.n} dialogues were kept ({why}); "
         "raise `samples`, add seeds or strategies, or loosen the gate that rejects most, in a new --run"
     )

@@ -194,7 +194,7 @@ class ReuseIndex:
         decoder = msgspec.json.Decoder(_KeyOnly)
         for number, path in enumerate(self._paths):
             for offset, line in lines_of(path):
-                with contextlib.suppress(msgspec.DecodeError):
+                with contextlib.suppress(msgspec.DecodeError, ValueError):
                     self._places[bytes.fromhex(decoder.decode(line).key)] = (number, offset)
 
     def take(self, key: str) -> Entry | None:
@@ -204,7 +204,10 @@ class ReuseIndex:
             return None
         with self._paths[place[0]].open("rb") as file:
             file.seek(place[1])
-            return msgspec.json.decode(file.readline(), type=Entry)
+            try:
+                return msgspec.json.decode(file.readline(), type=Entry)
+            except msgspec.DecodeError:
+                return None
 
 
 class _KeyOnly(msgspec.Struct):

@@ -85,8 +85,6 @@ def open_directory(path: Path, prepared: Prepared) -> None:
                 at=path,
                 remedy=f"put it back, or start a new --run, with --reuse {path} to take over what was paid for",
             )
-    elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-        raise InputError("the folder is not empty and no run", at=path, remedy="name another --run")
     else:
         write_whole(path / "recipe.json", msgspec.json.format(msgspec.json.encode(prepared.manifest)) + b"\n")
     store = ImageStore(path / "images")

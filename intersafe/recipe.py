@@ -28,6 +28,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 # Upper bounds keep every number finite and exact in JSON, as which a run keeps its recipe.
 Natural = Annotated[int, Meta(ge=0, le=10**9)]
 Positive = Annotated[int, Meta(ge=1, le=10**9)]
+Parallel = Annotated[int, Meta(ge=1, le=65_536)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Score = Annotated[int, Meta(ge=0, le=10)]
 
@@ -58,7 +59,7 @@ class Member(Section, frozen=True):
     max_tokens: Positive = 1024
     json_schema: bool = True
     """False for servers that know no `response_format`: the prompt alone asks for JSON."""
-    concurrency: Positive = 256
+    concurrency: Parallel = 256
     """Most calls in flight to this model; the limiter stays below it when the server says 429."""
     extra: dict[str, Any] = {}
     """More fields for the request body, for example `chat_template_kwargs`."""
@@ -193,7 +194,7 @@ class Gates(Section, frozen=True):
 class Limits(Section, frozen=True):
     """How fast and how patiently; none of it changes the outcome."""
 
-    concurrency: Positive = 64
+    concurrency: Parallel = 64
     """Dialogues grown at once."""
     timeout: Annotated[float, Meta(gt=0, le=1e9)] = 300.0
     """Seconds for one answer."""

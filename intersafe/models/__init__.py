@@ -7,8 +7,8 @@ bytes when it sends them.
 
 import hashlib
 import os
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import msgspec
 
@@ -43,10 +43,10 @@ class Call(msgspec.Struct, frozen=True):
     ordinal: int
     """Place of the call in its job, from 0."""
 
-    def key(self, identity: str) -> str:
-        """32 hex digits over everything that decides the reply, the model's identity (not its URL) included."""
-        parts = (self.role, identity, self.sampling, self.messages, self.schema, self.job, self.ordinal)
-        return hashlib.blake2b(msgspec.json.encode(parts), digest_size=16).hexdigest()
+    def key(self, identity: str, extra: Mapping[str, Any]) -> str:
+        """32 hex digits over all that decides the reply: model identity (not its URL) and `extra` fields included."""
+        parts = (self.role, identity, extra, self.sampling, self.messages, self.schema, self.job, self.ordinal)
+        return hashlib.blake2b(msgspec.json.encode(parts, order="sorted"), digest_size=16).hexdigest()
 
 
 class Reply(msgspec.Struct, frozen=True):

@@ -81,7 +81,7 @@ class JobCast:
         sampling = Sampling(member.temperature, member.top_p, member.max_tokens, seed)
         call = Call(role, prompt, tuple(messages), sampling, schema, self._job.key, self._ordinal)
         self._ordinal += 1
-        key = call.key(model.identity)
+        key = call.key(model.identity, member.extra)
         entry = company.journal.take(key)
         if entry is None:
             older = company.older.take(key) if company.older else None

@@ -257,7 +257,7 @@ class Encoder:
     """Talks to tensors, with the very template that the checkpoint ships."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.token = tokenizer, tokenizer.token_to_id
         self.template = jinja2.Environment(autoescape=False).from_string(TEMPLATE)
 
     def prompt(self, talk: Talk) -> list[int]:
@@ -270,12 +270,23 @@ class Encoder:
             first += PAD * (rows * columns // MERGE**2) + tail
         return list(self.tokenizer.encode(first).ids)
 
+    def hints(self, row: list[int], colours: list[str]) -> list[int]:
+        """Labels of the prompt: the end of every image, and the mark behind it, shall tell that image's colour."""
+        end, marks = self.token("<|vision_end|>"), [self.token("<|latest|>"), self.token("<|earlier|>")]
+        label, remaining = [IGNORED] * len(row), iter(colours)
+        for place, one in enumerate(row[:-1]):
+            if one == end:
+                label[place + 1] = self.tokenizer.encode(f" {next(remaining)}").ids[0]
+            elif one in marks and row[place - 1] == end:
+                label[place + 1] = label[place]
+        return label
+
     def batch(self, talks: list[Talk], *, learn: bool) -> dict[str, torch.Tensor]:
         """Model inputs; with `learn` the replies are appended and labelled, all else is masked."""
         rows, labels = [], []
         for talk in talks:
             row = scrambled(self.prompt(talk)) if learn else self.prompt(talk)
-            label = [IGNORED] * len(row)
+            label = self.hints(row, talk.colours) if learn else []
             for text, learned in [*(talk.pieces or [(talk.reply, True)]), (STOP, True)] if learn else []:
                 ids = self.tokenizer.encode(text).ids
                 row, label = row + ids, label + (ids if learned else [IGNORED] * len(ids))
@@ -284,7 +295,7 @@ class Encoder:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
         lengths = torch.tensor([len(row) for row in rows])
         inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
-        inputs["mm_token_type_ids"] = (ids == self.tokenizer.token_to_id(PAD)).int()
+        inputs["mm_token_type_ids"] = (ids == self.token(PAD)).int()
         images = [image for talk in talks for image in talk.images]
         if images:
             inputs["pixel_values"] = torch.cat([patches(image) for image in images])
@@ -350,7 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--measure", type=int, default=100)
     options = parser.parse_args()
     rng = random.Random(options.seed)

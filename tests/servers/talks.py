@@ -236,7 +236,7 @@ def make_talk(rng: random.Random, source: Source, turns: int, most: int, kind: s
         talk.messages.append({"role": "system", "content": with_marker(rng, system) if rng.random() < 0.15 else system})
     pictured_turn = rng.randrange(turns - 1) if kind == "c" else -1
     for turn in range(turns - 1):
-        pictured = turn == pictured_turn or (kind != "d" and rng.random() < 0.3)
+        pictured = turn == pictured_turn or (kind != "d" and rng.random() < 0.4)
         marked = rng.random() < 0.2
         add_question(rng, source, talk, most, int(pictured), marked)
         add_answer(rng, source, talk, most, wanted(talk, pictured, marked, min(turn + 1, MAX_TURNS)))
