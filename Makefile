@@ -1,29 +1,38 @@
 # Two commands do everything, set-up included: `make demo` runs the main job, `make test` checks the whole repository.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 N ?= 11270
 
 .PHONY: demo test bench clean
 
 .venv/ready: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("intersafe needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -c 'import sys; sys.exit("intersafe needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(PIP) .
+	touch $@
+
+.venv/ready-test: .venv/ready
+	$(PIP) '.[test]'
+	touch $@
+
+.venv/ready-bench: .venv/ready
+	$(PIP) '.[bench]'
 	touch $@
 
 demo: .venv/ready
 	$(BIN)/intersafe generate --n $(N) --run demo
 
-test: .venv/ready
+test: .venv/ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-bench: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+bench: .venv/ready-bench
 	$(BIN)/python bench/client.py
 	$(BIN)/python bench/dedup_quality.py
+	$(BIN)/python bench/kills.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,4 @@
-"""Manufactures multi-turn, multi-image dialogues that make vision-language models safer in conversation.
+"""Manufactures multi-turn, multimodal dialogues that make vision-language models safer in conversation.
 
 The same from Python as from the terminal, nine names:
 

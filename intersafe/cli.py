@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input (one line, nothing written), 3 seeds exhausted, 
 """
 
 import io
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ _pipeline = click.option(
 
 @main.command()
 @_pipeline
-@click.option("--n", type=click.IntRange(min=1), help="Dialogues to keep; exact. Default: the recipe's n.")
+@click.option("--n", type=click.IntRange(1, 10**9), help="Dialogues to keep; exact. Default: the recipe's n.")
 @click.option(
     "--run", metavar="NAME|PATH", help="Where it goes; a bare name lives in outputs/. Default: recipe's name."
 )
@@ -98,7 +99,7 @@ def generate(
     \b
     intersafe generate --n 11270                                     the scripted cast, minutes on a laptop
     intersafe generate --pipeline pipelines/intersafe_v.yaml         the published method, on your servers
-    intersafe generate --victim openai:my-vlm@http://host:8000/v1    one member of the cast replaced
+    intersafe generate --run mine --victim openai:vlm@http://host:8000/v1     one model replaced
 
     A model SPEC is backend:model[@url[,url]]; backends: scripted, openai (any OpenAI-compatible URL). Keys come from
     the environment variable that the recipe names. Ctrl-C stops cleanly; the same command goes on.
@@ -179,8 +180,13 @@ def _print_funnel(run: "Run") -> None:
     if not funnel.accepted:
         return
     counts = funnel.categories.values()
+    verdicts = sorted(funnel.verdicts.items())
     click.echo(f"         turns {funnel.mean_turns:.2f} a dialogue {dict(sorted(funnel.turns.items()))}")
     click.echo(f"         images {funnel.images / funnel.accepted:.2f} a dialogue")
+    share = {word: f"{count / sum(funnel.turns[n] * n for n in funnel.turns):.0%}" for word, count in verdicts}
+    click.echo(
+        f"         unsafe in {funnel.unsafe:,} dialogues; turns {', '.join(f'{w} {s}' for w, s in share.items())}"
+    )
     click.echo(f"         categories {len(counts)}, {min(counts):,} to {max(counts):,} each")
     for role, tally in sorted(run.roles().items()):
         tokens = f"{tally.prompt_tokens:,} + {tally.completion_tokens:,} tokens"
@@ -189,9 +195,8 @@ def _print_funnel(run: "Run") -> None:
 
 def _print_dialogue(run: "Run", dialogue: "Dialogue") -> None:
     click.echo(f"\n{click.style(f'dialogue {dialogue.id}', bold=True)}   job {dialogue.job}   {dialogue.seed.category}")
-    click.echo(
-        f"seed {dialogue.seed.id} ({dialogue.seed.source}, {dialogue.seed.license}): {_plain(dialogue.seed.query)}"
-    )
+    seed = dialogue.seed
+    click.echo(f"seed {seed.id} ({_plain(f'{seed.source}, {seed.license}')}): {_plain(seed.query)}")
     click.echo(f"strategy {dialogue.strategy}   victim {dialogue.victim}")
     for number, turn in enumerate(dialogue.turns, 1):
         click.echo(f"\n[turn {number}] step: {_plain(dialogue.plan.steps[number - 1].text)}")
@@ -252,7 +257,7 @@ def seeds_check(path: Path) -> None:
     click.echo(f"{path}: {len(found.seeds)} seeds, {with_image} with an image, {len(found.excluded)} excluded")
     for title, values in (
         ("category", (seed.category for seed in found.seeds)),
-        ("source", (f"{seed.source} ({seed.license})" for seed in found.seeds)),
+        ("source", (_plain(f"{seed.source} ({seed.license})") for seed in found.seeds)),
     ):
         for name, number in count(values).items():
             click.echo(f"{number:>8} {title} {name}")
@@ -357,4 +362,4 @@ def init(directory: Path) -> None:
 
     copied = copy_bundled(directory, ("prompts", "seeds", "pipelines"))
     click.echo(f"{directory}: {copied} files in prompts/, seeds/ and pipelines/")
-    click.echo(f"next: cd {directory} && intersafe prompts lint && intersafe generate --n 20")
+    click.echo(f"next: cd {shlex.quote(str(directory))} && intersafe prompts lint && intersafe generate --n 20")

@@ -1,5 +1,7 @@
 """How a run looks while it goes on: a live panel on a terminal, plain lines elsewhere."""
 
+import contextlib
+import shutil
 import time
 from typing import TYPE_CHECKING, TextIO
 
@@ -10,9 +12,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def display_for(stream: TextIO) -> Display:
-    """The live panel if the stream is a terminal, else a line every ten seconds."""
-    return LivePanel(stream) if stream.isatty() else PlainLines(stream)
+def display_for(stream: TextIO | None) -> Display:
+    """The live panel on a terminal that is wide enough, a line every ten seconds elsewhere; or nothing."""
+    if stream is None:
+        return Display()
+    wide = stream.isatty() and shutil.get_terminal_size().columns >= 90
+    return LivePanel(stream) if wide else PlainLines(stream)
 
 
 class PlainLines(Display):
@@ -37,9 +42,10 @@ class PlainLines(Display):
             self.say(line_of(self._progress, time.monotonic() - self._began))
 
     def say(self, text: str) -> None:
-        """Writes one line."""
-        self._stream.write(f"{text}\n")
-        self._stream.flush()
+        """Writes one line; a stream that was closed is no reason to stop a run."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(f"{text}\n")
+            self._stream.flush()
 
 
 def line_of(progress: Progress, seconds: float) -> str:
@@ -86,7 +92,8 @@ class LivePanel(Display):
     def look(self) -> None:
         """Draws the panel again."""
         if self._live and self._progress:
-            self._live.update(self._panel(self._progress), refresh=True)
+            with contextlib.suppress(OSError, ValueError):  # a terminal that was closed is no reason to stop a run
+                self._live.update(self._panel(self._progress), refresh=True)
 
     def say(self, text: str) -> None:
         """Writes a line above the panel."""

@@ -5,6 +5,7 @@ package lie.
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,13 @@ def bundled(name: str) -> Path:
 
 
 def copy_bundled(directory: Path, names: Sequence[str]) -> int:
-    """Copies shipped folders; returns how many files. Refuses to write over anything that is there."""
+    """Copies shipped folders whole or not at all; returns how many files. Refuses to write over anything there."""
+    staging = directory / f".{secrets.token_hex(8)}.tmp"
     files = [
-        (path, directory / name / path.relative_to(bundled(name)))
+        (path, staging / name / path.relative_to(bundled(name)))
         for name in names
         for path in sorted(bundled(name).rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix in (".md", ".yaml", ".jsonl", ".png")
     ]
     for name in names:
         if (directory / name).exists():
@@ -112,6 +114,11 @@ def copy_bundled(directory: Path, names: Sequence[str]) -> int:
     for place in (directory, *directory.parents):
         if place.exists() and not place.is_dir():
             raise InputError("not a folder", at=place, remedy="name an empty folder")
-    for source, target in files:
-        write_whole(target, source.read_bytes())
+    try:
+        for source, target in files:
+            write_whole(target, source.read_bytes())
+        for name in names:
+            (staging / name).rename(directory / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return len(files)

@@ -14,26 +14,26 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from intersafe.errors import InputError, IntersafeError, JobEnded, SeedsExhausted, StorageError
+from intersafe.errors import InputError, IntersafeError, JobEnded, SeedsExhausted, ServiceGone, StorageError
 from intersafe.files import write_whole
 from intersafe.gates import Gate, Reason
 from intersafe.gates.dedup import DuplicateIndex, similar_images
 from intersafe.gates.quota import Balance
-from intersafe.gates.rules import check_rules
+from intersafe.gates.rules import check_excluded, check_rules
 from intersafe.images import ImageStore
 from intersafe.jobs import job_count, jobs
 from intersafe.journal import GroupWriter, Journal, ReuseIndex
 from intersafe.models import open_models
 from intersafe.models.cast import Company, JobCast, Replies
 from intersafe.prepare import Prepared, open_directory, prepare, provenance_of
-from intersafe.recipe import Recipe, RuleSettings
+from intersafe.recipe import Recipe
 from intersafe.records import Check, Dialogue, Ended, Job, Provenance
 from intersafe.runs import (
     Funnel,
@@ -49,6 +49,8 @@ from intersafe.stages.conversing import converse
 from intersafe.stages.judging import check_dialogue
 from intersafe.stages.planning import make_plan
 
+FAILURES = 32
+"""Jobs in a row that may fail before the run stops: then the fault is not theirs."""
 WINDOW = 4
 """Jobs that may be started and not yet decided, for each one that is grown at once."""
 
@@ -59,7 +61,7 @@ WINDOW = 4
 async def grow(job: Job, cast: JobCast, recipe: Recipe, provenance: Provenance) -> Dialogue:
     """Plan, converse, check: one dialogue, or `JobEnded` with the stage and the reason."""
     plan = await make_plan(job, cast, recipe.plan)
-    turns, pruned = await converse(job, plan, cast, recipe.converse, recipe.gates.rules or RuleSettings())
+    turns, pruned = await converse(job, plan, cast, recipe.converse, recipe.gates.rules)
     check: Check = await check_dialogue(job, cast, turns, recipe.converse.tries)
     texts = [message.text for turn in turns for message in (turn.user, turn.reply)]
     name = hashlib.blake2b(msgspec.json.encode((job.key, recipe.digest, texts)), digest_size=8).hexdigest()
@@ -124,6 +126,8 @@ class Conductor:
     jobs: int
     """How many there are in all."""
     started: int = 0
+    failing: list[Ended] = field(default_factory=list)
+    """The failed jobs since the last one that did not fail: not decided as long as it may be a server's fault."""
     finished: dict[int, Dialogue | Ended] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -138,7 +142,7 @@ class Conductor:
             while not self._may_start() and not self.done:
                 self.changed.clear()
                 await self.changed.wait()
-            if self.funnel.accepted >= self.n:
+            if self.done:
                 return
             job = next(self.queue, None)
             if job is None:
@@ -170,12 +174,38 @@ class Conductor:
         """Decides all finished jobs that no earlier one holds back."""
         while not self.done and self.next in self.finished:
             outcome = self.finished.pop(self.next)
-            if isinstance(outcome, Dialogue):
-                outcome = self._through_gates(outcome)
-            self.funnel.count(outcome)
-            self.writer.add(*outcome_row(outcome))
             self.next += 1
+            if isinstance(outcome, Ended) and outcome.kind == "failed":
+                self.failing.append(outcome)
+                if len(self.failing) >= FAILURES:
+                    raise self._all_fail()
+                continue
+            self.settle_failures()
+            self._settle(self._through_gates(outcome) if isinstance(outcome, Dialogue) else outcome)
         self.changed.set()
+
+    def settle_failures(self) -> None:
+        """The jobs that failed did so for reasons of their own: others do not fail."""
+        for ended in self.failing:
+            self._settle(ended)
+        self.failing.clear()
+
+    def _settle(self, outcome: Dialogue | Ended) -> None:
+        self.funnel.count(outcome)
+        self.writer.add(*outcome_row(outcome))
+
+    def finish(self) -> None:
+        """No job is left: what failed is settled, unless nothing but failures came of the whole run."""
+        if self.failing and not self.funnel.jobs:
+            raise self._all_fail()
+        self.settle_failures()
+
+    def _all_fail(self) -> ServiceGone:
+        last = self.failing[-1]
+        return ServiceGone(
+            f"{len(self.failing)} jobs in a row failed, the last one with {last.stage} {last.reason} ({last.detail}); "
+            "mend the server, the key or the recipe, then run the same command again: none of them is decided yet"
+        )
 
     def _through_gates(self, dialogue: Dialogue) -> Dialogue | Ended:
         for reason in self._reasons(dialogue):
@@ -189,6 +219,7 @@ class Conductor:
 
     def _reasons(self, dialogue: Dialogue) -> Iterator[Reason | None]:
         settings = self.recipe.gates
+        yield check_excluded(dialogue)
         if settings.rules:
             yield check_rules(dialogue, settings.rules)
         if settings.images and len(dialogue.images) > 1:
@@ -215,6 +246,8 @@ def generate_dialogues(
     path = run_path(run if run is not None else recipe.name)
     older = ReuseIndex(run_path(reuse)) if reuse is not None else None
     wanted = recipe.n if n is None else n
+    if wanted < 1:
+        raise InputError(f"n is {wanted}", remedy="ask for at least 1 dialogue")
     if not _is_complete(path, prepared, wanted):
         run_anywhere(lambda: _session(prepared, path, wanted, older, display or Display()))
     return Run(path)
@@ -242,8 +275,26 @@ def run_anywhere(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
     except RuntimeError:
         asyncio.run(make())
         return
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None] | None]] = Future()
+
+    async def work() -> None:
+        begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        await make()
+
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(lambda: asyncio.run(make())).result()
+        done = thread.submit(lambda: asyncio.run(work()))
+        outer = asyncio.current_task()
+        try:
+            while not wait((done,), timeout=0.2).done:
+                # `asyncio.run` answers Ctrl-C by cancelling its task, which this call keeps from noticing.
+                if outer is not None and outer.cancelling():
+                    raise KeyboardInterrupt
+            done.result()
+        except KeyboardInterrupt:
+            loop, task = begun.result()
+            if task is not None:
+                loop.call_soon_threadsafe(task.cancel)  # or leaving the block would wait for the whole run
+            raise
 
 
 async def _session(prepared: Prepared, path: Path, n: int, older: Replies | None, display: Display) -> None:
@@ -251,7 +302,8 @@ async def _session(prepared: Prepared, path: Path, n: int, older: Replies | None
     held = lock(path)
     try:
         with _stopped_by_signals():
-            open_directory(path, prepared)
+            if newer := open_directory(path, prepared):
+                display.say(f"{path} was begun by other versions ({newer}): its old part stays as it is")
             await _grow_all(prepared, path, n, older, display)
     except OSError as error:
         raise StorageError(
@@ -263,7 +315,7 @@ async def _session(prepared: Prepared, path: Path, n: int, older: Replies | None
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM stops the run as Ctrl-C does: cleanly, and as `KeyboardInterrupt`."""
+    """SIGTERM and SIGHUP stop the run as Ctrl-C does: cleanly, and as `KeyboardInterrupt`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -275,7 +327,8 @@ def _stopped_by_signals() -> Iterator[None]:
         terminated.append(True)
         task.cancel()
 
-    loop.add_signal_handler(signal.SIGTERM, stop)
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(name, stop)
     try:
         yield
     except asyncio.CancelledError:
@@ -283,16 +336,17 @@ def _stopped_by_signals() -> Iterator[None]:
             raise KeyboardInterrupt from None
         raise
     finally:
-        loop.remove_signal_handler(signal.SIGTERM)
+        for name in (signal.SIGTERM, signal.SIGHUP):
+            loop.remove_signal_handler(name)
 
 
 async def _grow_all(prepared: Prepared, path: Path, n: int, older: Replies | None, display: Display) -> None:
     recipe, seeds = prepared.recipe, prepared.seeds.seeds
-    (path / "summary.json").unlink(missing_ok=True)
     first = align_outcomes(path)
     funnel, gates = _remember(Run(path), recipe, {seed.category for seed in seeds})
     if funnel.accepted > n:
         raise InputError(f"holds {funnel.accepted} dialogues, more than --n {n}", at=path, remedy="name another --run")
+    (path / "summary.json").unlink(missing_ok=True)
     writer, images = GroupWriter(path), ImageStore(path / "images")
     journal = Journal(writer)
     journal.load(path / "journal", first)
@@ -313,14 +367,18 @@ async def _grow_all(prepared: Prepared, path: Path, n: int, older: Replies | Non
         jobs=job_count(recipe, seeds),
         started=first,
     )
+    if n > conductor.jobs:
+        display.say(
+            f"{n:,} dialogues cannot come of {conductor.jobs:,} jobs: raise `samples`, or add seeds or strategies"
+        )
     display.begin(Progress(n, conductor.jobs, funnel, journal, company.in_flight, funnel.accepted))
     try:
         await _work(conductor, display)
     finally:
         try:
-            await asyncio.gather(*(model.aclose() for model in set(models.values())))
             await writer.close()
         finally:
+            await asyncio.gather(*(model.aclose() for model in set(models.values())))
             display.look()
             display.end()
     scripted = any(member.spec.backend == "scripted" for member in recipe.cast.members.values())
@@ -358,6 +416,8 @@ async def _work(conductor: Conductor, display: Display) -> None:
             finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for worker in finished:
                 worker.result()
+        if not conductor.done:
+            conductor.finish()
     finally:
         for task in (*workers, looking):
             task.cancel()

@@ -324,14 +324,18 @@ class ImageStore:
         """Stores the image unless it is there, and gives its reference; raises `StorageError`."""
         path = self._path(image.ref)
         with contextlib.suppress(OSError):
-            if path.stat().st_size == len(image.data):
+            if path.read_bytes() == image.data:
                 return image.ref
         write_whole(path, image.data)
         return image.ref
 
-    def holds(self, ref: str) -> bool:
-        """True if there is a file of that name; its bytes are checked when they are read."""
-        return self._path(ref).is_file()
+    def is_sound(self, ref: str) -> bool:
+        """True if the image is there and its bytes hash to its name."""
+        try:
+            self.read(ref)
+        except InputError:
+            return False
+        return True
 
     def read(self, ref: str) -> bytes:
         """The bytes of a reference; `InputError` if ill-formed, missing or corrupt, `StorageError` if unreadable."""

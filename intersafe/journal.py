@@ -22,7 +22,7 @@ GROUP_SECONDS = 0.05
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line of a journal: a model's reply to one call, or why the call failed for good."""
+    """One line of a journal: a model's reply to one call."""
 
     job: int
     key: str
@@ -32,8 +32,6 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: tuple[int, int] = (0, 0)
     """Prompt and completion."""
     ms: int = 0
-    failed: str = ""
-    """Reason word of a call that failed for good; `text` holds the detail."""
 
 
 class RoleTally(msgspec.Struct):
@@ -78,7 +76,8 @@ class GroupWriter:
         if self._problem is not None:
             raise self._storage_error(self._problem)
         groups: dict[str, list[bytes]] = {}
-        for name, line in self._lines:
+        # Replies before the outcomes that rest on them: a kill between two files must not leave it the other way round.
+        for name, line in sorted(self._lines, key=lambda item: not item[0].startswith("journal/")):
             groups.setdefault(name, []).append(line)
         self._lines.clear()
         try:
@@ -92,7 +91,7 @@ class GroupWriter:
             self._sync()
 
     def _sync(self) -> None:
-        files = [self._files[name] for name in sorted(self._unsynced)]
+        files = [self._files[name] for name in sorted(self._unsynced, key=lambda name: not name.startswith("journal/"))]
         self._unsynced.clear()
         loop = asyncio.get_running_loop()
         self._syncing = loop.run_in_executor(self._thread, _fsync, files)
@@ -184,7 +183,7 @@ def tally(roles: dict[str, RoleTally], entry: Entry) -> None:
 
 
 class ReuseIndex:
-    """Where the replies of an older run stand, by key: 16 bytes and a place for each, the texts stay on the disk."""
+    """Where the replies of an older run stand, by key: some 200 bytes for each, the texts stay on the disk."""
 
     def __init__(self, run: Path) -> None:
         self._places: dict[bytes, tuple[int, int]] = {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def prepare(recipe: Recipe) -> Prepared:
         prompts=dict(prompts.hashes),
         seeds=seeds.digest,
         excluded=seeds.excluded,
-        versions={"intersafe": importlib.metadata.version("intersafe")},
+        versions={name: importlib.metadata.version(name) for name in ("intersafe", "msgspec", "pillow", "rensa")},
     )
     return Prepared(recipe, prompts, seeds, manifest)
 
@@ -50,11 +51,11 @@ def prepare(recipe: Recipe) -> Prepared:
 def provenance_of(recipe: Recipe, hashes: dict[str, str], versions: dict[str, str], job: Job) -> Provenance:
     """The models, prompts and sampling that a job's record names: only those that the job can have met."""
     family = BY_NAME[job.seed.category].family
-    others = {"attacker/", "judge/rubrics/"}
     prompts = {
         name: sha256
         for name, sha256 in hashes.items()
-        if not name.startswith(tuple(others)) or name in (f"attacker/{job.strategy}.md", f"judge/rubrics/{family}.md")
+        if not name.startswith(("attacker/", "judge/rubrics/"))
+        or name in (f"attacker/{job.strategy}.md", f"judge/rubrics/{family}.md")
     }
     members = {
         "victim" if role.startswith("victim:") else role: member
@@ -69,28 +70,48 @@ def provenance_of(recipe: Recipe, hashes: dict[str, str], versions: dict[str, st
             for role, member in members.items()
         },
         recipe=recipe.digest,
-        versions=versions,
+        versions={name: version for name, version in versions.items() if name == "intersafe"},
         scripted=any(member.spec.backend == "scripted" for member in members.values()),
     )
 
 
-def open_directory(path: Path, prepared: Prepared) -> None:
-    """Makes the run directory, or checks that the one that is there was made from the same things."""
+def open_directory(path: Path, prepared: Prepared) -> str:
+    """Makes the run directory, or checks that the one that is there was made from the same things.
+
+    Returns what the user should know: that the run was begun by another version. A new directory that cannot be filled
+    is taken away again.
+    """
     if (path / "recipe.json").exists():
-        changed = differences(Run(path).manifest, prepared.manifest)
+        old = Run(path).manifest
+        changed = differences(old, prepared.manifest)
         if changed:
-            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             raise InputError(
-                f"made from something else: {', '.join(changed[:6])}{more}",
+                f"made from something else: {', '.join(changed[:4])}{more}",
                 at=path,
-                remedy=f"put it back, or start a new --run, with --reuse {path} to take over what was paid for",
+                remedy=f"put it back, or name a new --run, with --reuse {path} to take over what was paid for",
             )
-    else:
-        write_whole(path / "recipe.json", msgspec.json.format(msgspec.json.encode(prepared.manifest)) + b"\n")
+        _fill(path, prepared)
+        newer = [f"{name} {old.versions.get(name)} -> {v}" for name, v in prepared.manifest.versions.items()]
+        return ", ".join(line for line in newer if len(set(line.split()[1::2])) > 1)
+    write_whole(path / "recipe.json", msgspec.json.format(msgspec.json.encode(prepared.manifest)) + b"\n")
+    try:
+        _fill(path, prepared)
+    except InputError:
+        shutil.rmtree(path)
+        raise
+    return ""
+
+
+def _fill(path: Path, prepared: Prepared) -> None:
+    """Lays down images, prompts and seeds, or mends what is damaged there."""
     store = ImageStore(path / "images")
     for reference, file in prepared.seeds.files.items():
-        if not store.holds(reference):
-            store.put(read_image(file))
+        if not store.is_sound(reference):
+            image = read_image(file)
+            if image.ref != reference:
+                raise InputError("changed while it was read", at=file, remedy="start again")
+            store.put(image)
     for name, sha256 in prepared.prompts.hashes.items():
         data = (prepared.prompts.root / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:

@@ -108,14 +108,14 @@ class PlanSettings(Section, frozen=True):
     threshold: Score = 5
     """The lowest of a step's three scores must reach it."""
     tries: Positive = 3
-    """How often a weak step, or an answer that cannot be parsed, is asked for in all."""
+    """How often a weak step is asked for in all, and how often an answer that cannot be read."""
 
 
 class ConverseSettings(Section, frozen=True):
     """The talk, turn by turn."""
 
     tries: Positive = 3
-    """How often a turn's message or verdict is asked for in all."""
+    """How often a message that a rule turns down is asked for in all, and how often an answer that cannot be read."""
     backtracks: Natural = 1
     """How many turns of a dialogue may be taken back after a full refusal; 0 keeps every turn."""
 

@@ -16,7 +16,7 @@ Refusal = Literal["full", "partial", "deflect", "none"]
 Finish = Literal["stop", "length", "blocked", "refused"]
 
 
-class Seed(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+class Seed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One starting point. `source_category` is the source's own label.
 
     `image` is a path relative to the seed file there, and the image's reference once the seed is loaded.
@@ -80,7 +80,7 @@ class Plan(msgspec.Struct, frozen=True):
     retries: int = 0
 
 
-class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+class Message(msgspec.Struct, frozen=True):
     """One message; its `images` (references) come before its text."""
 
     role: Literal["system", "user", "assistant"]
@@ -88,7 +88,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     images: tuple[str, ...] = ()
 
 
-class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
+class Verdict(msgspec.Struct, frozen=True):
     """The judge on one reply. `harmless` and `helpful` run from 1 to 5, higher is better; 0 where undetermined."""
 
     safety: Safety
@@ -98,7 +98,7 @@ class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str = ""
 
 
-class Turn(msgspec.Struct, frozen=True, omit_defaults=True):
+class Turn(msgspec.Struct, frozen=True):
     """A user message with its images, the victim's reply and the verdict on that reply."""
 
     user: Message
@@ -168,11 +168,11 @@ class Dialogue(msgspec.Struct, frozen=True):
 
     @property
     def first_unsafe_turn(self) -> int | None:
-        """0-based index of the first turn judged unsafe."""
-        return next((i for i, turn in enumerate(self.turns) if turn.verdict.safety == "unsafe"), None)
+        """Number, from 1, of the first turn judged unsafe."""
+        return next((i for i, turn in enumerate(self.turns, 1) if turn.verdict.safety == "unsafe"), None)
 
 
-class Ended(msgspec.Struct, frozen=True, omit_defaults=True):
+class Ended(msgspec.Struct, frozen=True):
     """A job that did not become a dialogue: what ended it, where and why."""
 
     job: int

@@ -4,6 +4,7 @@ The last JSON object in the text that fits the shape counts, so an echo of the a
 before the answer does no harm. What was cut off is never completed: that is `ReplyError`, and the caller asks again.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -83,6 +84,7 @@ class ReplyError(ValueError):
 A = TypeVar("A", bound=Answer)
 
 
+@functools.cache
 def schema_of(kind: type[Answer], items: int | None = None) -> Schema:
     """The JSON schema of an answer: all fields required, bounded, no others; `items` fixes a list's length."""
     (_, parts) = msgspec.json.schema_components([kind])

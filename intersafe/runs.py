@@ -60,6 +60,10 @@ class Funnel(msgspec.Struct):
     categories: dict[str, int] = {}
     turns: dict[int, int] = {}
     images: int = 0
+    unsafe: int = 0
+    """Dialogues with an unsafe turn."""
+    verdicts: dict[str, int] = {}
+    """Turns by safety, and by refusal kind where the victim refused."""
 
     def count(self, outcome: Dialogue | Ended) -> None:
         """Counts one decided job."""
@@ -70,6 +74,11 @@ class Funnel(msgspec.Struct):
             return
         self.accepted += 1
         self.images += len(outcome.images)
+        self.unsafe += outcome.first_unsafe_turn is not None
+        for turn in outcome.turns:
+            verdict = turn.verdict
+            for word in (verdict.safety, *((f"refusal {verdict.refusal}",) if verdict.refusal != "none" else ())):
+                self.verdicts[word] = self.verdicts.get(word, 0) + 1
         category, turns = outcome.seed.category, len(outcome.turns)
         self.categories[category] = self.categories.get(category, 0) + 1
         self.turns[turns] = self.turns.get(turns, 0) + 1
@@ -108,20 +117,20 @@ def align_outcomes(root: Path) -> int:
     """Cuts the outcome files back to one common point; returns the first job that is not decided yet."""
     decoder = msgspec.json.Decoder(_JobOnly)
     places: dict[str, list[tuple[int, int]]] = {}
+    damaged: dict[str, int] = {}
     for name in _OUTCOMES:
         heal(root / name)
         places[name] = []
-        for number, (offset, line) in enumerate(lines_of(root / name), 1):
+        for offset, line in lines_of(root / name):
             try:
                 places[name].append((decoder.decode(line).job, offset))
             except msgspec.DecodeError:
-                raise InputError(
-                    "not a row of a run", at=root / name, line=number, remedy="restore the file, or start another --run"
-                ) from None
+                damaged[name] = offset  # by a power loss, say: from here on all is grown again from the journal
+                break
     decided = {job for rows in places.values() for job, _ in rows}
     first = next(job for job in range(len(decided) + 1) if job not in decided)
     for name, rows in places.items():
-        cut = next((offset for job, offset in rows if job >= first), None)
+        cut = next((offset for job, offset in rows if job >= first), damaged.get(name))
         if cut is not None:
             os.truncate(root / name, cut)
     return first
@@ -140,11 +149,13 @@ def lock(root: Path) -> int:
         raise StorageError(f"{root}: cannot be written ({error.strerror}); mend it, or name another --run") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(handle)
         raise InputError(
             "another process is writing this run", at=root, remedy="wait for it, or name another --run"
         ) from None
+    except OSError:
+        pass  # a file system without locks (some NFS and Lustre mounts): better unlocked than not at all
     return handle
 
 
@@ -217,9 +228,11 @@ class Run:
     def summary(self) -> Summary | None:
         """The summary of a complete run; None while it is owed. A damaged one is owed again."""
         try:
-            return msgspec.json.decode((self.path / "summary.json").read_bytes(), type=Summary)
+            summary = msgspec.json.decode((self.path / "summary.json").read_bytes(), type=Summary)
         except (OSError, msgspec.DecodeError):
             return None
+        rows = sum(1 for _ in lines_of(self.path / "dialogues.jsonl"))
+        return summary if rows == summary.funnel.accepted else None  # rows were lost since: it is owed again
 
     def funnel(self) -> Funnel:
         """Counted from the outcome files."""
@@ -269,7 +282,10 @@ def open_run(run: str | Path) -> Run:
 def outcome_row(outcome: Dialogue | Ended) -> tuple[str, dict[str, Any]]:
     """The file and the row of a decided job."""
     name = "dialogues.jsonl" if isinstance(outcome, Dialogue) else f"{outcome.kind}.jsonl"
-    return name, to_row(outcome)
+    row = to_row(outcome)
+    if isinstance(outcome, Dialogue):
+        row["first_unsafe_turn"] = outcome.first_unsafe_turn  # for readers who filter rows without our types
+    return name, row
 
 
 def count(values: Iterable[str]) -> dict[str, int]:

@@ -10,8 +10,10 @@ Hard exclusions: sexual content with minors never becomes a seed, is never sent 
 appears.
 """
 
+import functools
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 Family = Literal["general", "political", "legal", "financial", "health"]
@@ -270,14 +272,39 @@ def excluded(text: str, label: str = "") -> bool:
     return _is_excluded(text) or (bool(label) and (_label_is_excluded(label) or _is_excluded(label)))
 
 
-def _is_excluded(text: str) -> bool:
+def excluded_together(texts: Iterable[str]) -> bool:
+    """True if the texts, read as one, are about sexual content with minors: each word may stand in another text."""
+    texts = tuple(texts)
+    signs = [_signs(text) for text in texts]
+    return any(sign.always for sign in signs) or (
+        any(sign.sexual for sign in signs) and any(_speaks_of_the_young(text) for text in texts)
+    )
+
+
+class _Signs(NamedTuple):
+    always: bool
+    sexual: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _signs(text: str) -> _Signs:
+    """What stands in a text; remembered, since a talk is looked at again with each new message."""
     readings = _readings(text)
     if not any(_SUSPECT.search(reading) for reading in readings):
-        return False
-    # The two words need not stand in the same reading: a disguise of one may be spoilt by undoing that of the other.
-    return any(_EXCLUDED.search(reading) for reading in readings) or (
-        any(_SEXUAL.search(reading) for reading in readings) and any(_YOUNG.search(reading) for reading in readings)
+        return _Signs(False, False)
+    return _Signs(
+        any(_EXCLUDED.search(reading) for reading in readings), any(_SEXUAL.search(reading) for reading in readings)
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _speaks_of_the_young(text: str) -> bool:
+    # The two words need not stand in the same reading: a disguise of one may be spoilt by undoing that of the other.
+    return any(_YOUNG.search(reading) for reading in _readings(text))
+
+
+def _is_excluded(text: str) -> bool:
+    return excluded_together((text,))
 
 
 def _label_is_excluded(label: str) -> bool:

@@ -103,9 +103,12 @@ STRATEGY = Role(
         "step": "what the user asks about in this turn",
         "n_turns": "how many turns the conversation will have",
         "refused": "true if the victim declined an earlier version of this turn",
+        "problem": "why your last version of this message was turned down by rule; empty at first",
         "judge_reason": "the judge's reason for its last verdict; the attacker sees it only if the file uses it",
     },
-    _SAMPLE | _SAMPLE_TALK | {"step": "a step", "n_turns": 4, "refused": True, "judge_reason": "a reason"},
+    _SAMPLE
+    | _SAMPLE_TALK
+    | {"step": "a step", "n_turns": 4, "refused": True, "problem": "repeated message", "judge_reason": "a reason"},
 )
 """`prompts/attacker/*.md`: one file, one strategy."""
 

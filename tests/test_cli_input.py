@@ -435,7 +435,7 @@ def tattler() -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize(("status", "code"), [(400, 3), (401, 4), (500, 4), (429, 4)])
+@pytest.mark.parametrize(("status", "code"), [(400, 4), (401, 4), (500, 4), (429, 4)])
 def test_a_key_is_in_no_file_and_no_line(tmp_path: Path, tattler: str, status: int, code: int) -> None:
     Tattler.status = status
     Tattler.keys.clear()

@@ -9,7 +9,7 @@ from itertools import combinations
 from intersafe.gates import Reason
 from intersafe.recipe import RuleSettings
 from intersafe.records import Dialogue, Plan
-from intersafe.taxonomy import excluded
+from intersafe.taxonomy import excluded_together
 
 _LEAST_LETTERS = 20
 """A text with fewer letters says too little about its script."""
@@ -78,13 +78,21 @@ def fold(text: str) -> str:
     return " ".join(_WORDS.findall(plain.casefold())) or "".join(plain.split())
 
 
-def _excluded(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
-    # The user's messages are read as one text: a plan that spreads the concern over its turns must not pass. Turns that
-    # were taken back count too, since the record keeps them. Three line breaks keep two messages' words apart.
+def check_excluded(dialogue: Dialogue) -> Reason | None:
+    """The hard exclusion, which no recipe switches off: the whole record is read as one text.
+
+    A concern that is spread over turns, over user and victim, or over turns that were taken back must not pass.
+    """
     turns = [*dialogue.turns, *(pruned.turn for pruned in dialogue.pruned)]
-    if excluded("\n\n\n".join(turn.user.text for turn in turns)):
+    asked = [turn.user.text for turn in turns]
+    if excluded_together(asked):
         return Reason("excluded", "user")
-    return Reason("excluded", "reply") if any(excluded(turn.reply.text) for turn in turns) else None
+    told = [turn.reply.text for turn in turns]
+    return Reason("excluded", "reply") if excluded_together([*asked, *told]) else None
+
+
+def _excluded(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
+    return check_excluded(dialogue)
 
 
 def _turn_count(dialogue: Dialogue, _: RuleSettings) -> Reason | None:

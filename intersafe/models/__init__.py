@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
+from msgspec import structs
 
 from intersafe.errors import InputError
 from intersafe.images import ImageStore
@@ -77,14 +78,25 @@ class ChatModel(Protocol):
 def open_models(cast: Cast, limits: Limits, images: ImageStore, say: Callable[[str], None]) -> dict[str, ChatModel]:
     """One model for each member of the cast; members with the same settings share one. Needs a running event loop."""
     shared: dict[str, ChatModel] = {}
-    return {role: _open(member, limits, images, say, shared) for role, member in cast.members.items()}
+    least: dict[str, int] = {}
+    for member in cast.members.values():
+        least[_same(member)] = min(member.concurrency, least.get(_same(member), member.concurrency))
+    return {
+        role: _open(structs.replace(member, concurrency=least[_same(member)]), limits, images, say, shared)
+        for role, member in cast.members.items()
+    }
+
+
+def _same(member: Member) -> str:
+    """Equal for members that can share one model; the lowest of their `concurrency` holds."""
+    return f"{member.model} {member.revision} {member.key} {member.json_schema} {member.extra}"
 
 
 def _open(
     member: Member, limits: Limits, images: ImageStore, say: Callable[[str], None], shared: dict[str, ChatModel]
 ) -> ChatModel:
     backend = member.spec.backend
-    same = f"{member.model} {member.revision} {member.key} {member.json_schema} {member.extra}"
+    same = _same(member)
     if same not in shared:
         if backend == "scripted":
             from intersafe.models.scripted import ScriptedModel
@@ -103,6 +115,12 @@ def check_cast(cast: Cast) -> None:
         if member.key and not os.environ.get(member.key):
             raise InputError(
                 f"cast.{role}: the environment variable {member.key} is not set", remedy=f"export {member.key}=..."
+            )
+        key = os.environ.get(member.key, "")
+        if member.key and not (key.strip() and key.strip().isprintable()):
+            raise InputError(
+                f"cast.{role}: the environment variable {member.key} holds no key (blank, or more than one line)",
+                remedy=f"export {member.key}=...",
             )
         if member.spec.backend == "scripted":
             from intersafe.models.scripted import check_name

@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 from msgspec import structs
 
-from intersafe.errors import CallFailed
+from intersafe.errors import CallFailed, JobRejected
 from intersafe.journal import Entry
 from intersafe.models import Call, ChatModel, Reply, Sampling
 from intersafe.recipe import Cast
 from intersafe.records import Job, Message
 from intersafe.replies import A, ReplyError, Schema, parse, schema_of
+from intersafe.taxonomy import excluded
 from intersafe.templates import Prompts
 
 
@@ -74,7 +75,7 @@ class JobCast:
         self.has_second_judge = company.cast.second_judge is not None
 
     async def ask(self, role: str, prompt: str, messages: Sequence[Message], schema: Schema | None = None) -> Reply:
-        """One reply of that member of the cast; `CallFailed` if the call failed for good, now or when first made."""
+        """One reply of that member of the cast; `CallFailed` if the call failed for good."""
         company = self._company
         member, model = company.cast.members[role], company.models[role]
         seed = (self._job.random_seed + 0x9E3779B1 * (self._ordinal + 1)) & 0x7FFFFFFF
@@ -87,8 +88,6 @@ class JobCast:
             older = company.older.take(key) if company.older else None
             entry = structs.replace(older, job=self._job.index) if older else await self._pay(model, call, key)
             company.journal.add(entry)
-        if entry.failed:
-            raise CallFailed(role.partition(":")[0], entry.failed, entry.text)
         reply = Reply(entry.text, entry.finish, entry.tokens)
         if company.observe:
             company.observe(call, reply)
@@ -101,7 +100,8 @@ class JobCast:
         try:
             reply = await model.answer(call)
         except CallFailed as error:
-            return Entry(self._job.index, key, call.role, error.detail, failed=error.reason)
+            # A failure may be the server's and costs nothing: no journal entry, so an undecided job asks again.
+            raise CallFailed(call.role.partition(":")[0], error.reason, error.detail) from None
         finally:
             in_flight[call.role] -= 1
         ms = round((time.perf_counter() - began) * 1000)
@@ -133,6 +133,8 @@ class JobCast:
                 try:
                     found = parse(reply.text, kind)
                 except ReplyError as error:
+                    if excluded(reply.text):  # it would be sent back with the correction
+                        raise JobRejected(role, "excluded") from None
                     reason, detail = "unparseable", str(error)
                     correction = (
                         f"That could not be read: {detail}. Answer again with the one JSON object and nothing else."

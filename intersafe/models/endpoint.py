@@ -43,7 +43,13 @@ MAX_BODY = 16 * 1024 * 1024
 LONG_PAUSE = 5.0
 """Seconds of overload from which on the user is told."""
 
-_FINISH: dict[str, Finish] = {"length": "length", "content_filter": "blocked"}
+_FINISH: dict[str, Finish] = {
+    **dict.fromkeys(
+        ("stop", "eos", "eos_token", "stop_sequence", "end_turn", "tool_calls", "function_call", ""), "stop"
+    ),
+    **dict.fromkeys(("length", "max_tokens", "model_length", "max_length"), "length"),
+}
+"""Any other reason is a block: the server stopped for one of its own (`content_filter`, `safety`, `recitation`)."""
 _BROKEN_OFF = ("abort", "error")
 _FILTERED = ("content_filter", "content_policy_violation", "data_inspection_failed")
 _OVERLOADED = (429, 503, 529)
@@ -158,8 +164,11 @@ class EndpointModel:
     async def answer(self, call: Call) -> Reply:
         """The reply; waits out overload and outages, tries again what passes."""
         replica = self._replica(call.job)
-        body = msgspec.json.encode(self._body(call))
         last = False
+
+        def body() -> bytes:
+            return msgspec.json.encode(self._body(call))
+
         while True:
             try:
                 if last:
@@ -176,12 +185,13 @@ class EndpointModel:
         replica: _Replica = state.args[0]
         return state.attempt_number >= self._limits.retries - 1 or replica.absence.seconds >= self._limits.patience
 
-    async def _ask(self, replica: _Replica, body: bytes) -> Reply:
+    async def _ask(self, replica: _Replica, body: Callable[[], bytes]) -> Reply:
         """One try, in which overload does not count."""
         while True:
             sent = await replica.limiter.acquire()
             try:
-                reply = await self._post(replica, body)
+                # Made now and not earlier: only calls in flight hold their images in memory.
+                reply = await self._post(replica, body())
             except _Overloaded as error:
                 error.sent = sent
                 replica.limiter.overloaded(sent)
@@ -252,7 +262,7 @@ class EndpointModel:
                 if replica.gone:
                     raise ServiceGone(replica.gone)
                 try:
-                    await self._ask(replica, self._small_question)
+                    await self._ask(replica, lambda: self._small_question)
                 except CallFailed:
                     continue  # an answer all the same, and noted as one
                 except _Fault as error:
@@ -371,7 +381,7 @@ def _reply(data: bytes) -> Reply:
     content = choice.message.content
     text = content if isinstance(content, str) else "".join(str(p.get("text") or "") for p in content or ())
     usage = completion.usage or _Usage()
-    finish = _FINISH.get(choice.finish_reason or "stop", "stop")
+    finish = _FINISH.get((choice.finish_reason or "").lower(), "blocked")
     if choice.message.refusal:
         text, finish = text or choice.message.refusal, "refused"
     return Reply(text, finish, (usage.prompt_tokens or 0, usage.completion_tokens or 0))

@@ -15,11 +15,11 @@ from intersafe.recipe import ConverseSettings, RuleSettings
 from intersafe.records import Job, Message, Plan, PrunedTurn, Turn, transcript
 from intersafe.replies import MessageAnswer
 from intersafe.stages.judging import concern_of, judge_turn, seed_images
-from intersafe.taxonomy import excluded
+from intersafe.taxonomy import excluded_together
 
 
 async def converse(
-    job: Job, plan: Plan, cast: JobCast, settings: ConverseSettings, rules: RuleSettings
+    job: Job, plan: Plan, cast: JobCast, settings: ConverseSettings, rules: RuleSettings | None
 ) -> tuple[tuple[Turn, ...], tuple[PrunedTurn, ...]]:
     """One turn for each step of the plan, and the turns that were taken back on the way."""
     turns: list[Turn] = []
@@ -27,8 +27,9 @@ async def converse(
     for position in range(len(plan.steps)):
         while True:
             refused = bool(pruned) and pruned[-1].index == position
-            user = await _write_message(job, plan, cast, settings, rules, turns, refused)
-            turn = await _take_turn(job, cast, settings, turns, user)
+            said = [message.text for turn in (*turns, *(p.turn for p in pruned)) for message in (turn.user, turn.reply)]
+            user = await _write_message(job, plan, cast, settings, rules, turns, said, refused)
+            turn = await _take_turn(job, cast, settings, turns, said, user)
             if turn.verdict.refusal != "full" or len(pruned) >= settings.backtracks:
                 break
             pruned.append(PrunedTurn(position, turn, "refused"))
@@ -36,7 +37,9 @@ async def converse(
     return tuple(turns), tuple(pruned)
 
 
-async def _take_turn(job: Job, cast: JobCast, settings: ConverseSettings, turns: Sequence[Turn], user: Message) -> Turn:
+async def _take_turn(
+    job: Job, cast: JobCast, settings: ConverseSettings, turns: Sequence[Turn], said: Sequence[str], user: Message
+) -> Turn:
     """The victim answers the talk so far and this message; the judge gives its verdict."""
     system = Message("system", cast.prompts["victim/system"].render("system", {}))
     talk = [message for turn in turns for message in (turn.user, turn.reply)]
@@ -47,7 +50,7 @@ async def _take_turn(job: Job, cast: JobCast, settings: ConverseSettings, turns:
         raise JobRejected("converse", "truncated", f"reply of turn {len(turns) + 1}")
     if not answer.text.strip():
         raise JobRejected("converse", "empty_reply", f"turn {len(turns) + 1}")
-    if excluded(answer.text):
+    if excluded_together([*said, user.text, answer.text]):
         raise JobRejected("converse", "excluded", f"reply of turn {len(turns) + 1}")
     reply = Message("assistant", answer.text.strip())
     verdict = await judge_turn(job, cast, turns, user, reply, settings.tries)
@@ -59,11 +62,12 @@ async def _write_message(
     plan: Plan,
     cast: JobCast,
     settings: ConverseSettings,
-    rules: RuleSettings,
+    rules: RuleSettings | None,
     turns: Sequence[Turn],
+    said: Sequence[str],
     refused: bool,
 ) -> Message:
-    """The user's next message; one that leaks, repeats or says nothing is asked for again."""
+    """The user's next message; one that leaks, repeats or says nothing is asked for again, with the problem named."""
     values = concern_of(job) | {
         "transcript": transcript(turns),
         "turn": len(turns) + 1,
@@ -78,7 +82,7 @@ async def _write_message(
             answer = await cast.answer(
                 "attacker",
                 f"attacker/{job.strategy}",
-                values,
+                values | {"problem": " ".join(problem).replace("_", " ") if problem else ""},
                 MessageAnswer,
                 images=seed_images(job),
                 tries=settings.tries,
@@ -86,11 +90,11 @@ async def _write_message(
         except Unanswered as error:
             raise JobRejected("converse", f"attacker_{error.reason}", error.detail) from None
         text = answer.message.strip()
-        earlier = [turn.user.text for turn in turns]
-        # All messages are read as one text: a concern that is spread over the turns must not pass.
-        if excluded("\n\n\n".join([*earlier, text])):
+        # All that was said is read as one text: a concern that is spread over the turns must not pass.
+        if excluded_together([*said, text]):
             raise JobRejected("converse", "excluded", f"message of turn {len(turns) + 1}")
-        problem = message_problem(text, earlier, job.seed.query, plan, rules)
+        earlier = [turn.user.text for turn in turns]
+        problem = message_problem(text, earlier, job.seed.query, plan, rules) if rules else None
         if problem is None:
             return Message("user", text, () if turns else seed_images(job))
     assert problem is not None

@@ -8,7 +8,7 @@ from intersafe.recipe import PlanSettings
 from intersafe.records import Job, Plan, Step, StepScore
 from intersafe.replies import PlanAnswer, StepAnswer
 from intersafe.stages.judging import concern_of, score_step, seed_images
-from intersafe.taxonomy import excluded
+from intersafe.taxonomy import excluded_together
 
 
 async def make_plan(job: Job, cast: JobCast, settings: PlanSettings) -> Plan:
@@ -51,7 +51,7 @@ async def _decompose(job: Job, cast: JobCast, settings: PlanSettings) -> list[st
             raise JobRejected("plan", error.reason, error.detail) from None
         found = len(answer.steps)
         if found == job.turns:
-            return [_allowed(step) for step in answer.steps]
+            return _allowed(list(answer.steps))
     raise JobRejected("plan", "step_count", f"{found} steps for {job.turns} turns")
 
 
@@ -70,10 +70,11 @@ async def _rewrite(
         )
     except Unanswered as error:
         raise JobRejected("plan", error.reason, error.detail) from None
-    return _allowed(answer.step)
+    return _allowed([*texts[:position], answer.step, *texts[position + 1 :]])[position]
 
 
-def _allowed(step: str) -> str:
-    if excluded(step):
+def _allowed(steps: list[str]) -> list[str]:
+    """The steps; read as one text, since they are sent as one."""
+    if excluded_together(steps):
         raise JobRejected("plan", "excluded")
-    return step
+    return steps

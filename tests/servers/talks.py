@@ -238,9 +238,9 @@ def make_talk(rng: random.Random, source: Source, turns: int, most: int, kind: s
     for turn in range(turns - 1):
         pictured = turn == pictured_turn or (kind != "d" and rng.random() < 0.4)
         marked = rng.random() < 0.2
-        add_question(rng, source, talk, most, int(pictured), marked)
+        add_question(rng, source, talk, most, rng.choice((1, 1, 2)) if pictured else 0, marked)
         add_answer(rng, source, talk, most, wanted(talk, pictured, marked, min(turn + 1, MAX_TURNS)))
-    pictures = rng.choice((1, 1, 1, 2)) if kind == "a" or (kind == "b" and rng.random() < 0.5) else 0
+    pictures = rng.choice((1, 1, 2)) if kind == "a" or (kind == "b" and rng.random() < 0.5) else 0
     add_question(rng, source, talk, most, pictures, kind == "b")
     talk.reply = wanted(talk, pictures > 0, kind == "b", talk.number)
     return talk
@@ -266,7 +266,7 @@ def as_json(rng: random.Random, talk: Talk) -> None:
 def training_talk(rng: random.Random, most_turns: int, most: int) -> Talk:
     """One sample for training: up to `most_turns` user messages of up to `most` words."""
     turns = rng.randint(1, most_turns)
-    talk = make_talk(rng, TRAINING, turns, most, rng.choice("abcd" if turns > 1 else "aabd"))
+    talk = make_talk(rng, TRAINING, turns, most, rng.choice("aabcccd" if turns > 1 else "aabd"))
     if rng.random() < 0.4:  # so that high numbers are learned without long talks
         number = rng.randint(1, MAX_TURNS)
         talk.reply, talk.number = talk.reply.replace(f"number {talk.number}", f"number {number}"), number
