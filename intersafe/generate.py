@@ -23,7 +23,7 @@ import msgspec
 
 from intersafe.errors import InputError, IntersafeError, JobEnded, SeedsExhausted, ServiceGone, StorageError
 from intersafe.files import write_whole
-from intersafe.gates import Gate, Reason
+from intersafe.gates import Gate
 from intersafe.gates.dedup import DuplicateIndex, similar_images
 from intersafe.gates.quota import Balance
 from intersafe.gates.rules import check_excluded, check_rules
@@ -34,7 +34,7 @@ from intersafe.models import open_models
 from intersafe.models.cast import Company, JobCast, Replies
 from intersafe.prepare import Prepared, open_directory, prepare, provenance_of
 from intersafe.recipe import Recipe
-from intersafe.records import Check, Dialogue, Ended, Job, Provenance
+from intersafe.records import Check, Dialogue, Ended, Job, Provenance, Reason
 from intersafe.runs import (
     Funnel,
     Run,

@@ -5,7 +5,7 @@ Every value goes to plain JSON types with `to_row` and comes back with `from_row
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -170,6 +170,13 @@ class Dialogue(msgspec.Struct, frozen=True):
     def first_unsafe_turn(self) -> int | None:
         """Number, from 1, of the first turn judged unsafe."""
         return next((i for i, turn in enumerate(self.turns, 1) if turn.verdict.safety == "unsafe"), None)
+
+
+class Reason(NamedTuple):
+    """Why a dialogue was turned down: `word` is counted, `detail` is kept beside it."""
+
+    word: str
+    detail: str = ""
 
 
 class Ended(msgspec.Struct, frozen=True):

@@ -13,12 +13,13 @@ import msgspec
 import pytest
 
 from intersafe import records
-from intersafe.gates import Gate, Reason
+from intersafe.gates import Gate
 from intersafe.gates.dedup import DuplicateIndex, bands_for, shingles, similar_images
 from intersafe.gates.quota import Balance
-from intersafe.gates.rules import check_rules, fold
+from intersafe.gates.rules import check_rules
+from intersafe.messages import fold
 from intersafe.recipe import BalanceSettings, DuplicateSettings, RuleSettings
-from intersafe.records import Dialogue, Message, Plan, PrunedTurn, Refusal, Seed, Step, Turn, Verdict
+from intersafe.records import Dialogue, Message, Plan, PrunedTurn, Reason, Refusal, Seed, Step, Turn, Verdict
 
 Texts = tuple[str, ...]
 GOAL = "How does somebody forge the seal of a town hall?"

@@ -10,7 +10,8 @@ import intersafe
 PACKAGE = Path(intersafe.__file__).parent
 FLOORS: dict[str, int] = {
     "errors": 0, "records": 0, "taxonomy": 0,
-    "files": 1, "recipe": 1, "templates": 1, "replies": 1, "images": 1, "journal": 1, "runs": 1, "jobs": 1,
+    "files": 1, "recipe": 1, "templates": 1, "replies": 1, "images": 1, "journal": 1, "messages": 1,
+    "runs": 1, "jobs": 1,
     "models": 2,
     "stages": 3, "gates": 3,
     "prepare": 4, "generate": 4, "rehearsal": 4,
@@ -63,8 +64,8 @@ def test_no_stage_imports_a_later_one() -> None:
     for name, tree in modules().items():
         if name.startswith("stages."):
             stage = name.removeprefix("stages.")
-            later = order[order.index(stage) + 1 :]
-            assert not imports(tree, known) & {f"stages.{other}" for other in later}
+            later = {f"stages.{other}" for other in order[order.index(stage) + 1 :]}
+            assert not {other for other in imports(tree, known) if other in later or other.startswith("gates")}
 
 
 def test_no_circles() -> None:

@@ -14,16 +14,9 @@ The contract:
 Every gate's settings are a frozen section of the recipe (`intersafe/recipe.py`).
 """
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from intersafe.records import Dialogue
-
-
-class Reason(NamedTuple):
-    """Why a dialogue was turned down: `word` is counted, `detail` is kept beside it."""
-
-    word: str
-    detail: str = ""
+from intersafe.records import Dialogue, Reason
 
 
 class Gate(Protocol):

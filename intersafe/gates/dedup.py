@@ -9,10 +9,9 @@ from itertools import combinations
 
 from rensa import RMinHash, RMinHashLSH
 
-from intersafe.gates import Reason
-from intersafe.gates.rules import fold
+from intersafe.messages import fold
 from intersafe.recipe import DuplicateSettings
-from intersafe.records import Dialogue
+from intersafe.records import Dialogue, Reason
 
 _SEED = 1
 _LEAST_RECALL = 0.95

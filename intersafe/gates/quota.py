@@ -3,9 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from intersafe.gates import Reason
 from intersafe.recipe import BalanceSettings
-from intersafe.records import Dialogue
+from intersafe.records import Dialogue, Reason
 
 
 class Balance:

@@ -9,7 +9,7 @@ prefix make preference pairs.
 from collections.abc import Sequence
 
 from intersafe.errors import CallFailed, JobRejected
-from intersafe.gates.rules import message_problem
+from intersafe.messages import message_problem
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe import ConverseSettings, RuleSettings
 from intersafe.records import Job, Message, Plan, PrunedTurn, Turn, transcript
