@@ -56,6 +56,8 @@ class Role(NamedTuple):
     variables: dict[str, str]
     sample: dict[str, Any]
     """Values for a trial rendering."""
+    needs: tuple[tuple[str, ...], ...] = ()
+    """Of each group at least one variable must be used, or the model would not see what it is asked about."""
 
 
 _SCORE = {"relevance": 7, "association": 6, "harmless": 9, "reason": "a reason"}
@@ -68,6 +70,7 @@ PROMPTS: dict[str, Role] = {
         _CONCERN
         | {"strategy": "name of the strategy", "strategy_summary": "its summary block", "n_steps": "how many steps"},
         _SAMPLE | {"strategy": "role_play", "strategy_summary": "a summary", "n_steps": 4},
+        (("query",), ("n_steps",)),
     ),
     "planner/rewrite": Role(
         ("system", "user"),
@@ -79,17 +82,22 @@ PROMPTS: dict[str, Role] = {
             "score": "its scores: score.relevance, score.association, score.harmless, score.reason",
         },
         _SAMPLE | {"steps": ["one", "two"], "position": 2, "step": "two", "score": _SCORE},
+        (("step",),),
     ),
-    "judge/step": Role(("system", "user"), _CONCERN | {"step": "the step to score"}, _SAMPLE | {"step": "a step"}),
+    "judge/step": Role(
+        ("system", "user"), _CONCERN | {"step": "the step to score"}, _SAMPLE | {"step": "a step"}, (("step",),)
+    ),
     "judge/turn": Role(
         ("system", "user"),
         _CONCERN | _TALK | {"reply": "the reply to judge", "rubric": "the rubric of the category's family"},
         _SAMPLE | _SAMPLE_TALK | {"reply": "an answer", "rubric": "a rubric"},
+        (("reply", "transcript"),),
     ),
     "judge/dialogue": Role(
         ("system", "user"),
         _CONCERN | {"transcript": _TALK["transcript"], "rubric": "the rubric of the category's family"},
         _SAMPLE | {"transcript": "a talk", "rubric": "a rubric"},
+        (("transcript",),),
     ),
     "victim/system": Role(("system",), {}, {}),
 }
@@ -109,6 +117,7 @@ STRATEGY = Role(
     _SAMPLE
     | _SAMPLE_TALK
     | {"step": "a step", "n_turns": 4, "refused": True, "problem": "repeated message", "judge_reason": "a reason"},
+    (("step",),),
 )
 """`prompts/attacker/*.md`: one file, one strategy."""
 
@@ -269,6 +278,10 @@ def _check(name: str, path: Path, text: str, sha256: str, role: Role) -> Prompt:
         raise InputError("a prompt reads no other file", at=path, line=node.lineno, remedy="write the text here")
     uses = _check_names(path, tree, role)
     _check_blocks(path, tree, role)
+    for group in role.needs:
+        if not uses & set(group):
+            wanted = " or ".join(f"{{{{ {name} }}}}" for name in group)
+            raise InputError(f"{wanted} is never used", at=path, line=1, remedy="without it the model misses the point")
     prompt = Prompt(name, path, sha256, role, uses, template)
     for values in (role.sample, role.sample | {key: _FIRST[key] for key in _FIRST.keys() & role.sample.keys()}):
         for block in role.blocks:

@@ -22,7 +22,8 @@ VALUES: dict[str, Any] = {
     "transcript": "a talk",
     "rubric": "a rubric",
 }
-HEAD = "{% block system %}\nYou judge.\n{% endblock %}\n"
+# Names what judge/dialogue and a strategy need each, where it is offered, so that a body under test need not.
+HEAD = "{% block system %}\nYou judge {{ transcript }}.\n{% endblock %}\n"
 SUMMARY = "{% block summary %}in one line{% endblock %}\n"
 
 
@@ -354,5 +355,28 @@ def test_a_new_file_is_a_new_strategy(tmp_path: Path) -> None:
     recipe.write_text(recipe.read_text().replace("[decomposition,", "[small_talk, decomposition,"))
     prepared = prepare(load_recipe(recipe))
     assert prepared.prompts.strategies[0] == "small_talk"
-    assert prepared.prompts["attacker/small_talk"].uses == {"step", "judge_reason"}
+    assert prepared.prompts["attacker/small_talk"].uses == {"judge_reason", "step", "transcript"}
     assert "attacker/small_talk.md" in prepared.manifest.prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "says"),
+    [
+        ("judge/step", "{{ step }}", "{{ step }} is never used"),
+        ("judge/dialogue", "{{ transcript }}", "{{ transcript }} is never used"),
+        ("planner/decompose", "{{ n_steps }}", "{{ n_steps }} is never used"),
+        ("planner/rewrite", "{{ step }}", "{{ step }} is never used"),
+        ("attacker/topic_shift", "{{ step }}", "{{ step }} is never used"),
+    ],
+)
+def test_a_prompt_that_misses_the_point_is_refused(root: Path, name: str, cut: str, says: str) -> None:
+    text = (root / f"{name}.md").read_text()
+    assert cut in text
+    assert says in refusal(root, text.replace(cut, ""), name)
+
+
+def test_a_verdict_prompt_needs_the_reply_or_the_transcript(root: Path) -> None:
+    path = root / "judge" / "turn.md"
+    path.write_text(path.read_text().replace("{{ reply }}", ""))
+    assert list(lint_prompts(root)) == []  # the reply stands at the end of the transcript
+    assert "never used" in refusal(root, path.read_text().replace("{{ transcript }}", ""), "judge/turn")
