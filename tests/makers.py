@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,11 @@ def cli(*words: str, cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]
     )
 
 
+def hears_ctrl_c() -> None:
+    """In a child: tests that a script started in the background ignore SIGINT, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def started(*words: str, cwd: Path) -> "subprocess.Popen[str]":
     """Starts `intersafe` and returns at once."""
     return subprocess.Popen(
@@ -42,6 +48,7 @@ def started(*words: str, cwd: Path) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hears_ctrl_c,
     )
 
 

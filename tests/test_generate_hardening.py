@@ -22,7 +22,7 @@ from intersafe.journal import GroupWriter
 from intersafe.prepare import open_directory, prepare
 from intersafe.recipe import Gates, Recipe
 from intersafe.runs import Run, align_outcomes
-from tests.makers import REPOSITORY, demo, digest, journal_keys, rows
+from tests.makers import REPOSITORY, demo, digest, hears_ctrl_c, journal_keys, rows
 from tests.servers.scripted_server import Body, asks_for, scripted_server, text_of
 
 # The two words of a concern, each harmless alone: only both together are excluded by rule.
@@ -269,7 +269,9 @@ async def cell():
         print("stopped")
 asyncio.run(cell())
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hears_ctrl_c
+    ) as process:
         while not (tmp_path / "run" / "dialogues.jsonl").exists() and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
