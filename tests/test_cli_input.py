@@ -202,7 +202,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(attempts: dict[str, Attemp
             "turn.md:3: unknown variable",
         ),
         ("{% block system %}x{% endblock %}", "turn.md:1: block 'user' is missing"),
-        ("{% block system %}x{% endblock %}{% block user %}{{ ''.__class__ }}{% endblock %}", "unsafe"),
+        ("{% block system %}{{ reply }}{% endblock %}{% block user %}{{ ''.__class__ }}{% endblock %}", "unsafe"),
         (b"\xff", "turn.md:1: not UTF-8"),
     ],
 )
