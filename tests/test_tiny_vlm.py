@@ -143,8 +143,8 @@ def test_text_and_images_never_seen_in_training(url: str, kind: str) -> None:
     rng = random.Random(20)
     talks = [make_talk(rng, FRESH, rng.randint(2, 7), 60, kind) for _ in range(25)]
     wrong = [talk for talk in talks if reply(url, *as_messages(talk)) != talk.reply]
-    # 0.8 M parameters carry over to most of what they never saw, not to all: 0 to 18 % wrong by kind when trained.
-    assert len(wrong) <= 6
+    # 0.8 M parameters carry over to nearly all that they never saw: 150 talks of each kind gave 95 to 100 % exact.
+    assert len(wrong) <= 2
 
 
 def test_json_schema_holds(url: str) -> None:

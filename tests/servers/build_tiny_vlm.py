@@ -8,7 +8,7 @@ One-off, in an environment of its own (Python 3.11; torch first, so that the CPU
 
 What a large model works out by itself, the chat template helps this one with: it puts `<|latest|>` behind the images
 and marker words of the latest message, `<|earlier|>` behind the most recent images of the talk if they stand in an
-earlier one, and numbers the reply, `<|turn_n|>`. Takes some eight minutes of one core. The seed fixes the bytes on one
+earlier one, and numbers the reply, `<|turn_n|>`. Takes some ten minutes of one core. The seed fixes the bytes on one
 kind of processor; elsewhere floating point may differ in the last place.
 """
 
