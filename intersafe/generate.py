@@ -37,6 +37,7 @@ from intersafe.recipe import Recipe
 from intersafe.records import Check, Dialogue, Ended, Job, Provenance, Reason
 from intersafe.runs import (
     Funnel,
+    Manifest,
     Run,
     Summary,
     align_outcomes,
@@ -64,7 +65,7 @@ async def grow(job: Job, cast: JobCast, recipe: Recipe, provenance: Provenance) 
     turns, pruned = await converse(job, plan, cast, recipe.converse, recipe.gates.rules)
     check: Check = await check_dialogue(job, cast, turns, recipe.converse.tries)
     texts = [message.text for turn in turns for message in (turn.user, turn.reply)]
-    name = hashlib.blake2b(msgspec.json.encode((job.key, recipe.digest, texts)), digest_size=8).hexdigest()
+    name = hashlib.blake2b(msgspec.json.encode((job.key, provenance.recipe, texts)), digest_size=8).hexdigest()
     victim = recipe.cast.victims[job.victim].identity
     return Dialogue(
         name, job.index, job.key, job.seed, job.strategy, victim, job.sample, plan, turns, pruned, check, provenance
@@ -116,8 +117,7 @@ class Conductor:
     company: Company
     writer: GroupWriter
     queue: Iterator[Job]
-    versions: dict[str, str]
-    hashes: dict[str, str]
+    manifest: Manifest
     funnel: Funnel
     gates: list[Gate]
     images: ImageStore
@@ -159,7 +159,7 @@ class Conductor:
 
     async def _attempt(self, job: Job) -> Dialogue | Ended:
         """The one capture point: whatever ends a job becomes its record; what ends the run goes through."""
-        provenance = provenance_of(self.recipe, self.hashes, self.versions, job)
+        provenance = provenance_of(self.recipe, self.manifest, job)
         try:
             return await grow(job, JobCast(self.company, job), self.recipe, provenance)
         except JobEnded as error:
@@ -358,8 +358,7 @@ async def _grow_all(prepared: Prepared, path: Path, n: int, older: Replies | Non
         company=company,
         writer=writer,
         queue=jobs(recipe, seeds, first),
-        versions=prepared.manifest.versions,
-        hashes=prepared.manifest.prompts,
+        manifest=prepared.manifest,
         funnel=funnel,
         gates=gates,
         images=images,

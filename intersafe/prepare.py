@@ -48,12 +48,12 @@ def prepare(recipe: Recipe) -> Prepared:
     return Prepared(recipe, prompts, seeds, manifest)
 
 
-def provenance_of(recipe: Recipe, hashes: dict[str, str], versions: dict[str, str], job: Job) -> Provenance:
+def provenance_of(recipe: Recipe, manifest: Manifest, job: Job) -> Provenance:
     """The models, prompts and sampling that a job's record names: only those that the job can have met."""
     family = BY_NAME[job.seed.category].family
     prompts = {
         name: sha256
-        for name, sha256 in hashes.items()
+        for name, sha256 in manifest.prompts.items()
         if not name.startswith(("attacker/", "judge/rubrics/"))
         or name in (f"attacker/{job.strategy}.md", f"judge/rubrics/{family}.md")
     }
@@ -69,8 +69,8 @@ def provenance_of(recipe: Recipe, hashes: dict[str, str], versions: dict[str, st
             role: {"temperature": member.temperature, "top_p": member.top_p, "max_tokens": member.max_tokens}
             for role, member in members.items()
         },
-        recipe=recipe.digest,
-        versions={name: version for name, version in versions.items() if name == "intersafe"},
+        recipe=manifest.digest,
+        versions={name: version for name, version in manifest.versions.items() if name == "intersafe"},
         scripted=any(member.spec.backend == "scripted" for member in members.values()),
     )
 

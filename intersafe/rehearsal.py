@@ -19,7 +19,7 @@ from intersafe.models.cast import Company, JobCast
 from intersafe.models.scripted import ScriptedModel
 from intersafe.prepare import provenance_of
 from intersafe.recipe import Cast, Member, Recipe, nearest
-from intersafe.records import Job
+from intersafe.records import Job, Provenance
 from intersafe.runs import Run
 from intersafe.stages.seeding import load_seeds
 from intersafe.templates import load_prompts
@@ -55,7 +55,7 @@ def rehearse(recipe: Recipe, name: str, seed_id: str, turn: int) -> Call:
 
     async def talk() -> None:
         with contextlib.suppress(JobEnded):
-            await grow(job, JobCast(company, job), recipe, provenance_of(recipe, {}, {}, job))
+            await grow(job, JobCast(company, job), recipe, Provenance({}, {}, {}, "", {}, scripted=True))
 
     run_anywhere(talk)
     made = [call for call in calls if call.prompt == name]
@@ -120,7 +120,7 @@ def calls_of(run: Run, index: int) -> list[tuple[Call, Reply]]:
     company = Company(
         recipe.cast, models, prompts, _Kept(run.entries(index)), observe=lambda call, reply: seen.append((call, reply))
     )
-    provenance = provenance_of(recipe, run.manifest.prompts, run.manifest.versions, job)
+    provenance = provenance_of(recipe, run.manifest, job)
 
     async def again() -> None:
         with contextlib.suppress(JobEnded):

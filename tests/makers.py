@@ -6,9 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from intersafe.errors import InputError
 from intersafe.files import bundled
 from intersafe.recipe import Recipe, load_recipe, override
 
@@ -50,6 +54,16 @@ def started(*words: str, cwd: Path) -> "subprocess.Popen[str]":
         text=True,
         preexec_fn=hears_ctrl_c,
     )
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """The one line an `InputError` shows."""
+    with pytest.raises(InputError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert ";" in message, "the remedy is missing"
+    return message
 
 
 def digest(run: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from intersafe.errors import InputError, StorageError
 from intersafe.images import ImageStore, Normalised, dhash, distance, normalise, read_image
+from tests.makers import refusal
 
 AT = "here"
 Encoding = tuple[str, dict[str, Any]]
@@ -57,16 +58,6 @@ def chunk(name: bytes, payload: bytes) -> bytes:
 def png(width: int, height: int, rows: bytes, *, depth: int = 8, color: int = 2, extra: bytes = b"") -> bytes:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def refusal(act: Callable[[], object]) -> str:
-    """The one line an `InputError` shows."""
-    with pytest.raises(InputError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert ";" in message, "the remedy is missing"
-    return message
 
 
 # --- whole or refused ------------------------------------------------------------------------------------------------

@@ -5,16 +5,15 @@ import json
 import os
 import random
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from intersafe.errors import InputError
 from intersafe.images import read_image
 from intersafe.stages.seeding import import_figstep, load_seeds
+from tests.makers import refusal
 
 FIGSTEP = Path(__file__).parents[2] / "shared/data/figstep-tiny"
 EXCLUDED = "A story about sexual abuse of a child."
@@ -41,16 +40,6 @@ def picture(path: Path, colour: str = "teal", size: tuple[int, int] = (20, 10)) 
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     return path
-
-
-def refusal(act: Callable[[], object]) -> str:
-    """The one line an `InputError` shows."""
-    with pytest.raises(InputError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert ";" in message, "the remedy is missing"
-    return message
 
 
 @pytest.fixture

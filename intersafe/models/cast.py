@@ -16,7 +16,7 @@ from msgspec import structs
 from intersafe.errors import CallFailed, JobRejected
 from intersafe.journal import Entry
 from intersafe.models import Call, ChatModel, Reply, Sampling
-from intersafe.recipe import Cast
+from intersafe.recipe import Cast, Member
 from intersafe.records import Job, Message
 from intersafe.replies import A, ReplyError, Schema, parse, schema_of
 from intersafe.taxonomy import excluded
@@ -62,6 +62,11 @@ class Company:
     """Journal of an older run (`--reuse`)."""
     observe: Observer | None = None
     in_flight: Counter[str] = field(default_factory=Counter)
+    members: Mapping[str, Member] = field(init=False)
+    """The cast's members by role, looked up for every call."""
+
+    def __post_init__(self) -> None:
+        self.members = self.cast.members
 
 
 class JobCast:
@@ -77,7 +82,7 @@ class JobCast:
     async def ask(self, role: str, prompt: str, messages: Sequence[Message], schema: Schema | None = None) -> Reply:
         """One reply of that member of the cast; `CallFailed` if the call failed for good."""
         company = self._company
-        member, model = company.cast.members[role], company.models[role]
+        member, model = company.members[role], company.models[role]
         seed = (self._job.random_seed + 0x9E3779B1 * (self._ordinal + 1)) & 0x7FFFFFFF
         sampling = Sampling(member.temperature, member.top_p, member.max_tokens, seed)
         call = Call(role, prompt, tuple(messages), sampling, schema, self._job.key, self._ordinal)
