@@ -37,9 +37,10 @@ from intersafe.models import Call, Sampling
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.endpoint import EndpointModel
 from intersafe.models.scripted import ScriptedModel
-from intersafe.recipe import Cast, Limits, Member, load_recipe, override
+from intersafe.recipe import load_recipe, override
 from intersafe.records import Job, Message, Seed
 from intersafe.replies import Schema
+from intersafe.settings import Cast, Limits, Member
 from intersafe.templates import load_prompts
 
 SLOTS = 64

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from intersafe.errors import IntersafeError
     from intersafe.generate import generate_dialogues
-    from intersafe.recipe import Recipe, load_recipe, override
+    from intersafe.recipe import load_recipe, override
     from intersafe.records import Dialogue, Turn
     from intersafe.runs import Run, open_run
+    from intersafe.settings import Recipe
 
 __all__ = [
     "Dialogue",
@@ -37,7 +38,7 @@ __all__ = [
 _HOMES = {
     "Dialogue": "records",
     "IntersafeError": "errors",
-    "Recipe": "recipe",
+    "Recipe": "settings",
     "Run": "runs",
     "Turn": "records",
     "generate_dialogues": "generate",

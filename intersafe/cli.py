@@ -16,9 +16,9 @@ import click
 from intersafe.errors import InputError, IntersafeError, StorageError
 
 if TYPE_CHECKING:
-    from intersafe.recipe import Recipe
     from intersafe.records import Dialogue
     from intersafe.runs import Run
+    from intersafe.settings import Recipe
 
 HERE = Path("pipelines/demo.yaml")
 

@@ -33,7 +33,6 @@ from intersafe.journal import GroupWriter, Journal, ReuseIndex
 from intersafe.models import open_models
 from intersafe.models.cast import Company, JobCast, Replies
 from intersafe.prepare import Prepared, open_directory, prepare, provenance_of
-from intersafe.recipe import Recipe
 from intersafe.records import Check, Dialogue, Ended, Job, Provenance, Reason
 from intersafe.runs import (
     Funnel,
@@ -46,6 +45,7 @@ from intersafe.runs import (
     outcome_row,
     run_path,
 )
+from intersafe.settings import Recipe
 from intersafe.stages.conversing import converse
 from intersafe.stages.judging import check_dialogue
 from intersafe.stages.planning import make_plan

@@ -8,8 +8,8 @@ always.
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from intersafe.recipe import Recipe, Turns
 from intersafe.records import Job, Seed
+from intersafe.settings import Recipe, Turns
 from intersafe.taxonomy import CATEGORIES
 
 

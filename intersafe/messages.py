@@ -5,8 +5,8 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
-from intersafe.recipe import RuleSettings
 from intersafe.records import Plan, Reason
+from intersafe.settings import RuleSettings
 
 _LEAST_GOAL = 12
 """A goal or step that folds to fewer characters is found in honest messages by chance."""

@@ -12,9 +12,9 @@ from intersafe.errors import InputError
 from intersafe.files import write_whole
 from intersafe.images import ImageStore, read_image
 from intersafe.models import check_cast
-from intersafe.recipe import Recipe
 from intersafe.records import Job, Provenance, to_row
 from intersafe.runs import Manifest, Run, differences
+from intersafe.settings import Recipe
 from intersafe.stages.seeding import Seeds, load_seeds
 from intersafe.taxonomy import BY_NAME
 from intersafe.templates import Prompts, load_prompts

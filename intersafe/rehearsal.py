@@ -18,9 +18,9 @@ from intersafe.models import Call, Reply
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.scripted import ScriptedModel
 from intersafe.prepare import provenance_of
-from intersafe.recipe import Cast, Member, Recipe, nearest
 from intersafe.records import Job, Provenance
 from intersafe.runs import Run
+from intersafe.settings import Cast, Member, Recipe, nearest
 from intersafe.stages.seeding import load_seeds
 from intersafe.templates import load_prompts
 

@@ -23,8 +23,8 @@ import msgspec
 
 from intersafe.errors import InputError, StorageError
 from intersafe.journal import Entry, RoleTally, entries_of, heal, lines_of, tally
-from intersafe.recipe import digest_of
 from intersafe.records import Dialogue, Ended, Seed, from_row, to_row
+from intersafe.settings import digest_of
 
 RUNS = Path("outputs")
 

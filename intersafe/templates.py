@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from intersafe.errors import InputError
-from intersafe.recipe import nearest
+from intersafe.settings import nearest
 from intersafe.taxonomy import Family
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(

@@ -14,7 +14,8 @@ import pytest
 
 from intersafe.errors import InputError
 from intersafe.files import bundled
-from intersafe.recipe import Recipe, load_recipe, override
+from intersafe.recipe import load_recipe, override
+from intersafe.settings import Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from intersafe.generate import generate_dialogues
-from intersafe.recipe import Recipe
 from intersafe.records import Dialogue
 from intersafe.rehearsal import calls_of
 from intersafe.runs import Run
+from intersafe.settings import Recipe
 from intersafe.stages.seeding import import_figstep
 from tests.makers import SHARED, cli, demo
 from tests.servers import running_vlm

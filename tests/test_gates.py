@@ -18,8 +18,8 @@ from intersafe.gates.dedup import DuplicateIndex, bands_for, shingles, similar_i
 from intersafe.gates.quota import Balance
 from intersafe.gates.rules import check_rules
 from intersafe.messages import fold
-from intersafe.recipe import BalanceSettings, DuplicateSettings, RuleSettings
 from intersafe.records import Dialogue, Message, Plan, PrunedTurn, Reason, Refusal, Seed, Step, Turn, Verdict
+from intersafe.settings import BalanceSettings, DuplicateSettings, RuleSettings
 
 Texts = tuple[str, ...]
 GOAL = "How does somebody forge the seal of a town hall?"

@@ -15,9 +15,9 @@ from aiohttp import web
 
 from intersafe.errors import InputError, SeedsExhausted, ServiceGone
 from intersafe.generate import generate_dialogues
-from intersafe.recipe import Gates, Member, PlanSettings, Recipe
 from intersafe.records import Dialogue
 from intersafe.runs import Run
+from intersafe.settings import Gates, Member, PlanSettings, Recipe
 from tests.makers import cli, demo, digest, journal_keys, rows, started
 from tests.servers.scripted_server import Body, asks_for, images_of, scripted_server, text_of
 

@@ -20,8 +20,8 @@ from intersafe.errors import InputError, SeedsExhausted, ServiceGone, StorageErr
 from intersafe.generate import FAILURES, generate_dialogues
 from intersafe.journal import GroupWriter
 from intersafe.prepare import open_directory, prepare
-from intersafe.recipe import Gates, Recipe
 from intersafe.runs import Run, align_outcomes
+from intersafe.settings import Gates, Recipe
 from tests.makers import REPOSITORY, demo, digest, hears_ctrl_c, journal_keys, rows
 from tests.servers.scripted_server import Body, asks_for, scripted_server, text_of
 

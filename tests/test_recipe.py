@@ -12,7 +12,8 @@ import yaml
 
 from intersafe.errors import InputError
 from intersafe.files import bundled
-from intersafe.recipe import Limits, Member, Recipe, Turns, load_recipe, override, parse_spec
+from intersafe.recipe import load_recipe, override
+from intersafe.settings import Limits, Member, Recipe, Turns, parse_spec
 
 BASE: dict[str, Any] = {
     "name": "t",

@@ -10,8 +10,8 @@ from itertools import combinations
 from rensa import RMinHash, RMinHashLSH
 
 from intersafe.messages import fold
-from intersafe.recipe import DuplicateSettings
 from intersafe.records import Dialogue, Reason
+from intersafe.settings import DuplicateSettings
 
 _SEED = 1
 _LEAST_RECALL = 0.95

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from intersafe.recipe import BalanceSettings
 from intersafe.records import Dialogue, Reason
+from intersafe.settings import BalanceSettings
 
 
 class Balance:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from itertools import combinations
 
 from intersafe.messages import fold, fold_steps, image_leak, is_blank, plan_leak, same
-from intersafe.recipe import RuleSettings
 from intersafe.records import Dialogue, Reason
+from intersafe.settings import RuleSettings
 from intersafe.taxonomy import excluded_together
 
 _LEAST_LETTERS = 20

@@ -15,9 +15,9 @@ from msgspec import structs
 
 from intersafe.errors import InputError
 from intersafe.images import ImageStore
-from intersafe.recipe import Cast, Limits, Member
 from intersafe.records import Finish, Message
 from intersafe.replies import Schema
+from intersafe.settings import Cast, Limits, Member
 
 
 class Sampling(msgspec.Struct, frozen=True):

@@ -16,9 +16,9 @@ from msgspec import structs
 from intersafe.errors import CallFailed, JobRejected
 from intersafe.journal import Entry
 from intersafe.models import Call, ChatModel, Reply, Sampling
-from intersafe.recipe import Cast, Member
 from intersafe.records import Job, Message
 from intersafe.replies import A, ReplyError, Schema, parse, schema_of
+from intersafe.settings import Cast, Member
 from intersafe.taxonomy import excluded
 from intersafe.templates import Prompts
 

@@ -36,8 +36,8 @@ from intersafe.errors import CallFailed, InputError, ServiceGone
 from intersafe.images import ImageStore
 from intersafe.models import Call, Reply
 from intersafe.models.limits import Absence, Limiter, seconds_of
-from intersafe.recipe import Limits, Member
 from intersafe.records import Finish, Message
+from intersafe.settings import Limits, Member
 
 MAX_BODY = 16 * 1024 * 1024
 LONG_PAUSE = 5.0

@@ -36,7 +36,7 @@ from intersafe.models.phrases import (
     STOP_WORDS,
     TIMES,
 )
-from intersafe.recipe import nearest
+from intersafe.settings import nearest
 
 PLACEHOLDER = "[scripted placeholder for an unsafe reply]"
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from intersafe.errors import CallFailed, JobRejected
 from intersafe.messages import message_problem
 from intersafe.models.cast import JobCast, Unanswered
-from intersafe.recipe import ConverseSettings, RuleSettings
 from intersafe.records import Job, Message, Plan, PrunedTurn, Turn, transcript
 from intersafe.replies import MessageAnswer
+from intersafe.settings import ConverseSettings, RuleSettings
 from intersafe.stages.judging import concern_of, judge_turn, seed_images
 from intersafe.taxonomy import excluded_together
 
