@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 N ?= 11270
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-t2i bench clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("intersafe needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -29,10 +29,21 @@ test: .venv/ready-test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+# An environment of its own: torch is large, and torchvision, which others bring, breaks with some builds of it.
+T2I := .venv-t2i
+$(T2I)/ready: pyproject.toml
+	$(PYTHON) -m venv $(T2I)
+	echo '*' > $(T2I)/.gitignore
+	$(T2I)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[t2i]'
+	touch $@
+
+test-t2i: $(T2I)/ready
+	$(T2I)/bin/python -m pytest -m t2i tests/test_t2i.py
+
 bench: .venv/ready-bench
 	$(BIN)/python bench/client.py
 	$(BIN)/python bench/dedup_quality.py
 	$(BIN)/python bench/kills.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv $(T2I) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,47 +1,25 @@
-"""Any OpenAI-compatible server: one POST to `/chat/completions`, and one policy for all that can go wrong with it.
+"""Any OpenAI-compatible chat server: one POST to `/chat/completions`; what can go wrong is `models/http.py`'s matter.
 
-| what comes back                                          | what is done                                            |
-|----------------------------------------------------------|---------------------------------------------------------|
-| 200                                                      | the reply; a refusal or a filter is an outcome          |
-| 400 with a filter's code                                 | the reply is `blocked`: an outcome too                  |
-| 400 413 415 422 and other 4xx                            | this call failed for good                               |
-| 429 503 529                                              | the limiter slows down; it is not counted as a try      |
-| 408 409 425, other 5xx, time-out, cut or unreadable body | tried again, `limits.retries` times in all, at least 2  |
-| no connection, 3xx 401 402 403 404 405 407               | the service is away                                     |
-
-Before a call's last try, and whenever the service is away, one small question scouts for all calls that wait. If it is
-answered at once the fault lies with the call, which gets its last try and then failed for good. If not, the run says so
-and waits; the tries begin anew when the service is back, or `ServiceGone` ends the run when the patience is used up.
-
-aiohttp speaks HTTP; what the openai SDK would cost is in docs/performance.md. Keys never enter a message.
+Images go before the text of their message, as the member's `send_images` has it: as data URIs; as `file://` URLs of the
+run's own store, for a server on the same disk; or by vLLM's `uuid`, whose bytes travel only once to a replica, and once
+more where it does not know them any longer.
 """
 
-import asyncio
-import contextlib
-import hashlib
-import io
-import math
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
-from aiohttp.helpers import get_env_proxy_for_url
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
-from yarl import URL
 
-from intersafe.errors import CallFailed, InputError, ServiceGone
 from intersafe.images import ImageStore
 from intersafe.models import Call, Reply
-from intersafe.models.limits import Absence, Limiter, seconds_of
+from intersafe.models.http import Passing, Question, Service
 from intersafe.records import Finish, Message
 from intersafe.settings import Limits, Member
 
-MAX_BODY = 16 * 1024 * 1024
-LONG_PAUSE = 5.0
-"""Seconds of overload from which on the user is told."""
+MAX_BODY = 16 * 2**20
+REMEMBERED = 1024
+"""Images that a replica is taken to remember; a dialogue needs its own few for as long as it is talked."""
 
 _FINISH: dict[str, Finish] = {
     **dict.fromkeys(
@@ -51,39 +29,6 @@ _FINISH: dict[str, Finish] = {
 }
 """Any other reason is a block: the server stopped for one of its own (`content_filter`, `safety`, `recitation`)."""
 _BROKEN_OFF = ("abort", "error")
-_FILTERED = ("content_filter", "content_policy_violation", "data_inspection_failed")
-_OVERLOADED = (429, 503, 529)
-_PASSING = (408, 409, 425)
-_AWAY = (401, 402, 403, 404, 405, 407)
-_LARGE = 2**20  # bytes above which aiohttp warns of a body that is given as bytes
-
-
-class _Fault(Exception):
-    """No reply came, and the call may be tried again; `status` is 0 where no HTTP answer came."""
-
-    def __init__(self, what: str, status: int = 0) -> None:
-        super().__init__(what)
-        self.status, self.sent = status, 0.0
-
-
-class _Passing(_Fault):
-    """Worth another try at once."""
-
-
-class _TooSlow(_Passing):
-    """No answer in time: like a packet that is lost, it speaks of overload."""
-
-
-class _Away(_Fault):
-    """Nobody there, or nobody who answers to us."""
-
-
-class _Overloaded(_Fault):
-    """Too many requests; `retry_after` in seconds, 0 where the server does not say."""
-
-    def __init__(self, what: str, status: int, retry_after: float) -> None:
-        super().__init__(what, status)
-        self.retry_after = retry_after
 
 
 class _Message(msgspec.Struct):
@@ -108,219 +53,79 @@ class _Completion(msgspec.Struct):
 
 _DECODER = msgspec.json.Decoder(_Completion)
 
-
-@dataclass
-class _Replica:
-    """One URL: how many calls it takes, and whether it is there."""
-
-    url: str
-    address: URL
-    proxy: dict[str, Any]
-    limiter: Limiter
-    absence: Absence
-    scouting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    unanswered: float = float("-inf")
-    """When the last scout that got no answer was sent."""
-    said: bool = False
-    """True if the user was told of its absence."""
-    gone: str = ""
-    """Why it was given up."""
+Part = dict[str, Any]
 
 
 class EndpointModel:
-    """One model behind one or several URLs; a job stays on one replica, chosen by rendezvous hash."""
+    """One chat model behind one or several URLs."""
 
     def __init__(self, member: Member, limits: Limits, images: ImageStore, say: Callable[[str], None]) -> None:
         """`say` is told when the service goes away or comes back."""
-        spec = member.spec
         self.identity = member.identity
-        self._model, self._member = spec.model, member
-        self._limits, self._images, self._say = limits, images, say
-        share = math.ceil(member.concurrency / len(spec.urls))
-        self._replicas = [_open_replica(url, share, limits.patience) for url in spec.urls]
-        self._key = os.environ.get(member.key, "").strip() if member.key else ""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=headers,
-            timeout=aiohttp.ClientTimeout(total=limits.timeout, connect=min(30.0, limits.timeout)),
-        )
-        self._retrying = AsyncRetrying(
-            stop=self._only_last_try_left,
-            wait=wait_random_exponential(multiplier=0.4, max=20.0),
-            retry=retry_if_exception_type(_Passing),
-            reraise=True,
-        )
-        self._small_question = msgspec.json.encode(
-            {"model": self._model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
-            | member.extra
+        self._member, self._images = member, images
+        self._known: dict[str, dict[str, None]] = {url: {} for url in member.spec.urls}
+        hello = {"model": member.spec.model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
+        small = msgspec.json.encode(hello | member.extra)
+        self._service = Service(
+            member,
+            "/chat/completions",
+            limits,
+            say,
+            scout=Question(lambda: small, _reply, _blocked),
+            max_body=MAX_BODY,
         )
 
     async def aclose(self) -> None:
         """Closes the connections."""
-        await self._session.close()
+        await self._service.aclose()
 
     async def answer(self, call: Call) -> Reply:
         """The reply; waits out overload and outages, tries again what passes."""
-        replica = self._replica(call.job)
-        last = False
+        if self._member.send_images == "uuid":
+            return await self._answer_by_uuid(call)
+        part = self._as_file if self._member.send_images == "file" else self._as_data
+        return await self._service.ask(call.job, Question(lambda: self._body(call, part), _reply, _blocked))
 
-        def body() -> bytes:
-            return msgspec.json.encode(self._body(call))
+    async def _answer_by_uuid(self, call: Call) -> Reply:
+        known = self._known[self._service.url_of(call.job)]
+        refs = dict.fromkeys(ref for message in call.messages for ref in message.images)
+        whole, omitted = False, False
 
-        while True:
-            try:
-                if last:
-                    return await self._ask(replica, body)
-                reply: Reply = await self._retrying(self._ask, replica, body)
-                return reply
-            except _Fault as error:
-                if last and (error.status or isinstance(error, _Passing)):
-                    word = "server_error" if isinstance(error, _Passing) else "bad_request"
-                    raise CallFailed("endpoint", word, str(error)) from None
-                last = await self._answers_others(replica, error)
+        def part(ref: str) -> Part:
+            nonlocal omitted
+            if whole or ref not in known:
+                return {**self._as_data(ref), "uuid": ref.partition(".")[0]}
+            omitted = True
+            return {"type": "image_url", "image_url": None, "uuid": ref.partition(".")[0]}
 
-    def _only_last_try_left(self, state: RetryCallState) -> bool:
-        replica: _Replica = state.args[0]
-        return state.attempt_number >= self._limits.retries - 1 or replica.absence.seconds >= self._limits.patience
-
-    async def _ask(self, replica: _Replica, body: Callable[[], bytes]) -> Reply:
-        """One try, in which overload does not count."""
-        while True:
-            sent = await replica.limiter.acquire()
-            try:
-                # Made now and not earlier: only calls in flight hold their images in memory.
-                reply = await self._post(replica, body())
-            except _Overloaded as error:
-                error.sent = sent
-                replica.limiter.overloaded(sent)
-                self._pause(replica, error, error.retry_after)
-                continue
-            except _Fault as error:
-                error.sent = sent
-                replica.absence.begin()
-                if isinstance(error, _TooSlow):
-                    replica.limiter.overloaded(sent)
-                raise
-            except CallFailed:
-                self._note_answer(replica, sent)
-                raise
-            finally:
-                replica.limiter.release()
-            self._note_answer(replica, sent)
+        def read(data: bytes) -> Reply:
+            reply = _reply(data)
+            for ref in refs:
+                known.pop(ref, None)
+                known[ref] = None
+            while len(known) > REMEMBERED:
+                del known[next(iter(known))]
             return reply
 
-    # --- one request -------------------------------------------------------------------------------------------------
+        def amend() -> bool:
+            """Whatever the answer was about: where bytes were left out, it may have been about them."""
+            nonlocal whole
+            if whole or not omitted:
+                return False
+            whole = True
+            for ref in refs:
+                known.pop(ref, None)
+            return True
 
-    async def _post(self, replica: _Replica, body: bytes) -> Reply:
-        data = io.BytesIO(body) if len(body) > _LARGE else body
-        try:
-            async with self._session.post(
-                replica.address, data=data, allow_redirects=False, **replica.proxy
-            ) as response:
-                answer = await _read(response)
-                if response.status != 200:
-                    return self._not_ok(response.status, response.headers, answer)
-        except aiohttp.ClientConnectorError as error:
-            why = self._clean(error.os_error.strerror or str(error.os_error) or "unknown host")
-            raise _Away(f"no connection ({why})") from None
-        except TimeoutError as error:
-            raise _TooSlow(str(error) or f"no answer within {self._limits.timeout:g} s") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise _Passing(self._clean(f"{type(error).__name__} {error}".strip())) from None
-        return _reply(answer)
-
-    def _not_ok(self, status: int, headers: Mapping[str, str], data: bytes) -> Reply:
-        """The outcome of an answer that is not 200: a blocked reply, or the exception of the table."""
-        message, code = _error_of(data)
-        if status == 400 and code in _FILTERED:
-            return Reply("", "blocked")
-        if 300 <= status < 400:
-            message = f"redirects to {headers.get('Location', 'nowhere')}"
-        what = self._clean(f"HTTP {status} {message}".strip())
-        if status in _OVERLOADED:
-            raise _Overloaded(what, status, seconds_of(headers.get("Retry-After", "")))
-        if status in _AWAY or status < 400:
-            raise _Away(what, status)
-        if status in _PASSING or status >= 500:
-            raise _Passing(what, status)
-        raise CallFailed("endpoint", "bad_request", what)
-
-    def _clean(self, text: str) -> str:
-        """One printable line of at most 300 characters, without the key."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        return "".join(c if c.isprintable() else " " for c in text[:300])
-
-    # --- outages -----------------------------------------------------------------------------------------------------
-
-    async def _answers_others(self, replica: _Replica, fault: _Fault) -> bool:
-        """True if the replica answers right after the fault, False if that took a wait; or `ServiceGone`."""
-        async with replica.scouting:
-            while replica.absence.answered <= fault.sent:
-                if replica.gone:
-                    raise ServiceGone(replica.gone)
-                try:
-                    await self._ask(replica, lambda: self._small_question)
-                except CallFailed:
-                    continue  # an answer all the same, and noted as one
-                except _Fault as error:
-                    replica.unanswered = error.sent
-                    self._pause(replica, error)
-            return replica.unanswered < fault.sent
-
-    def _pause(self, replica: _Replica, fault: _Fault, least: float = 0.0) -> None:
-        """Holds all new calls to the replica back for a while, at least so many seconds; or `ServiceGone`."""
-        absence = replica.absence
-        absence.begin()
-        where, remedy = f"{self.identity} at {replica.url}", self._remedy(fault)
-        if absence.is_over_patience(fault.sent):
-            replica.gone = (
-                f"{where} stayed away for {absence.seconds:.0f} s ({fault}); "
-                f"{remedy}, then run the same command again: nothing is lost"
-            )
-            raise ServiceGone(replica.gone)
-        pause = absence.pause(fault.sent, least)
-        replica.limiter.hold(pause)
-        if not replica.said and (not isinstance(fault, _Overloaded) or absence.seconds + pause >= LONG_PAUSE):
-            replica.said = True
-            self._say(
-                f"{where}: {fault}; {remedy}; "
-                f"waiting up to {self._limits.patience:.0f} s, Ctrl-C stops and keeps everything"
-            )
-
-    def _note_answer(self, replica: _Replica, sent: float) -> None:
-        replica.limiter.succeeded()
-        lasted = replica.absence.end(sent)
-        if replica.said:
-            replica.said = False
-            self._say(f"{self.identity} at {replica.url} is back after {lasted:.0f} s")
-
-    def _remedy(self, fault: _Fault) -> str:
-        if fault.status in (401, 403):
-            key = self._member.key
-            return f"is the key in {key} right?" if key else "name the variable of the key (`key:` in the recipe)"
-        if isinstance(fault, _Overloaded):
-            return "lower the member's `concurrency`"
-        if isinstance(fault, _TooSlow):
-            return "bring it back, or lower `concurrency` or raise `timeout`"
-        if fault.status in (402, 407):
-            return "settle that with the account or the proxy"
-        return f"check the URL and the model's name {self._model!r}" if 0 < fault.status < 500 else "bring it back"
+        return await self._service.ask(call.job, Question(lambda: self._body(call, part), read, _blocked, amend=amend))
 
     # --- what is sent ------------------------------------------------------------------------------------------------
 
-    def _replica(self, job: str) -> _Replica:
-        if len(self._replicas) == 1:
-            return self._replicas[0]
-        return max(self._replicas, key=lambda r: hashlib.blake2b(f"{r.url} {job}".encode(), digest_size=8).digest())
-
-    def _body(self, call: Call) -> dict[str, Any]:
+    def _body(self, call: Call, part: Callable[[str], Part]) -> bytes:
         sampling = call.sampling
         body: dict[str, Any] = {
-            "model": self._model,
-            "messages": [self._message(message) for message in call.messages],
+            "model": self._member.spec.model,
+            "messages": [_message(message, part) for message in call.messages],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
@@ -331,53 +136,41 @@ class EndpointModel:
                 "type": "json_schema",
                 "json_schema": {"name": call.schema.name, "schema": call.schema.schema},
             }
-        return body | self._member.extra
+        return msgspec.json.encode(body | self._member.extra)
 
-    def _message(self, message: Message) -> dict[str, Any]:
-        if not message.images:
-            return {"role": message.role, "content": message.text}
-        parts: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": self._images.data_uri(ref)}} for ref in message.images
-        ]
-        return {"role": message.role, "content": [*parts, {"type": "text", "text": message.text}]}
+    def _as_data(self, ref: str) -> Part:
+        return {"type": "image_url", "image_url": {"url": self._images.data_uri(ref)}}
+
+    def _as_file(self, ref: str) -> Part:
+        return {"type": "image_url", "image_url": {"url": Path(self._images.root, ref[:2], ref).absolute().as_uri()}}
 
 
-def _open_replica(url: str, most: int, patience: float) -> _Replica:
-    try:
-        address = URL(f"{url}/chat/completions")
-    except ValueError as error:
-        raise InputError(f"{url!r} is not a URL: {error}", remedy="mend it in the recipe") from None
-    proxy: dict[str, Any] = {}
-    # Once here: `trust_env` would ask the environment and .netrc again for each request, in a thread.
-    with contextlib.suppress(LookupError):
-        proxy["proxy"], proxy["proxy_auth"] = get_env_proxy_for_url(address)
-    return _Replica(url, address, proxy, Limiter(most), Absence(patience))
+def _message(message: Message, part: Callable[[str], Part]) -> dict[str, Any]:
+    if not message.images:
+        return {"role": message.role, "content": message.text}
+    return {
+        "role": message.role,
+        "content": [*(part(ref) for ref in message.images), {"type": "text", "text": message.text}],
+    }
 
 
 # --- what comes back -------------------------------------------------------------------------------------------------
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in response.content.iter_any():
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > MAX_BODY:
-            raise _Passing(f"answer over {MAX_BODY // 1024 // 1024} MiB")
-    return b"".join(chunks)
+def _blocked(_: str) -> Reply:
+    return Reply("", "blocked")
 
 
 def _reply(data: bytes) -> Reply:
     try:
         completion = _DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _Passing(f"unreadable answer: {error}") from None
+        raise Passing(f"unreadable answer: {error}") from None
     if not completion.choices:
-        raise _Passing("answer without choices")
+        raise Passing("answer without choices")
     choice = completion.choices[0]
     if choice.finish_reason in _BROKEN_OFF:
-        raise _Passing(f"the server broke the answer off ({choice.finish_reason})")
+        raise Passing(f"the server broke the answer off ({choice.finish_reason})")
     content = choice.message.content
     text = content if isinstance(content, str) else "".join(str(p.get("text") or "") for p in content or ())
     usage = completion.usage or _Usage()
@@ -385,15 +178,3 @@ def _reply(data: bytes) -> Reply:
     if choice.message.refusal:
         text, finish = text or choice.message.refusal, "refused"
     return Reply(text, finish, (usage.prompt_tokens or 0, usage.completion_tokens or 0))
-
-
-def _error_of(data: bytes) -> tuple[str, str]:
-    """The server's own words and code, from the usual places of an error body."""
-    try:
-        body = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return data[:20_000].decode("utf-8", "replace"), ""
-    error = body.get("error", body) if isinstance(body, dict) else body
-    if not isinstance(error, dict):
-        return str(error), ""
-    return str(error.get("message", error)), str(error.get("code", ""))
