@@ -1,0 +1,89 @@
+"""Tokens by role, and what they cost at the prices that the user gives; intersafe knows no price list."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from intersafe.errors import InputError
+from intersafe.journal import RoleTally
+
+_HOW = "write ROLE=IN,OUT or ROLE=IN,OUT,CALL, for example judge=0.4,1.6 or painter=0,0,0.02"
+
+
+class Price(NamedTuple):
+    """US dollars per million prompt tokens, per million completion tokens, and per call (an image, for a painter)."""
+
+    prompt: float
+    completion: float
+    call: float = 0.0
+
+
+class RoleCost(msgspec.Struct, frozen=True):
+    """What one role used; `usd` is None without a price."""
+
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float | None = None
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """All roles; `usd` is the sum of those with a price, None if there is none."""
+
+    roles: dict[str, RoleCost]
+    usd: float | None
+    usd_per_dialogue: float | None
+    """Over the dialogues kept; None unless every role has a price."""
+    unpriced: tuple[str, ...]
+    """Roles with calls and without a price."""
+
+
+def parse_prices(texts: Sequence[str]) -> dict[str, Price]:
+    """Role to price, from `ROLE=IN,OUT` or `ROLE=IN,OUT,CALL`; `InputError` for anything else."""
+    prices: dict[str, Price] = {}
+    for text in texts:
+        role, _, amounts = text.partition("=")
+        try:
+            numbers = [float(amount) for amount in amounts.split(",")]
+        except ValueError:
+            numbers = []
+        if not role or len(numbers) not in (2, 3) or not all(0 <= number < math.inf for number in numbers):
+            raise InputError(f"{text!r} is no price", at="--price", remedy=_HOW)
+        if role in prices:
+            raise InputError(f"two prices for {role}", at="--price", remedy="give one")
+        prices[role] = Price(*numbers)
+    return prices
+
+
+def check_roles(prices: Iterable[str], roles: Iterable[str]) -> None:
+    """`InputError` for the price of a role that the run does not have."""
+    known = {name for role in roles for name in (role, _family(role))}
+    for role in prices:
+        if role not in known:
+            raise InputError(f"no role {role!r} in this run", at="--price", remedy=f"roles: {', '.join(sorted(known))}")
+
+
+def costs_of(roles: Mapping[str, RoleTally], prices: Mapping[str, Price], kept: int) -> Costs:
+    """Tokens and cost of a run that kept so many dialogues.
+
+    The price of `victim` holds for victim:0, victim:1 ... that have none of their own.
+    """
+    costs = {role: _cost(roles[role], prices.get(role) or prices.get(_family(role))) for role in sorted(roles)}
+    priced = [cost.usd for cost in costs.values() if cost.usd is not None]
+    usd = math.fsum(priced) if priced else None
+    unpriced = tuple(role for role, cost in costs.items() if cost.usd is None)
+    return Costs(costs, usd, usd / kept if usd is not None and kept and not unpriced else None, unpriced)
+
+
+def _family(role: str) -> str:
+    return role.partition(":")[0]
+
+
+def _cost(tally: RoleTally, price: Price | None) -> RoleCost:
+    usd = None
+    if price is not None:
+        tokens = tally.prompt_tokens * price.prompt + tally.completion_tokens * price.completion
+        usd = tokens / 1e6 + tally.calls * price.call
+    return RoleCost(tally.calls, tally.prompt_tokens, tally.completion_tokens, usd)

@@ -1,0 +1,209 @@
+"""The figures of a run as a tree of frozen values: what `intersafe stats` writes as JSON.
+
+A mean or a share is None where there is nothing to divide by. `docs/stats.md` says how each figure is defined.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from intersafe.report.cost import Costs
+from intersafe.report.diversity import Distinct
+from intersafe.report.published import Compared
+
+State = Literal["complete", "jobs_exhausted", "incomplete"]
+
+
+class Share(msgspec.Struct, frozen=True):
+    """`count` of `total`."""
+
+    count: int
+    total: int
+    share: float | None
+
+    @classmethod
+    def of(cls, count: int, total: int) -> "Share":
+        """The share, None where the total is 0."""
+        return cls(count, total, count / total if total else None)
+
+
+class Histogram(msgspec.Struct, frozen=True):
+    """How many dialogues have how many of something, and the mean."""
+
+    counts: dict[int, int]
+    mean: float | None
+
+    @classmethod
+    def of(cls, counts: Mapping[int, int]) -> "Histogram":
+        """The histogram of counts by value."""
+        size = sum(counts.values())
+        total = sum(value * count for value, count in counts.items())
+        return cls(dict(sorted(counts.items())), total / size if size else None)
+
+
+class About(msgspec.Struct, frozen=True):
+    """Which run this is."""
+
+    run: str
+    """Name of its folder."""
+    recipe: str
+    digest: str
+    state: State
+    short: tuple[str, ...]
+    """What stayed below its quota in a run whose jobs were used up."""
+    scripted: tuple[str, ...]
+    """Roles that a script played: what they say is no model's output."""
+    versions: dict[str, str]
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """How many there are of everything."""
+
+    dialogues: int
+    refusals: int
+    rows: int
+    """Dialogues and refusal samples, as the paper counts."""
+    twins: int
+    seeds: int
+    """Different seeds behind the dialogues."""
+    refusal_groups: dict[str, int]
+    refusals_with_image: Share
+    refusals_answered_by: dict[str, int]
+
+
+class ImageFigures(msgspec.Struct, frozen=True):
+    """Images of the dialogues; one shown in two turns counts twice."""
+
+    all: Histogram
+    seed: Histogram
+    painted: Histogram
+    with_image: Share
+    """Dialogues with at least one."""
+
+
+class CurvePoint(msgspec.Struct, frozen=True):
+    """One turn of the first-unsafe-turn curve (Kaplan & Meier 1958)."""
+
+    turn: int
+    at_risk: int
+    """Dialogues that have this turn and no unsafe one before it."""
+    unsafe: int
+    """Of these, unsafe in this turn."""
+    censored: int
+    """Of these, safe here and without a further turn."""
+    hazard: float
+    survival: float
+    """Share still without an unsafe turn, were no dialogue shorter than this."""
+
+
+class SafetyFigures(msgspec.Struct, frozen=True):
+    """What the victims did, by the judge."""
+
+    verdicts: dict[str, int]
+    """Turns by safety."""
+    asr: Share
+    """Attack success rate: dialogues with an unsafe turn."""
+    first_unsafe: tuple[CurvePoint, ...]
+    asr_by_turns: dict[int, Share]
+    asr_by_victim: dict[str, Share]
+    refusals: dict[str, int]
+    """Turns by refusal kind."""
+    refusals_by_turn: dict[int, dict[str, int]]
+
+
+class AlignedFigures(msgspec.Struct, frozen=True):
+    """The aligned answers, by the judge."""
+
+    answers: int
+    safe: Share
+    recoveries_safe: Share
+    """Of the answers that follow an unsafe turn."""
+    refusals: dict[str, int]
+
+
+class TwinFigures(msgspec.Struct, frozen=True):
+    """What the victims did with the benign twins."""
+
+    turns: int
+    over_refusal: Share
+    """Twins with a turn that was refused in full."""
+    refused_turns: Share
+    unsafe: Share
+    """Twins with an unsafe turn; a benign talk should have none."""
+    refusals: dict[str, int]
+
+
+class EndedCount(msgspec.Struct, frozen=True):
+    """Jobs of one line (dialogues, refusals, twins) that ended alike."""
+
+    line: str
+    kind: str
+    stage: str
+    reason: str
+    count: int
+
+
+class Losses(msgspec.Struct, frozen=True):
+    """What did not become a dialogue, a sample or a twin."""
+
+    ended: tuple[EndedCount, ...]
+    yielded: Share
+    """Dialogues kept of the jobs decided."""
+    near_duplicates: dict[str, int]
+    """Rejected by line."""
+    similar_images: int
+    """Dialogues rejected for them."""
+    images_removed: dict[str, int]
+    """Taken out of dialogues that were kept, by where they came from."""
+    seeds_excluded: int
+    """Refused at the door, by rule."""
+
+
+class Dispersion(msgspec.Struct, frozen=True):
+    """How far apart the sample's embeddings lie."""
+
+    embedder: str
+    dimensions: int
+    mean_cosine_distance: float
+    vendi: float
+
+
+class Diversity(msgspec.Struct, frozen=True):
+    """How varied the users' sides are: over all dialogues, and on a sample of fixed size."""
+
+    all: Distinct
+    sample: int
+    """Dialogues in the sample."""
+    of_sample: Distinct
+    self_bleu_4: float | None
+    dispersion: Dispersion | None
+    """None without an embedder, or for a sample of fewer than two."""
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """All figures of one run."""
+
+    about: About
+    published: tuple[Compared, ...]
+    sizes: Sizes
+    turns: Histogram
+    images: ImageFigures
+    categories: dict[str, int]
+    strategies: dict[str, int]
+    victims: dict[str, int]
+    sources: dict[str, dict[str, int]]
+    """Source of the seed to its licences, in dialogues."""
+    safety: SafetyFigures
+    aligned: AlignedFigures
+    twins: TwinFigures
+    losses: Losses
+    diversity: Diversity
+    costs: Costs
+    v: int = 1
+
+
+def ranked(counts: Counter[str]) -> dict[str, int]:
+    """Most frequent first, equals by name: the same for rows in any order."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,372 @@
+"""Counts the figures of a run in one pass over each of its files.
+
+Memory holds counts, the sample's texts and the different pairs of words, never the dialogues. No figure depends on the
+order of the rows: sums are of whole numbers, and the sample is chosen by the dialogues' ids.
+"""
+
+import hashlib
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from intersafe.errors import InputError
+from intersafe.records import Dialogue, RefusalSample
+from intersafe.report.cost import Price, check_roles, costs_of
+from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_bleu, tokens_of, vendi_score
+from intersafe.report.embedding import Embedder
+from intersafe.report.figures import (
+    About,
+    AlignedFigures,
+    CurvePoint,
+    Dispersion,
+    Diversity,
+    EndedCount,
+    Histogram,
+    ImageFigures,
+    Losses,
+    SafetyFigures,
+    Share,
+    Sizes,
+    State,
+    Stats,
+    TwinFigures,
+    ranked,
+)
+from intersafe.report.published import Compared, compare
+from intersafe.runs import LINES, Run
+
+SAMPLE = 200
+
+
+def stats_of(
+    run: Run, *, sample: int = SAMPLE, prices: Mapping[str, Price] | None = None, embedder: Embedder | None = None
+) -> Stats:
+    """The figures of a run, complete or not; `InputError` for a damaged row or the price of an unknown role.
+
+    `sample` is how many dialogues self-BLEU and the embeddings are computed on.
+    """
+    roles = run.roles()
+    check_roles(prices or {}, [*run.manifest.recipe.get("cast", {}), *roles])
+    talks, samples, twins = _Talks(_Sample(sample)), _Refusals(), _Twins()
+    for dialogue in run.dialogues():
+        talks.add(dialogue)
+    for refusal in run.refusals():
+        samples.add(refusal)
+    for twin in run.twins():
+        twins.add(twin)
+    ended: Counter[tuple[str, str, str, str]] = Counter(
+        (line or "dialogues", outcome.kind, outcome.stage, outcome.reason)
+        for line in LINES
+        for outcome in run.ended(line)
+    )
+    sizes = samples.sizes(len(talks.seeds), talks.count, twins.count)
+    return Stats(
+        about=_about(run),
+        published=_published(sizes, talks),
+        sizes=sizes,
+        turns=Histogram.of(talks.turns),
+        images=talks.image_figures(),
+        categories=ranked(talks.categories),
+        strategies=ranked(talks.strategies),
+        victims=ranked(talks.victims),
+        sources=_nested(talks.sources),
+        safety=talks.safety(),
+        aligned=talks.aligned_figures(),
+        twins=twins.figures(),
+        losses=_losses(ended, talks, len(run.manifest.excluded)),
+        diversity=talks.sample.diversity(talks.ngrams, embedder),
+        costs=costs_of(roles, prices or {}, talks.count),
+    )
+
+
+def file_outside(run: Run, name: str) -> Path:
+    """The file of that name; `InputError` for one that lies in the run, since what reads a run never writes into it."""
+    path = Path(name)
+    if not name or path.is_dir():
+        raise InputError(f"{name!r} is no file", at="--json", remedy="name a file, or - for stdout")
+    if path.resolve().is_relative_to(run.path.resolve()):
+        raise InputError(f"{path} lies in the run", at="--json", remedy="name a file elsewhere")
+    return path
+
+
+def _about(run: Run) -> About:
+    manifest, summary = run.manifest, run.summary
+    state: State = "incomplete" if summary is None else "complete" if summary.complete else "jobs_exhausted"
+    cast = manifest.recipe.get("cast", {})
+    return About(
+        run=run.path.resolve().name,
+        recipe=manifest.name,
+        digest=manifest.digest,
+        state=state,
+        short=summary.short if summary else (),
+        scripted=tuple(sorted(role for role, member in cast.items() if member["model"].startswith("scripted:"))),
+        versions=manifest.versions,
+    )
+
+
+def _published(sizes: Sizes, talks: "_Talks") -> tuple[Compared, ...]:
+    return compare(
+        {
+            "dialogues": sizes.dialogues,
+            "refusal samples": sizes.refusals,
+            **{f"refusal samples, {g}": sizes.refusal_groups.get(g, 0) for g in ("general", "health", "finance")},
+            "rows": sizes.rows,
+            "categories": len(talks.categories),
+            "mean turns": Histogram.of(talks.turns).mean,
+            "mean images": Histogram.of(talks.images).mean,
+        }
+    )
+
+
+def _losses(ended: Counter[tuple[str, str, str, str]], talks: "_Talks", seeds_excluded: int) -> Losses:
+    order = sorted(ended.items(), key=lambda item: (item[0][:3], -item[1], item[0]))
+    lost = sum(count for (line, *_), count in ended.items() if line == "dialogues")
+    found = Counter((line, reason) for line, _, _, reason in ended.elements())
+    return Losses(
+        ended=tuple(EndedCount(*place, count) for place, count in order),
+        yielded=Share.of(talks.count, talks.count + lost),
+        near_duplicates={line: found[line, "near_duplicate"] for line in ("dialogues", "refusals", "twins")},
+        similar_images=found["dialogues", "similar_images"],
+        images_removed=ranked(talks.removed),
+        seeds_excluded=seeds_excluded,
+    )
+
+
+# --- the dialogues ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Talks:
+    """Counts over the dialogues."""
+
+    sample: "_Sample"
+    count: int = 0
+    seeds: set[str] = field(default_factory=set)
+    turns: Counter[int] = field(default_factory=Counter)
+    images: Counter[int] = field(default_factory=Counter)
+    seed_images: Counter[int] = field(default_factory=Counter)
+    painted: Counter[int] = field(default_factory=Counter)
+    removed: Counter[str] = field(default_factory=Counter)
+    categories: Counter[str] = field(default_factory=Counter)
+    strategies: Counter[str] = field(default_factory=Counter)
+    victims: Counter[str] = field(default_factory=Counter)
+    sources: Counter[tuple[str, str]] = field(default_factory=Counter)
+    verdicts: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """By number of the turn and kind."""
+    broken: Counter[tuple[int, int, str]] = field(default_factory=Counter)
+    """Dialogues with an unsafe turn, by number of the first, turns in all and victim."""
+    aligned: Counter[tuple[bool, bool, str]] = field(default_factory=Counter)
+    """By recovery, safe, and refusal kind."""
+    ngrams: NgramCounter = field(default_factory=NgramCounter)
+
+    def add(self, dialogue: Dialogue) -> None:
+        """Counts one dialogue."""
+        seed, turns = dialogue.seed, len(dialogue.turns)
+        self.count += 1
+        self.seeds.add(seed.id)
+        self.turns[turns] += 1
+        self.categories[seed.category] += 1
+        self.strategies[dialogue.strategy] += 1
+        self.victims[dialogue.victim] += 1
+        self.sources[seed.source, seed.license] += 1
+        if (first := dialogue.first_unsafe_turn) is not None:
+            self.broken[first, turns, dialogue.victim] += 1
+        for number, turn in enumerate(dialogue.turns, 1):
+            self.verdicts[turn.verdict.safety] += 1
+            self.refusals[number, turn.verdict.refusal] += 1
+            if (aligned := turn.aligned) is not None:
+                verdict = aligned.verdict
+                self.aligned[aligned.recovery, verdict.safety == "safe", verdict.refusal] += 1
+        self._add_images(dialogue)
+        for turn in dialogue.turns:
+            self.ngrams.add(tokens_of(turn.user.text))
+        self.sample.add(dialogue)
+
+    def _add_images(self, dialogue: Dialogue) -> None:
+        images = len(dialogue.images)
+        painted = sum(origin.source == "painted" for turn in dialogue.turns for origin in turn.origins)
+        self.images[images] += 1
+        self.painted[painted] += 1
+        self.seed_images[images - painted] += 1
+        self.removed.update(image.origin.source for image in dialogue.removed)
+
+    def image_figures(self) -> ImageFigures:
+        """Histograms of all images, the seeds' and the painted ones."""
+        return ImageFigures(
+            all=Histogram.of(self.images),
+            seed=Histogram.of(self.seed_images),
+            painted=Histogram.of(self.painted),
+            with_image=Share.of(self.count - self.images[0], self.count),
+        )
+
+    def safety(self) -> SafetyFigures:
+        """Attack success, when it comes, and how the victims refuse."""
+        by_turns: Counter[int] = Counter()
+        by_victim: Counter[str] = Counter()
+        by_first: Counter[int] = Counter()
+        for (first, turns, victim), count in self.broken.items():
+            by_first[first] += count
+            by_turns[turns] += count
+            by_victim[victim] += count
+        return SafetyFigures(
+            verdicts=ranked(self.verdicts),
+            asr=Share.of(by_first.total(), self.count),
+            first_unsafe=_curve(by_first, self.turns - by_turns),
+            asr_by_turns={turns: Share.of(by_turns[turns], total) for turns, total in sorted(self.turns.items())},
+            asr_by_victim={
+                victim: Share.of(by_victim[victim], total) for victim, total in ranked(self.victims).items()
+            },
+            refusals=_kinds((kind, count) for (_, kind), count in self.refusals.items()),
+            refusals_by_turn={
+                number: ranked(
+                    Counter({kind: count for (place, kind), count in self.refusals.items() if place == number})
+                )
+                for number in range(1, max(self.turns, default=0) + 1)
+            },
+        )
+
+    def aligned_figures(self) -> AlignedFigures:
+        """How the aligned answers fared with the judge."""
+        recoveries = Counter({key: count for key, count in self.aligned.items() if key[0]})
+        return AlignedFigures(
+            answers=self.aligned.total(),
+            safe=_safe(self.aligned),
+            recoveries_safe=_safe(recoveries),
+            refusals=_kinds((kind, count) for (_, _, kind), count in self.aligned.items()),
+        )
+
+
+def _nested(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    sources = Counter({source: 0 for source, _ in counts})
+    for (source, _), count in counts.items():
+        sources[source] += count
+    return {
+        source: ranked(Counter({inner: count for (outer, inner), count in counts.items() if outer == source}))
+        for source in ranked(sources)
+    }
+
+
+def _kinds(refusals: Iterable[tuple[str, int]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for kind, count in refusals:
+        counts[kind] += count
+    return ranked(counts)
+
+
+def _safe(answers: Counter[tuple[bool, bool, str]]) -> Share:
+    return Share.of(sum(count for (_, safe, _), count in answers.items() if safe), answers.total())
+
+
+def _curve(unsafe: Counter[int], unbroken: Counter[int]) -> tuple[CurvePoint, ...]:
+    """The Kaplan-Meier curve of first unsafe turns; a dialogue without one is censored after its last turn."""
+    points: list[CurvePoint] = []
+    at_risk, survival = unsafe.total() + unbroken.total() - unbroken[0], 1.0
+    turn = 1
+    while at_risk:
+        hazard = unsafe[turn] / at_risk
+        survival *= 1 - hazard
+        points.append(CurvePoint(turn, at_risk, unsafe[turn], unbroken[turn], hazard, survival))
+        at_risk -= unsafe[turn] + unbroken[turn]
+        turn += 1
+    return tuple(points)
+
+
+# --- refusal samples and twins ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Refusals:
+    """Counts over the refusal samples."""
+
+    groups: Counter[str] = field(default_factory=Counter)
+    answered_by: Counter[str] = field(default_factory=Counter)
+    with_image: int = 0
+
+    def add(self, sample: RefusalSample) -> None:
+        """Counts one sample."""
+        self.groups[sample.group] += 1
+        self.answered_by[sample.answered_by] += 1
+        self.with_image += bool(sample.images)
+
+    def sizes(self, seeds: int, dialogues: int, twins: int) -> Sizes:
+        """Sizes of everything."""
+        refusals = self.groups.total()
+        return Sizes(
+            dialogues=dialogues,
+            refusals=refusals,
+            rows=dialogues + refusals,
+            twins=twins,
+            seeds=seeds,
+            refusal_groups=ranked(self.groups),
+            refusals_with_image=Share.of(self.with_image, refusals),
+            refusals_answered_by=ranked(self.answered_by),
+        )
+
+
+@dataclass
+class _Twins:
+    """Counts over the benign twins."""
+
+    count: int = 0
+    refused: int = 0
+    unsafe: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, twin: Dialogue) -> None:
+        """Counts one twin."""
+        kinds = [turn.verdict.refusal for turn in twin.turns]
+        self.count += 1
+        self.refused += "full" in kinds
+        self.unsafe += twin.first_unsafe_turn is not None
+        self.kinds.update(kinds)
+
+    def figures(self) -> TwinFigures:
+        """How often harmless talks were refused."""
+        turns = self.kinds.total()
+        return TwinFigures(
+            turns=turns,
+            over_refusal=Share.of(self.refused, self.count),
+            refused_turns=Share.of(self.kinds["full"], turns),
+            unsafe=Share.of(self.unsafe, self.count),
+            refusals=ranked(self.kinds),
+        )
+
+
+# --- the sample ------------------------------------------------------------------------------------------------------
+
+
+class _Sample:
+    """The users' sides of the dialogues whose ids have the smallest hashes: the same for rows in any order."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._heap: list[tuple[int, str, tuple[str, ...]]] = []
+
+    def add(self, dialogue: Dialogue) -> None:
+        """Takes the dialogue in, and the one with the largest hash out."""
+        digest = hashlib.blake2b(dialogue.id.encode(), digest_size=8).digest()
+        item = (-int.from_bytes(digest, "big"), dialogue.id, tuple(turn.user.text for turn in dialogue.turns))
+        if len(self._heap) < self._size:
+            heapq.heappush(self._heap, item)
+        else:
+            heapq.heappushpop(self._heap, item)
+
+    def diversity(self, ngrams: NgramCounter, embedder: Embedder | None) -> Diversity:
+        """The measures on the sample, beside those of `ngrams` on all."""
+        sides = [side for _, _, side in sorted(self._heap, reverse=True)]
+        tokens = [[tokens_of(text) for text in side] for side in sides]
+        dispersion = None
+        if embedder and len(sides) > 1:
+            vectors = embedder.embed(["\n".join(side) for side in sides])
+            distance, vendi = mean_cosine_distance(vectors), vendi_score(vectors)
+            dispersion = Dispersion(embedder.identity, len(vectors[0]), distance, vendi)
+        return Diversity(
+            all=ngrams.distinct,
+            sample=len(sides),
+            of_sample=NgramCounter(message for side in tokens for message in side).distinct,
+            self_bleu_4=self_bleu([[token for message in side for token in message] for side in tokens]),
+            dispersion=dispersion,
+        )
