@@ -170,7 +170,7 @@ async def cast(url: str) -> AsyncIterator[Ask]:
         company = Company(members, dict.fromkeys(members.members, model), prompts, Journal(writer))
 
         async def ask(number: int) -> object:
-            job = Job(number, f"job-{number}", seed, "decomposition", 0, 0, 4, number)
+            job = Job(number, f"job-{number}", seed, "decomposition", 0, 0, 4, 0, number)
             return await JobCast(company, job).ask("judge", "judge/turn", MESSAGES)
 
         try:

@@ -16,8 +16,6 @@ import click
 from intersafe.errors import InputError, IntersafeError, StorageError
 
 if TYPE_CHECKING:
-    from intersafe.records import Dialogue
-    from intersafe.runs import Run
     from intersafe.settings import Recipe
 
 HERE = Path("pipelines/demo.yaml")
@@ -78,6 +76,9 @@ _pipeline = click.option(
     "--victim", "victims", metavar="SPEC", multiple=True, help="Model that answers; may be given several times."
 )
 @click.option("--judge", metavar="SPEC", help="Model that scores steps, turns and dialogues.")
+@click.option("--painter", metavar="SPEC", help="Text-to-image model that draws what the attacker describes.")
+@click.option("--responder", metavar="SPEC", help="Model that writes refusals and aligned answers.")
+@click.option("--no-refusals", is_flag=True, help="Grow dialogues alone, without the recipe's refusal samples.")
 @click.option("--seeds", type=click.Path(path_type=Path), multiple=True, help="Seed file; may be given several times.")
 @click.option(
     "--concurrency", type=click.IntRange(min=1), help="Dialogues grown at once; changes no byte of the result."
@@ -92,6 +93,7 @@ def generate(
     victims: tuple[str, ...],
     seeds: tuple[Path, ...],
     reuse: str | None,
+    no_refusals: bool,
     **changes: Any,
 ) -> None:
     """Grow dialogues until N passed every gate, or go on with a run that was stopped.
@@ -101,8 +103,9 @@ def generate(
     intersafe generate --pipeline pipelines/intersafe_v.yaml         the published method, on your servers
     intersafe generate --run mine --victim openai:vlm@http://host:8000/v1     one model replaced
 
-    A model SPEC is backend:model[@url[,url]]; backends: scripted, openai (any OpenAI-compatible URL). Keys come from
-    the environment variable that the recipe names. Ctrl-C stops cleanly; the same command goes on.
+    A model SPEC is backend:model[@url[,url]]; backends: scripted, openai (any OpenAI-compatible URL), and for the
+    painter diffusers (in process). Keys come from the environment variable that the recipe names. Refusal samples grow
+    beside the dialogues where the recipe asks for them. Ctrl-C stops cleanly; the same command goes on.
     """
     from intersafe.recipe import override
 
@@ -110,13 +113,15 @@ def generate(
         _recipe(pipeline),
         victims=victims,
         seeds=tuple(str(path.resolve()) for path in seeds),
+        no_refusals=no_refusals,
         **changes,
     )
     from intersafe.display import display_for
     from intersafe.generate import generate_dialogues
+    from intersafe.shown import print_funnel
 
     made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display_for(sys.stderr))
-    _print_funnel(made)
+    print_funnel(made)
     click.echo(f"\n{made.path / 'dialogues.jsonl'}")
 
 
@@ -129,6 +134,28 @@ def _recipe(pipeline: Path | None) -> "Recipe":
     return load_recipe(pipeline)
 
 
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.option("--pipeline", type=click.Path(path_type=Path), required=True, help="The recipe with the changed gates.")
+@click.option("--out", metavar="NAME|PATH", help="The new run. Default: RUN-regated.")
+def regate(run: str, pipeline: Path, out: str | None) -> None:
+    """Hold what RUN grew to other gates; no model is asked anything.
+
+    \b
+    intersafe regate demo --pipeline stricter.yaml --out demo2
+    intersafe generate --pipeline stricter.yaml --run demo2 --n 11270          fills up what is missing
+
+    The recipe may differ from the run's in `gates` (and `refusals.duplicates`) alone. Dialogues that the old gates
+    turned down are grown again from the journal, so looser gates find them too. RUN stays as it is.
+    """
+    from intersafe.regate import regate as gate_again
+    from intersafe.shown import print_funnel
+
+    made = gate_again(run, _recipe(pipeline), out)
+    print_funnel(made)
+    click.echo(f"\n{made.path / 'dialogues.jsonl'}")
+
+
 # --- show ------------------------------------------------------------------------------------------------------------
 
 
@@ -137,104 +164,93 @@ def _recipe(pipeline: Path | None) -> "Recipe":
 @click.option(
     "--dialogue", "which", metavar="ID|NUMBER", help="Which one: its id, or its place from 1. Default: the first."
 )
+@click.option("--refusal", metavar="ID|NUMBER", help="Show that refusal sample instead.")
+@click.option("--twin", metavar="ID|NUMBER", help="Show that benign twin instead.")
 @click.option("--full", is_flag=True, help="Print every message that each role saw in full.")
 @click.option("--funnel", "only_funnel", is_flag=True, help="Print the funnel alone.")
-def show(run: str, which: str | None, full: bool, only_funnel: bool) -> None:
-    """Show a run: its funnel, and one dialogue with what each role saw."""
+def show(run: str, which: str | None, refusal: str | None, twin: str | None, full: bool, only_funnel: bool) -> None:
+    """Show a run: its funnel, and one dialogue with what each role saw, or one refusal sample or twin."""
     from intersafe.runs import Run
+    from intersafe.shown import pick, print_dialogue, print_funnel, print_refusal, print_roles
 
     opened = Run(run)
-    _print_funnel(opened)
+    print_funnel(opened)
     if only_funnel:
         return
-    dialogue = _pick(opened, which)
+    if refusal is not None:
+        print_refusal(opened, pick(opened, refusal, "refusals"))
+        return
+    dialogue = pick(opened, twin or which, "twins" if twin else "")
     if dialogue is None:
         click.echo("\nno dialogue was kept yet")
         return
-    _print_dialogue(opened, dialogue)
-    _print_roles(opened, dialogue, full)
+    print_dialogue(opened, dialogue)
+    if not twin:
+        print_roles(opened, dialogue, full)
 
 
-def _pick(run: "Run", which: str | None) -> "Dialogue | None":
-    number = int(which) if which is not None and which.isdecimal() and len(which) < 10 else None
-    for place, dialogue in enumerate(run.dialogues(), 1):
-        if which is None or place == number or dialogue.id == which:
-            return dialogue
-    if which is None:
-        return None
-    raise InputError(f"no dialogue {which!r} in this run", at=run.path, remedy="give an id or a number from 1")
+# --- stats -----------------------------------------------------------------------------------------------------------
 
 
-def _print_funnel(run: "Run") -> None:
-    funnel, manifest = run.funnel(), run.manifest
-    models = {member["model"] for member in manifest.recipe["cast"].values()}
-    scripted = any(model.startswith("scripted:") for model in models)
-    click.echo(f"run {run.path}   recipe {manifest.name} {manifest.digest[:12]}" + ("   SCRIPTED" if scripted else ""))
-    click.echo(
-        f"{funnel.jobs:>8,} jobs decided"
-        + (f"   ({len(manifest.excluded)} seeds excluded)" if manifest.excluded else "")
-    )
-    for place, count in sorted(funnel.ended.items(), key=lambda item: (item[0].split()[:2], -item[1])):
-        click.echo(f"{-count:>8,} {place}")
-    click.echo(f"{funnel.accepted:>8,} accepted" + ("" if run.summary else "   (not complete)"))
-    if not funnel.accepted:
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.option("--json", "target", metavar="PATH", help="Write the figures as JSON too; - prints them and nothing else.")
+@click.option(
+    "--sample",
+    type=click.IntRange(2, 500),
+    default=200,
+    show_default=True,
+    help="Dialogues for self-BLEU and the embeddings.",
+)
+@click.option("--embedder", metavar="SPEC", help="Model for the embedding dispersion, as openai:model@url.")
+@click.option("--embedder-key", metavar="ENVVAR", default="", help="Environment variable with its API key.")
+@click.option(
+    "--price",
+    "prices",
+    metavar="ROLE=IN,OUT[,CALL]",
+    multiple=True,
+    help="USD per million prompt and completion tokens, and per call; may be given several times.",
+)
+def stats(
+    run: str, target: str | None, sample: int, embedder: str | None, embedder_key: str, prices: tuple[str, ...]
+) -> None:
+    """The figures of a run that a paper needs, beside the published ones.
+
+    \b
+    intersafe stats demo
+    intersafe stats demo --json figures.json --price victim=0.1,0.3 --price judge=0.4,1.6 --price painter=0,0,0.02
+    intersafe stats demo --embedder openai:bge-m3@http://localhost:8000/v1
+
+    Nothing is written into the run. What each figure means and does not show is in docs/stats.md.
+    """
+    import msgspec
+
+    from intersafe.files import write_whole
+    from intersafe.report.cost import parse_prices
+    from intersafe.report.embedding import open_embedder
+    from intersafe.report.stats import file_outside, stats_of
+    from intersafe.report.table import sections
+    from intersafe.runs import Run
+    from intersafe.shown import plain
+
+    if embedder_key and not embedder:
+        raise InputError("a key without a model", at="--embedder-key", remedy="give --embedder too")
+    opened, priced = Run(run), parse_prices(prices)
+    path = file_outside(opened, target) if target not in (None, "-") else None
+    model = open_embedder(embedder, embedder_key, lambda text: click.echo(text, err=True)) if embedder else None
+    found = stats_of(opened, sample=sample, prices=priced, embedder=model)
+    data = msgspec.json.format(msgspec.json.encode(found)) + b"\n"
+    if path:
+        write_whole(path, data)
+    if target == "-":
+        click.echo(data.decode(), nl=False)
         return
-    counts = funnel.categories.values()
-    verdicts = sorted(funnel.verdicts.items())
-    click.echo(f"         turns {funnel.mean_turns:.2f} a dialogue {dict(sorted(funnel.turns.items()))}")
-    click.echo(f"         images {funnel.images / funnel.accepted:.2f} a dialogue")
-    share = {word: f"{count / sum(funnel.turns[n] * n for n in funnel.turns):.0%}" for word, count in verdicts}
-    click.echo(
-        f"         unsafe in {funnel.unsafe:,} dialogues; turns {', '.join(f'{w} {s}' for w, s in share.items())}"
-    )
-    click.echo(f"         categories {len(counts)}, {min(counts):,} to {max(counts):,} each")
-    for role, tally in sorted(run.roles().items()):
-        tokens = f"{tally.prompt_tokens:,} + {tally.completion_tokens:,} tokens"
-        click.echo(f"         {role:<12} {tally.calls:>9,} calls  {tokens}")
-
-
-def _print_dialogue(run: "Run", dialogue: "Dialogue") -> None:
-    click.echo(f"\n{click.style(f'dialogue {dialogue.id}', bold=True)}   job {dialogue.job}   {dialogue.seed.category}")
-    seed = dialogue.seed
-    click.echo(f"seed {seed.id} ({_plain(f'{seed.source}, {seed.license}')}): {_plain(seed.query)}")
-    click.echo(f"strategy {dialogue.strategy}   victim {dialogue.victim}")
-    for number, turn in enumerate(dialogue.turns, 1):
-        click.echo(f"\n[turn {number}] step: {_plain(dialogue.plan.steps[number - 1].text)}")
-        for reference in turn.user.images:
-            click.echo(f"  image      {run.path / 'images' / reference[:2] / reference}")
-        click.echo(f"  user       {_plain(turn.user.text)}")
-        click.echo(f"  assistant  {_plain(turn.reply.text)}")
-        verdict = turn.verdict
-        marks = f"refusal {verdict.refusal}, harmless {verdict.harmless}, helpful {verdict.helpful}"
-        click.echo(f"  verdict    {click.style(verdict.safety, bold=True)}, {marks}: {_plain(verdict.reason)}")
-        for pruned in (p for p in dialogue.pruned if p.index == number - 1):
-            click.echo(
-                f"  taken back ({pruned.reason}): {_plain(pruned.turn.user.text)} -> {_plain(pruned.turn.reply.text)}"
-            )
-
-
-def _print_roles(run: "Run", dialogue: "Dialogue", full: bool) -> None:
-    from intersafe.rehearsal import calls_of
-
-    click.echo(click.style("\nwhat each role saw", bold=True) + ("" if full else "   (--full for all of it)"))
-    for call, reply in calls_of(run, dialogue.job):
-        click.echo(f"\n{call.ordinal:>3} {click.style(call.role, bold=True)}   {call.prompt}.md")
-        for message in call.messages:
-            images = "".join(f"[{reference[:12]}] " for reference in message.images)
-            click.echo(f"      {message.role:<9} {images}{_shortened(message.text, full)}")
-        click.echo(f"      {'-> ' + reply.finish:<9} {_shortened(reply.text, full)}")
-
-
-def _shortened(text: str, full: bool) -> str:
-    if full:
-        return _plain(text).replace("\n", "\n                ")
-    line = " ".join(_plain(text).split())
-    return line if len(line) <= 150 else f"{line[:70]} ... {line[-75:]}"
-
-
-def _plain(text: str) -> str:
-    """Model text without the control characters with which it could drive a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    for number, section in enumerate(sections(found)):
+        click.echo(("\n" if number else "") + click.style(plain(section.title), bold=True))
+        for line in section.lines:
+            click.echo(f"  {plain(line)}".rstrip())
+    if path:
+        click.echo(f"wrote {path}", err=True)
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -250,6 +266,7 @@ def seeds() -> None:
 def seeds_check(path: Path) -> None:
     """Validate a seed file and its images; count what is excluded."""
     from intersafe.runs import count
+    from intersafe.shown import plain
     from intersafe.stages.seeding import load_seeds
 
     found = load_seeds([path])
@@ -257,7 +274,7 @@ def seeds_check(path: Path) -> None:
     click.echo(f"{path}: {len(found.seeds)} seeds, {with_image} with an image, {len(found.excluded)} excluded")
     for title, values in (
         ("category", (seed.category for seed in found.seeds)),
-        ("source", (_plain(f"{seed.source} ({seed.license})") for seed in found.seeds)),
+        ("source", (plain(f"{seed.source} ({seed.license})") for seed in found.seeds)),
     ):
         for name, number in count(values).items():
             click.echo(f"{number:>8} {title} {name}")
@@ -337,13 +354,14 @@ def prompts_render(name: str, pipeline: Path | None, seed_id: str, turn: int) ->
     The talk before TURN is grown by the scripted cast; everything else is as in a real run of the recipe.
     """
     from intersafe.rehearsal import rehearse
+    from intersafe.shown import plain
 
     call = rehearse(_recipe(pipeline), name.removesuffix(".md"), seed_id, turn)
     for message in call.messages:
         click.echo(click.style(f"--- {message.role}", bold=True))
         for reference in message.images:
             click.echo(f"[image {reference}]")
-        click.echo(_plain(message.text))
+        click.echo(plain(message.text))
     if call.schema:
         import msgspec
 

@@ -5,7 +5,7 @@ import shutil
 import time
 from typing import TYPE_CHECKING, TextIO
 
-from intersafe.generate import Display, Progress
+from intersafe.conductor import Display, Progress
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -34,7 +34,8 @@ class PlainLines(Display):
         """Says where the run stands."""
         self._progress, self._began = progress, time.monotonic()
         again = f", going on from {progress.before:,}" if progress.funnel.jobs else ""
-        self.say(f"growing {progress.n:,} dialogues from at most {progress.jobs:,} jobs{again}")
+        beside = "".join(f" and {wanted:,} {line}" for line, (_, wanted) in progress.beside.items())
+        self.say(f"growing {progress.n:,} dialogues{beside} from at most {progress.jobs:,} jobs{again}")
 
     def look(self) -> None:
         """Says how far it is."""
@@ -54,8 +55,9 @@ def line_of(progress: Progress, seconds: float) -> str:
     calls = sum(tally.calls for tally in progress.journal.roles.values())
     flying = sum(progress.in_flight.values())
     rate, left = _rate(progress, seconds)
+    beside = "".join(f"{f.accepted:,}/{wanted:,} {line}  " for line, (f, wanted) in progress.beside.items())
     return (
-        f"{funnel.accepted:,}/{progress.n:,} accepted  {rate:.1f}/s  {left} left  "
+        f"{funnel.accepted:,}/{progress.n:,} accepted  {rate:.1f}/s  {left} left  {beside}"
         f"{sum(funnel.ended.values()):,} rejected or failed  {calls:,} calls  {flying} in flight"
     )
 
@@ -122,6 +124,9 @@ class LivePanel(Display):
             f"{rate:.1f}/s",
             f"{left} left",
         )
+        for line, (other, wanted) in progress.beside.items():
+            bar = ProgressBar(total=wanted, completed=other.accepted, width=40)
+            panel.add_row(line, f"{other.accepted:,}/{wanted:,}", bar)
         for place, number in sorted(funnel.ended.items(), key=lambda item: -item[1])[:8]:
             panel.add_row("", f"{number:,}", place)
         for role, tally in sorted(progress.journal.roles.items()):

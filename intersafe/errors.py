@@ -26,6 +26,7 @@ class InputError(IntersafeError):
 
     def __init__(self, what: str, *, at: object = None, line: int | None = None, remedy: str = "") -> None:
         """`at` is the file (or flag), `line` its 1-based line, `remedy` what to do about it."""
+        self.what = what
         place = "" if at is None else f"{at}:{line}: " if line else f"{at}: "
         super().__init__(f"{place}{what}" + (f"; {remedy}" if remedy else ""))
 

@@ -1,232 +1,37 @@
-"""Generate: jobs, stages, gates, run; many jobs at once, decided in job order, until `n` dialogues are kept.
+"""Generate: a recipe becomes a run, and a run that is there goes on where it stopped.
 
-Jobs finish in any order and wait in a bounded window for the jobs before them. Gates decide in job order, so with
-deterministic models the outcome files are the same bytes for any concurrency and any number of kills in between. What
-a job has paid for is in the journal; a job that is grown again after a kill takes its replies from there and goes on
-at the call where it stopped.
+What a job has paid for is in the journal; a job that is grown again after a kill takes its replies from there and goes
+on at the call where it stopped. Dialogues and refusal samples grow at the same time; twins come after the dialogues
+that they belong to.
 """
 
 import asyncio
-import contextlib
-import hashlib
-import math
 import os
-import signal
-import threading
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from intersafe.errors import InputError, IntersafeError, JobEnded, SeedsExhausted, ServiceGone, StorageError
+from intersafe.conductor import STALLED, Conductor, Display, Line, Progress, stalled_after
+from intersafe.errors import InputError, SeedsExhausted, StorageError
 from intersafe.files import write_whole
-from intersafe.gates import Gate
-from intersafe.gates.dedup import DuplicateIndex, similar_images
-from intersafe.gates.quota import Balance
-from intersafe.gates.rules import check_excluded, check_rules
+from intersafe.gates.chain import Chain
 from intersafe.images import ImageStore
-from intersafe.jobs import job_count, jobs
+from intersafe.jobs import job_count, jobs, refusal_job_count, refusal_jobs
 from intersafe.journal import GroupWriter, Journal, ReuseIndex
-from intersafe.models import open_models
-from intersafe.models.cast import Company, JobCast, Replies
-from intersafe.prepare import Prepared, open_directory, prepare, provenance_of
-from intersafe.records import Check, Dialogue, Ended, Job, Provenance, Reason
-from intersafe.runs import (
-    Funnel,
-    Manifest,
-    Run,
-    Summary,
-    align_outcomes,
-    differences,
-    lock,
-    outcome_row,
-    run_path,
-)
+from intersafe.lines import Dialogues, RefusalLine, Twins
+from intersafe.loops import run_anywhere, stopped_by_signals
+from intersafe.models import open_models, open_painter
+from intersafe.models.cast import Company
+from intersafe.prepare import Prepared, open_directory, prepare
+from intersafe.records import Dialogue, Ended, Job
+from intersafe.runs import LINES, Funnel, Run, Summary, align_outcomes, differences, lock, run_path
 from intersafe.settings import Recipe
-from intersafe.stages.conversing import converse
-from intersafe.stages.judging import check_dialogue
-from intersafe.stages.planning import make_plan
 
-FAILURES = 32
-"""Jobs in a row that may fail before the run stops: then the fault is not theirs."""
-WINDOW = 4
-"""Jobs that may be started and not yet decided, for each one that is grown at once."""
-
-
-# --- one dialogue ----------------------------------------------------------------------------------------------------
-
-
-async def grow(job: Job, cast: JobCast, recipe: Recipe, provenance: Provenance) -> Dialogue:
-    """Plan, converse, check: one dialogue, or `JobEnded` with the stage and the reason."""
-    plan = await make_plan(job, cast, recipe.plan)
-    turns, pruned = await converse(job, plan, cast, recipe.converse, recipe.gates.rules)
-    check: Check = await check_dialogue(job, cast, turns, recipe.converse.tries)
-    texts = [message.text for turn in turns for message in (turn.user, turn.reply)]
-    name = hashlib.blake2b(msgspec.json.encode((job.key, provenance.recipe, texts)), digest_size=8).hexdigest()
-    victim = recipe.cast.victims[job.victim].identity
-    return Dialogue(
-        name, job.index, job.key, job.seed, job.strategy, victim, job.sample, plan, turns, pruned, check, provenance
-    )
-
-
-# --- a run -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """How far a run is; the same object all along, for a display to look at."""
-
-    n: int
-    jobs: int
-    """How many there are in all."""
-    funnel: Funnel
-    journal: Journal
-    in_flight: dict[str, int]
-    before: int = 0
-    """Dialogues that were there when this process began."""
-
-
-class Display:
-    """Shows how a run goes; this one shows nothing."""
-
-    interval = 60.0
-    """Seconds between two looks."""
-
-    def begin(self, progress: Progress) -> None:
-        """The run begins, or goes on."""
-
-    def look(self) -> None:
-        """Time to show how far it is."""
-
-    def say(self, text: str) -> None:
-        """Something that the user should know now."""
-
-    def end(self) -> None:
-        """Nothing more comes."""
-
-
-@dataclass
-class Conductor:
-    """Starts jobs, takes them in as they finish and decides them in order."""
-
-    n: int
-    recipe: Recipe
-    company: Company
-    writer: GroupWriter
-    queue: Iterator[Job]
-    manifest: Manifest
-    funnel: Funnel
-    gates: list[Gate]
-    images: ImageStore
-    next: int
-    """The first job that is not decided."""
-    jobs: int
-    """How many there are in all."""
-    started: int = 0
-    failing: list[Ended] = field(default_factory=list)
-    """The failed jobs since the last one that did not fail: not decided as long as it may be a server's fault."""
-    finished: dict[int, Dialogue | Ended] = field(default_factory=dict)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def done(self) -> bool:
-        """True once `n` dialogues are kept."""
-        return self.funnel.accepted >= self.n
-
-    async def work(self) -> None:
-        """One of the workers: grows job after job, each to its end before the next."""
-        while True:
-            while not self._may_start() and not self.done:
-                self.changed.clear()
-                await self.changed.wait()
-            if self.done:
-                return
-            job = next(self.queue, None)
-            if job is None:
-                return
-            self.started = job.index + 1
-            self.finished[job.index] = await self._attempt(job)
-            self._decide_ready()
-
-    def _may_start(self) -> bool:
-        """Not more jobs ahead of the decisions than the window, nor many more than are still needed."""
-        acceptance = max(0.05, (self.funnel.accepted + 1) / (self.funnel.jobs + 1))
-        needed = math.ceil((self.n - self.funnel.accepted) / acceptance)
-        return self.started - self.next < min(WINDOW * self.recipe.limits.concurrency, max(1, needed))
-
-    async def _attempt(self, job: Job) -> Dialogue | Ended:
-        """The one capture point: whatever ends a job becomes its record; what ends the run goes through."""
-        provenance = provenance_of(self.recipe, self.manifest, job)
-        try:
-            return await grow(job, JobCast(self.company, job), self.recipe, provenance)
-        except JobEnded as error:
-            kind, stage, reason, detail = error.kind, error.stage, error.reason, error.detail
-        except IntersafeError:
-            raise
-        except Exception as error:  # noqa: BLE001  a defect ends the job that met it, with its name, and no other
-            kind, stage, reason, detail = "failed", "internal", type(error).__name__, str(error)[:300]
-        return Ended(job.index, job.key, job.seed.category, kind, stage, reason, detail)
-
-    def _decide_ready(self) -> None:
-        """Decides all finished jobs that no earlier one holds back."""
-        while not self.done and self.next in self.finished:
-            outcome = self.finished.pop(self.next)
-            self.next += 1
-            if isinstance(outcome, Ended) and outcome.kind == "failed":
-                self.failing.append(outcome)
-                if len(self.failing) >= FAILURES:
-                    raise self._all_fail()
-                continue
-            self.settle_failures()
-            self._settle(self._through_gates(outcome) if isinstance(outcome, Dialogue) else outcome)
-        self.changed.set()
-
-    def settle_failures(self) -> None:
-        """The jobs that failed did so for reasons of their own: others do not fail."""
-        for ended in self.failing:
-            self._settle(ended)
-        self.failing.clear()
-
-    def _settle(self, outcome: Dialogue | Ended) -> None:
-        self.funnel.count(outcome)
-        self.writer.add(*outcome_row(outcome))
-
-    def finish(self) -> None:
-        """No job is left: what failed is settled, unless nothing but failures came of the whole run."""
-        if self.failing and not self.funnel.jobs:
-            raise self._all_fail()
-        self.settle_failures()
-
-    def _all_fail(self) -> ServiceGone:
-        last = self.failing[-1]
-        return ServiceGone(
-            f"{len(self.failing)} jobs in a row failed, the last one with {last.stage} {last.reason} ({last.detail}); "
-            "mend the server, the key or the recipe, then run the same command again: none of them is decided yet"
-        )
-
-    def _through_gates(self, dialogue: Dialogue) -> Dialogue | Ended:
-        for reason in self._reasons(dialogue):
-            if reason:
-                return Ended(
-                    dialogue.job, dialogue.key, dialogue.seed.category, "rejected", "gates", reason.word, reason.detail
-                )
-        for gate in self.gates:
-            gate.add(dialogue)
-        return dialogue
-
-    def _reasons(self, dialogue: Dialogue) -> Iterator[Reason | None]:
-        settings = self.recipe.gates
-        yield check_excluded(dialogue)
-        if settings.rules:
-            yield check_rules(dialogue, settings.rules)
-        if settings.images and len(dialogue.images) > 1:
-            hashes = [self.images.perceptual_hash(ref) for ref in dialogue.images]
-            yield similar_images(hashes, settings.images.distance)
-        for gate in self.gates:
-            yield gate.check(dialogue)
+BESIDE = 8
+"""One job of another line is grown for so many dialogues."""
 
 
 def generate_dialogues(
@@ -244,12 +49,13 @@ def generate_dialogues(
     """
     prepared = prepare(recipe)
     path = run_path(run if run is not None else recipe.name)
-    older = ReuseIndex(run_path(reuse)) if reuse is not None else None
+    older = run_path(reuse) if reuse is not None else None
+    index = ReuseIndex(older) if older else None
     wanted = recipe.n if n is None else n
     if wanted < 1:
         raise InputError(f"n is {wanted}", remedy="ask for at least 1 dialogue")
     if not _is_complete(path, prepared, wanted):
-        run_anywhere(lambda: _session(prepared, path, wanted, older, display or Display()))
+        run_anywhere(lambda: _session(prepared, path, wanted, older, index, display or Display()))
     return Run(path)
 
 
@@ -262,49 +68,24 @@ def _is_complete(path: Path, prepared: Prepared, n: int) -> bool:
     if summary is None or differences(run.manifest, prepared.manifest):
         return False
     if summary.funnel.accepted > n:
-        raise InputError(
-            f"holds {summary.funnel.accepted} dialogues, more than --n {n}", at=path, remedy="name another --run"
-        )
-    return summary.funnel.accepted == n
+        raise _too_many(path, summary.funnel.accepted, n)
+    return summary.complete and summary.funnel.accepted == n
 
 
-def run_anywhere(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Runs the coroutine to its end, beside the event loop of a notebook where there is one."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(make())
-        return
-    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None] | None]] = Future()
-
-    async def work() -> None:
-        begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
-        await make()
-
-    with ThreadPoolExecutor(1) as thread:
-        done = thread.submit(lambda: asyncio.run(work()))
-        outer = asyncio.current_task()
-        try:
-            while not wait((done,), timeout=0.2).done:
-                # `asyncio.run` answers Ctrl-C by cancelling its task, which this call keeps from noticing.
-                if outer is not None and outer.cancelling():
-                    raise KeyboardInterrupt
-            done.result()
-        except KeyboardInterrupt:
-            loop, task = begun.result()
-            if task is not None:
-                loop.call_soon_threadsafe(task.cancel)  # or leaving the block would wait for the whole run
-            raise
+def _too_many(path: Path, accepted: int, n: int) -> InputError:
+    return InputError(f"holds {accepted} dialogues, more than --n {n}", at=path, remedy="name another --run")
 
 
-async def _session(prepared: Prepared, path: Path, n: int, older: Replies | None, display: Display) -> None:
+async def _session(
+    prepared: Prepared, path: Path, n: int, older: Path | None, index: ReuseIndex | None, display: Display
+) -> None:
     """One process's work on a run: open, go on where it stopped, grow, close."""
     held = lock(path)
     try:
-        with _stopped_by_signals():
+        with stopped_by_signals():
             if newer := open_directory(path, prepared):
                 display.say(f"{path} was begun by other versions ({newer}): its old part stays as it is")
-            await _grow_all(prepared, path, n, older, display)
+            await _Session(prepared, path, n, display).run(older, index)
     except OSError as error:
         raise StorageError(
             f"{error.filename or path}: {error.strerror}; mend it, then run the same command again"
@@ -313,127 +94,225 @@ async def _session(prepared: Prepared, path: Path, n: int, older: Replies | None
         os.close(held)
 
 
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP stop the run as Ctrl-C does: cleanly, and as `KeyboardInterrupt`."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    terminated: list[bool] = []
+@dataclass
+class _Session:
+    prepared: Prepared
+    path: Path
+    n: int
+    display: Display
 
-    def stop() -> None:
-        terminated.append(True)
-        task.cancel()
-
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(name, stop)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if terminated:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        for name in (signal.SIGTERM, signal.SIGHUP):
-            loop.remove_signal_handler(name)
-
-
-async def _grow_all(prepared: Prepared, path: Path, n: int, older: Replies | None, display: Display) -> None:
-    recipe, seeds = prepared.recipe, prepared.seeds.seeds
-    first = align_outcomes(path)
-    funnel, gates = _remember(Run(path), recipe, {seed.category for seed in seeds})
-    if funnel.accepted > n:
-        raise InputError(f"holds {funnel.accepted} dialogues, more than --n {n}", at=path, remedy="name another --run")
-    (path / "summary.json").unlink(missing_ok=True)
-    writer, images = GroupWriter(path), ImageStore(path / "images")
-    journal = Journal(writer)
-    journal.load(path / "journal", first)
-    models = open_models(recipe.cast, recipe.limits, images, display.say)
-    company = Company(recipe.cast, models, prepared.prompts, journal, older)
-    conductor = Conductor(
-        n=n,
-        recipe=recipe,
-        company=company,
-        writer=writer,
-        queue=jobs(recipe, seeds, first),
-        manifest=prepared.manifest,
-        funnel=funnel,
-        gates=gates,
-        images=images,
-        next=first,
-        jobs=job_count(recipe, seeds),
-        started=first,
-    )
-    if n > conductor.jobs:
-        display.say(
-            f"{n:,} dialogues cannot come of {conductor.jobs:,} jobs: raise `samples`, or add seeds or strategies"
+    async def run(self, older: Path | None, index: ReuseIndex | None) -> None:
+        """Opens what the jobs share, works on every line, and writes the summary last."""
+        recipe, path = self.prepared.recipe, self.path
+        firsts = {line: align_outcomes(path, line) for line in LINES}
+        images = ImageStore(path / "images")
+        chain = Chain(recipe.gates, self.prepared.values, images.perceptual_hash)
+        funnel, stalled = _remember(Run(path), chain)
+        if funnel.accepted > self.n:
+            raise _too_many(path, funnel.accepted, self.n)
+        (path / "summary.json").unlink(missing_ok=True)
+        writer = GroupWriter(path)
+        journal = Journal(writer)
+        journal.load(path / "journal", firsts)
+        say = self.display.say
+        models = open_models(recipe.cast, recipe.limits, images, say)
+        painter = open_painter(recipe.cast.painter, recipe.limits, say) if recipe.cast.painter else None
+        older_images = ImageStore(older / "images") if older else None
+        company = Company(
+            recipe.cast, models, self.prepared.prompts, journal, index, None, painter, images, older_images
         )
-    display.begin(Progress(n, conductor.jobs, funnel, journal, company.in_flight, funnel.accepted))
-    try:
-        await _work(conductor, display)
-    finally:
         try:
-            await writer.close()
+            done, funnels, short = await self._lines(company, journal, writer, chain, funnel, stalled, firsts)
         finally:
-            await asyncio.gather(*(model.aclose() for model in set(models.values())))
-            display.look()
-            display.end()
-    scripted = any(member.spec.backend == "scripted" for member in recipe.cast.members.values())
-    summary = Summary(n, conductor.done, funnel, journal.roles, len(prepared.seeds.excluded), scripted)
-    write_whole(path / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
-    if not conductor.done:
-        raise SeedsExhausted(_what_to_change(conductor))
+            try:
+                await writer.close()
+            finally:
+                closing = [model.aclose() for model in set(models.values())]
+                await asyncio.gather(*closing, *([painter.aclose()] if painter else []))
+                self.display.look()
+                self.display.end()
+        scripted = any(model.spec.backend == "scripted" for model in recipe.cast.models.values())
+        excluded = len(self.prepared.seeds.excluded)
+        summary = Summary(
+            self.n, not done, funnels[0], funnels[1], funnels[2], tuple(short), journal.roles, excluded, scripted
+        )
+        write_whole(path / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
+        if done:
+            raise SeedsExhausted(done)
+
+    async def _lines(
+        self,
+        company: Company,
+        journal: Journal,
+        writer: GroupWriter,
+        chain: Chain,
+        funnel: Funnel,
+        stalled: int,
+        firsts: dict[str, int],
+    ) -> tuple[str, list[Funnel], list[str]]:
+        """Works on every line; returns what is missing, in words, the three funnels and the cells that stayed short."""
+        recipe, manifest, seeds = self.prepared.recipe, self.prepared.manifest, self.prepared.seeds.seeds
+        concurrency = recipe.limits.concurrency
+        main = Dialogues(recipe, manifest, company, chain, self.n)
+        total = job_count(recipe, seeds)
+        first = firsts[""]
+        dialogues = Conductor(
+            main, writer, jobs(recipe, seeds, first), funnel, concurrency, first, total, stalled=stalled
+        )
+        if self.n > total:
+            self.display.say(
+                f"{self.n:,} dialogues cannot come of {total:,} jobs: raise `samples`, or add seeds or strategies"
+            )
+        progress = Progress(self.n, total, funnel, journal, company.in_flight, funnel.accepted)
+        working: list[Conductor] = [dialogues]
+        funnels = [funnel, Funnel(), Funnel()]
+        refusals: Conductor | None = None
+        if recipe.refusals:
+            refusals = self._refusals(company, writer, firsts["refusals"], max(1, concurrency // BESIDE))
+            working.append(refusals)
+            funnels[1] = refusals.funnel
+            progress.beside["refusals"] = (refusals.funnel, refusals.line.wanted)
+        self.display.begin(progress)
+        looking = asyncio.create_task(self._look())
+        try:
+            await _together(working)
+            if recipe.twins and dialogues.filled:
+                twins = self._twins(company, writer, firsts["twins"], concurrency)
+                funnels[2] = twins.funnel
+                progress.beside["twins"] = (twins.funnel, twins.line.wanted)
+                await twins.work()
+                if not twins.filled:
+                    got = f"{twins.funnel.accepted} of {twins.line.wanted} twins"
+                    self.display.say(f"{got}: every dialogue was tried ({_losses(twins.funnel)})")
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+        writer.flush()
+        short = _short_cells(Run(self.path), recipe, chain, self.prepared)
+        for cell in short:
+            self.display.say(f"below its quota: {cell}")
+        missing = "" if dialogues.filled else _what_to_change(dialogues, short)
+        if not missing and refusals is not None and not refusals.filled:
+            missing = _refusals_to_change(recipe, refusals)
+        return missing, funnels, short
+
+    def _refusals(self, company: Company, writer: GroupWriter, first: int, concurrency: int) -> Conductor:
+        recipe, groups = self.prepared.recipe, self.prepared.groups
+        assert recipe.refusals
+        line, funnel = RefusalLine(recipe, self.prepared.manifest, company), Funnel()
+        for outcome in Run(self.path).outcomes("refusals"):
+            funnel.count(outcome)
+            if not isinstance(outcome, (Ended, Dialogue)):
+                line.add(outcome)
+        queue, total = refusal_jobs(recipe, groups, first), refusal_job_count(recipe, groups)
+        return Conductor(line, writer, queue, funnel, concurrency, first, total)
+
+    def _twins(self, company: Company, writer: GroupWriter, first: int, concurrency: int) -> Conductor:
+        recipe, run = self.prepared.recipe, Run(self.path)
+        assert recipe.twins
+        writer.flush()
+        funnel = Funnel()
+        for outcome in run.outcomes("twins"):
+            funnel.count(outcome)
+        line: Line = Twins(recipe, self.prepared.manifest, company, round(recipe.twins.ratio * self.n))
+        assert isinstance(line, Twins)
+        queue = line.jobs(run.dialogues(), jobs(recipe, self.prepared.seeds.seeds), first)
+        return Conductor(line, writer, queue, funnel, concurrency, first, self.n)
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(self.display.interval)
+            self.display.look()
 
 
-def _remember(run: Run, recipe: Recipe, categories: set[str]) -> tuple[Funnel, list[Gate]]:
-    """The funnel and the gates as they were when the last dialogue was decided."""
-    funnel = Funnel()
-    gates: list[Gate] = []
-    settings = recipe.gates
-    if settings.balance:
-        gates.append(Balance(sorted(categories), settings.balance))
-    if settings.duplicates:
-        gates.append(DuplicateIndex(settings.duplicates))
+async def _together(conductors: list[Conductor]) -> None:
+    """Works on several lines at once; what ends one of them ends all."""
+    tasks = [asyncio.create_task(conductor.work()) for conductor in conductors]
+    try:
+        for finished in asyncio.as_completed(tasks):
+            await finished
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _remember(run: Run, chain: Chain) -> tuple[Funnel, int]:
+    """The funnel, the gates as they were when the last dialogue was decided, and how many jobs quotas last stopped."""
+    funnel, last = Funnel(), -1
     for outcome in run.outcomes():
         funnel.count(outcome)
         if isinstance(outcome, Dialogue):
-            for gate in gates:
-                gate.add(outcome)
-    return funnel, gates
+            chain.add(outcome)
+            last = outcome.job
+    stalled = 0
+    for ended in run.ended():
+        if ended.job > last:
+            stalled = stalled_after(stalled, ended)
+    return funnel, stalled
 
 
-async def _work(conductor: Conductor, display: Display) -> None:
-    """Workers until `n` are kept, the jobs are used up or something ends the run; nothing is left running."""
-    useful = min(conductor.recipe.limits.concurrency, conductor.jobs - conductor.next)
-    workers = {asyncio.create_task(conductor.work()) for _ in range(useful)}
-    looking = asyncio.create_task(_look(display))
-    try:
-        pending = workers
-        while pending and not conductor.done:
-            finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for worker in finished:
-                worker.result()
-        if not conductor.done:
-            conductor.finish()
-    finally:
-        for task in (*workers, looking):
-            task.cancel()
-        await asyncio.gather(*workers, looking, return_exceptions=True)
+# --- what is missing, in words ---------------------------------------------------------------------------------------
 
 
-async def _look(display: Display) -> None:
-    while True:
-        await asyncio.sleep(display.interval)
-        display.look()
-
-
-def _what_to_change(conductor: Conductor) -> str:
-    funnel = conductor.funnel
+def _losses(funnel: Funnel) -> str:
     lost = sorted(funnel.ended.items(), key=lambda item: -item[1])[:4]
-    why = ", ".join(f"{number} {place}" for place, number in lost) or "none was lost"
+    return ", ".join(f"{number} {place}" for place, number in lost) or "none was lost"
+
+
+def _what_to_change(conductor: Conductor, short: list[str]) -> str:
+    funnel = conductor.funnel
+    kept = f"{funnel.accepted} of {conductor.line.wanted} dialogues were kept ({_losses(funnel)})"
+    if conductor.stalled >= STALLED:
+        cells = "; ".join(short[:3]) or "see the funnel"
+        return (
+            f"{kept}, and quotas turned down the last {STALLED} jobs that came so far: {cells}; "
+            "mend what rejects there, or loosen `gates.coverage`, in a new --run with --reuse"
+        )
+    cells = f"; below quota: {'; '.join(short[:3])}" if short else ""
     return (
-        f"all {conductor.jobs} jobs are used up and {funnel.accepted} of {conductor.n} dialogues were kept ({why}); "
+        f"all {conductor.jobs} jobs are used up and {kept}{cells}; "
         "raise `samples`, add seeds or strategies, or loosen the gate that rejects most, in a new --run"
     )
+
+
+def _refusals_to_change(recipe: Recipe, conductor: Conductor) -> str:
+    assert recipe.refusals
+    groups = conductor.funnel.groups
+    missing = [f"{name} {groups.get(name, 0)} of {g.n}" for name, g in recipe.refusals.groups.items()]
+    return (
+        f"all {conductor.jobs} jobs of the refusals are used up: {', '.join(missing)} ({_losses(conductor.funnel)}); "
+        "raise `refusals.samples`, or add seeds to the group, in a new --run"
+    )
+
+
+def _short_cells(run: Run, recipe: Recipe, chain: Chain, prepared: Prepared) -> list[str]:
+    """The cells below their quota, each with what was lost there."""
+    if chain.quota is None or not (short := chain.quota.short()):
+        return []
+    ended = {e.job: f"{e.kind} {e.stage} {e.reason}" for e in run.ended()}
+    lost: dict[tuple[str, str], Counter[str]] = {(axis, value): Counter() for axis, value, _, _ in short}
+    grown = dict.fromkeys(lost, 0)
+    seeds = prepared.seeds.seeds
+    for job in islice(jobs(recipe, seeds), max(ended, default=-1) + 1):
+        for cell in lost:
+            if _value(job, cell[0], recipe) == cell[1]:
+                grown[cell] += 1
+                if job.index in ended:
+                    lost[cell][ended[job.index]] += 1
+    return [
+        f"{axis} {value} {count} of {need} ({grown[axis, value]} jobs: "
+        + (", ".join(f"{n} {why}" for why, n in lost[axis, value].most_common(3)) or "none was lost")
+        + ")"
+        for axis, value, count, need in short
+    ]
+
+
+def _value(job: Job, axis: str, recipe: Recipe) -> str:
+    """Where a job stands on an axis of the quotas."""
+    return {
+        "category": job.seed.category,
+        "strategy": job.strategy,
+        "victim": recipe.cast.victims[job.victim].identity,
+        "turns": str(job.turns),
+    }[axis]

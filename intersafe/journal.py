@@ -7,7 +7,7 @@ Plain append-only files with one writer each, since those work on NFS and Lustre
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ GROUP_SECONDS = 0.05
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line of a journal: a model's reply to one call."""
+    """One line of a journal: a model's reply to one call; a painter's has the `image`, or its problem as text."""
 
     job: int
     key: str
@@ -32,6 +32,10 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: tuple[int, int] = (0, 0)
     """Prompt and completion."""
     ms: int = 0
+    line: str = ""
+    """The line of jobs that `job` counts in: empty for dialogues, or `refusals`, `twins`."""
+    image: str = ""
+    """Reference of the painted image."""
 
 
 class RoleTally(msgspec.Struct):
@@ -63,6 +67,10 @@ class GroupWriter:
             self._write()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(GROUP_SECONDS, self._write_quietly)
+
+    def flush(self) -> None:
+        """Hands what waits to the operating system, for a reader in this process."""
+        self._write()
 
     def _write_quietly(self) -> None:
         with contextlib.suppress(StorageError):  # kept as `_problem`; the next `add` raises it inside the run
@@ -154,13 +162,13 @@ class Journal:
         self._replies: dict[str, Entry] = {}
         self.roles: dict[str, RoleTally] = {}
 
-    def load(self, folder: Path, first_job: int) -> None:
-        """Reads every journal of the folder: all entries are tallied, those of jobs from `first_job` on are kept."""
+    def load(self, folder: Path, first_jobs: Mapping[str, int]) -> None:
+        """Reads every journal of the folder: all entries are tallied, those of a line's jobs from its first on kept."""
         for path in sorted(folder.glob("*.jsonl")):
             heal(path)
             for entry in entries_of(path):
                 tally(self.roles, entry)
-                if entry.job >= first_job:
+                if entry.job >= first_jobs.get(entry.line, 0):
                     self._replies[entry.key] = entry
 
     def take(self, key: str) -> Entry | None:

@@ -23,6 +23,7 @@ _PLAN_TALK = re.compile(
     r"(?:you|the victim|the model|the assistant)\b"
     r"|\bthe (?:victim|target) (?:model|assistant)\b"
 )
+_BRACKETS = re.compile(r"[\[<(][^\[\]<>()]{1,600}[\]>)]")
 _STRUCTURE = re.compile(
     r"""["'\u201c](?:rationale|reasoning|thought|next_step|attack_plan|goal)["'\u201d]\s*:"""
     r"""|\{[^{}]*["'\u201c]message["'\u201d]\s*:""",
@@ -30,8 +31,18 @@ _STRUCTURE = re.compile(
 )
 
 
-def message_problem(text: str, earlier: Sequence[str], goal: str, plan: Plan, settings: RuleSettings) -> Reason | None:
-    """What is wrong with a user message before it is sent, by the rules that will decide on the finished dialogue."""
+def message_problem(
+    text: str,
+    earlier: Sequence[str],
+    goal: str,
+    plan: Plan,
+    settings: RuleSettings,
+    descriptions: Sequence[str] = (),
+) -> Reason | None:
+    """What is wrong with a user message before it is sent, by the rules that will decide on the finished dialogue.
+
+    `descriptions` are those that the painter was given for this talk.
+    """
     if is_blank(text):
         return Reason("empty_message")
     for place, before in enumerate(earlier, 1):
@@ -39,7 +50,33 @@ def message_problem(text: str, earlier: Sequence[str], goal: str, plan: Plan, se
             return Reason("repeated_message", f"user, as turn {place}")
     if leak := plan_leak(text, fold(goal), fold_steps(plan)):
         return Reason("leaked_plan", leak)
-    return Reason("leaked_image_description") if image_leak(text, settings) else None
+    if image_leak(text, settings) or repeats_description(text, descriptions, settings):
+        return Reason("leaked_image_description")
+    return None
+
+
+def regularise(text: str, settings: RuleSettings) -> str:
+    """The message without what a model writes around it: notes on the picture in brackets, and lines that label it."""
+    phrases = tuple(phrase for phrase in _loose_all(settings.image_phrases))
+    text = _BRACKETS.sub(lambda match: "" if _loose(match[0]).startswith(phrases) else match[0], text)
+    lines = [line for line in text.splitlines() if not _loose(line).startswith(phrases)]
+    return re.sub(r"[ \t]{2,}", " ", "\n".join(lines)).strip()
+
+
+def repeats_description(text: str, descriptions: Sequence[str], settings: RuleSettings) -> bool:
+    """True if a message says what the painter was told: a run of `description_words` words, or all of a shorter one."""
+    if not descriptions:
+        return False
+    message, size = f" {fold(text)} ", settings.description_words
+    for description in descriptions:
+        words = fold(description).split()
+        if len(words) < size:
+            if len(" ".join(words)) >= _LEAST_GOAL and f" {' '.join(words)} " in message:
+                return True
+            continue
+        if any(f" {' '.join(words[i : i + size])} " in message for i in range(len(words) - size + 1)):
+            return True
+    return False
 
 
 def fold(text: str) -> str:

@@ -3,21 +3,24 @@
 import hashlib
 import importlib.metadata
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from intersafe.errors import InputError
 from intersafe.files import write_whole
 from intersafe.images import ImageStore, read_image
+from intersafe.jobs import seeds_by_group
 from intersafe.models import check_cast
-from intersafe.records import Job, Provenance, to_row
+from intersafe.records import Job, Provenance, RefusalJob, Seed, to_row
 from intersafe.runs import Manifest, Run, differences
-from intersafe.settings import Recipe
+from intersafe.settings import Member, Model, Painter, Recipe, nearest
 from intersafe.stages.seeding import Seeds, load_seeds
 from intersafe.taxonomy import BY_NAME
-from intersafe.templates import Prompts, load_prompts
+from intersafe.templates import Prompts, check_refusals, load_prompts
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,12 @@ class Prepared:
     recipe: Recipe
     prompts: Prompts
     seeds: Seeds
+    groups: dict[str, tuple[Seed, ...]]
+    """The seeds of each group of the refusals."""
+    files: dict[str, Path]
+    """Where the bytes of every seed's image lie."""
+    values: dict[str, list[str]]
+    """What the jobs can have on each axis of the quotas."""
     manifest: Manifest
 
 
@@ -35,44 +44,93 @@ def prepare(recipe: Recipe) -> Prepared:
     prompts = load_prompts(Path(recipe.prompts), recipe.strategies)
     check_cast(recipe.cast)
     seeds = load_seeds(recipe.seed_paths)
+    files, groups, digests = dict(seeds.files), {}, [seeds.digest]
+    if recipe.refusals:
+        check_refusals(recipe.refusals, prompts)
+        named = ((name, group.seeds) for name, group in recipe.refusals.groups.items() if group.seeds)
+        loaded = {recipe.seeds: seeds}
+        own = {}
+        for name, paths in named:
+            if paths not in loaded:
+                loaded[paths] = load_seeds([Path(path) for path in paths])
+            own[name] = loaded[paths]
+        groups = seeds_by_group(recipe.refusals, seeds.seeds, {name: found.seeds for name, found in own.items()})
+        for found in own.values():
+            files |= found.files
+            digests.append(found.digest)
+    values = values_of(recipe, seeds.seeds)
     manifest = Manifest(
         name=recipe.name,
         recipe=recipe.outcome,
         resolved=msgspec.to_builtins(recipe),
         digest=recipe.digest,
         prompts=dict(prompts.hashes),
-        seeds=seeds.digest,
+        seeds=digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         excluded=seeds.excluded,
         versions={name: importlib.metadata.version(name) for name in ("intersafe", "msgspec", "pillow", "rensa")},
     )
-    return Prepared(recipe, prompts, seeds, manifest)
+    return Prepared(recipe, prompts, seeds, groups, files, values, manifest)
 
 
-def provenance_of(recipe: Recipe, manifest: Manifest, job: Job) -> Provenance:
+def values_of(recipe: Recipe, seeds: Sequence[Seed]) -> dict[str, list[str]]:
+    """What the jobs can have on each axis; `InputError` for a quota on something that no job has."""
+    values = {
+        "category": sorted({seed.category for seed in seeds}),
+        "strategy": list(recipe.strategies),
+        "victim": [victim.identity for victim in recipe.cast.victims],
+        "turns": [str(number) for number in range(recipe.turns.min, recipe.turns.max + 1)],
+    }
+    for axis, known in values.items():
+        shares = getattr(recipe.gates.coverage, axis) if recipe.gates.coverage else None
+        for value in shares if isinstance(shares, dict) else ():
+            if value not in known:
+                raise InputError(
+                    f"gates.coverage.{axis}: no job has {value!r}" + nearest(value, known),
+                    remedy="drop it, or make it possible with seeds, strategies, victims or turns",
+                )
+    return values
+
+
+_DIALOGUE = ("planner/decompose", "planner/rewrite", "judge/step", "judge/turn", "judge/dialogue", "victim/system")
+_MET: dict[str, tuple[str, ...]] = {
+    "": _DIALOGUE,
+    "refusals": ("refusal/question", "refusal/answer", "refusal/templates", "judge/refusal"),
+    "twins": ("planner/twin", "judge/turn", "judge/dialogue", "victim/system"),
+}
+"""The prompt files that a line's jobs can meet, whatever the recipe."""
+
+
+def provenance_of(recipe: Recipe, manifest: Manifest, job: Job | RefusalJob, line: str = "") -> Provenance:
     """The models, prompts and sampling that a job's record names: only those that the job can have met."""
-    family = BY_NAME[job.seed.category].family
-    prompts = {
-        name: sha256
-        for name, sha256 in manifest.prompts.items()
-        if not name.startswith(("attacker/", "judge/rubrics/"))
-        or name in (f"attacker/{job.strategy}.md", f"judge/rubrics/{family}.md")
-    }
-    members = {
-        "victim" if role.startswith("victim:") else role: member
-        for role, member in recipe.cast.members.items()
-        if not role.startswith("victim:") or role == f"victim:{job.victim}"
-    }
+    met = set(_MET[line])
+    roles = {"attacker", "judge", "second_judge"}
+    if recipe.cast.painter and line != "twins":
+        roles, met = roles | {"painter"}, met | {"painter/describe", "judge/images"}
+    if isinstance(job, Job):
+        roles |= {f"victim:{job.victim}"}
+        met |= {f"judge/rubrics/{BY_NAME[job.seed.category].family}"}
+        met |= set() if line else {f"attacker/{job.strategy}"}
+        if recipe.respond:
+            roles, met = roles | {"responder"}, met | {"responder/aligned", "judge/aligned"}
+    elif recipe.refusals and recipe.refusals.groups[job.group].answers == "analysis":
+        roles |= {"responder"}
+    members = {role.partition(":")[0]: model for role, model in recipe.cast.models.items() if role in roles}
     return Provenance(
         models={role: member.identity for role, member in members.items()},
-        prompts=prompts,
-        sampling={
-            role: {"temperature": member.temperature, "top_p": member.top_p, "max_tokens": member.max_tokens}
-            for role, member in members.items()
-        },
+        prompts={name: sha256 for name, sha256 in manifest.prompts.items() if name.rpartition(".")[0] in met},
+        sampling={role: _sampling_of(member) for role, member in members.items()},
         recipe=manifest.digest,
         versions={name: version for name, version in manifest.versions.items() if name == "intersafe"},
         scripted=any(member.spec.backend == "scripted" for member in members.values()),
     )
+
+
+def _sampling_of(model: Model) -> dict[str, Any]:
+    if isinstance(model, Painter):
+        plain = {"size": model.size, "steps": model.steps, "guidance": model.guidance}
+        return plain | {"negative_prompt": model.negative_prompt}
+    assert isinstance(model, Member)
+    return {"temperature": model.temperature, "top_p": model.top_p, "max_tokens": model.max_tokens}
 
 
 def open_directory(path: Path, prepared: Prepared) -> str:
@@ -106,7 +164,7 @@ def open_directory(path: Path, prepared: Prepared) -> str:
 def _fill(path: Path, prepared: Prepared) -> None:
     """Lays down images, prompts and seeds, or mends what is damaged there."""
     store = ImageStore(path / "images")
-    for reference, file in prepared.seeds.files.items():
+    for reference, file in prepared.files.items():
         if not store.is_sound(reference):
             image = read_image(file)
             if image.ref != reference:

@@ -5,16 +5,28 @@ Paths in a recipe are relative to the recipe's own folder. YAML's aliases and ta
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
 import yaml
 
 from intersafe.errors import InputError
 from intersafe.files import read_yaml
-from intersafe.settings import OPENAI_URL, Member, Recipe, Section, nearest, parse_spec
+from intersafe.settings import (
+    BACKENDS,
+    OPENAI_URL,
+    PAINTERS,
+    Member,
+    Model,
+    Painter,
+    Recipe,
+    Section,
+    nearest,
+    parse_spec,
+)
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
@@ -34,10 +46,20 @@ def load_recipe(path: str | Path) -> Recipe:
         recipe = msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
         raise _misfit(error, path, lines) from None
-    here = path.resolve().parent
-    seeds = tuple(os.path.normpath(here / seed) for seed in recipe.seeds)
-    recipe = msgspec.structs.replace(recipe, seeds=seeds, prompts=os.path.normpath(here / recipe.prompts))
-    return check_recipe(recipe, path, lines)
+    return check_recipe(_with_paths(recipe, path.resolve().parent), path, lines)
+
+
+def _with_paths(recipe: Recipe, here: Path) -> Recipe:
+    """The recipe with its paths made absolute."""
+
+    def absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(os.path.normpath(here / path) for path in paths)
+
+    replace = msgspec.structs.replace
+    if recipe.refusals:
+        groups = {name: replace(group, seeds=absolute(group.seeds)) for name, group in recipe.refusals.groups.items()}
+        recipe = replace(recipe, refusals=replace(recipe.refusals, groups=groups))
+    return replace(recipe, seeds=absolute(recipe.seeds), prompts=absolute((recipe.prompts,))[0])
 
 
 def _misfit(error: msgspec.ValidationError, at: object, lines: Mapping[str, int]) -> InputError:
@@ -62,18 +84,23 @@ def check_recipe(recipe: Recipe, at: object = None, lines: Mapping[str, int] | N
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
     """Place and problem."""
-    turns = recipe.turns
-    if not turns.min <= turns.mean <= turns.max:
-        what = f"turns: min {turns.min}, mean {turns.mean}, max {turns.max}"
-        yield "$.turns", InputError(what, remedy="the mean lies between min and max")
-    for name, member in recipe.cast.members.items():
+    for name, drawn in (("turns", recipe.turns), ("images", recipe.images)):
+        if not drawn.min <= drawn.mean <= drawn.max:
+            what = f"{name}: min {drawn.min}, mean {drawn.mean}, max {drawn.max}"
+            yield f"$.{name}", InputError(what, remedy="the mean lies between min and max")
+    yield from _cast_contradictions(recipe)
+    yield from _line_contradictions(recipe)
+
+
+def _cast_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
+    for name, member in recipe.cast.models.items():
         role, _, number = name.partition(":")
         where = f"$.cast.victims[{number}]" if number else f"$.cast.{role}"
         try:
-            parse_spec(member.model)
+            _ = member.spec
         except InputError as error:
             yield f"{where}.model", error
-        for field in {"model", "messages", "stream", "n"} & member.extra.keys():
+        for field in {"model", "messages", "prompt", "stream", "n"} & member.extra.keys():
             yield f"{where}.extra", InputError(f"extra: {field!r} is set by intersafe", remedy="drop it")
     identities = [victim.identity for victim in recipe.cast.victims]
     for name, values in (("cast.victims", identities), ("strategies", list(recipe.strategies))):
@@ -82,12 +109,42 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
                 yield f"$.{name}[{i}]", InputError(f"{name}: {value!r} stands twice", remedy="name each once")
 
 
+def _line_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
+    """Stages and lines without the models that they need, and quotas that do not add up."""
+    if recipe.cast.responder is None:
+        remedy = "add `responder: backend:model` to the cast"
+        if recipe.respond:
+            yield "$.respond", InputError("respond: the cast has no responder", remedy=remedy)
+        for name, group in recipe.refusals.groups.items() if recipe.refusals else ():
+            if group.answers == "analysis":
+                what = f"refusals.groups.{name}: an analysis needs a responder"
+                yield f"$.refusals.groups.{name}", InputError(what, remedy=f"{remedy}, or `answers: templates`")
+    if recipe.refusals and not recipe.refusals.groups:
+        yield "$.refusals", InputError("refusals: no group", remedy="name one, or drop `refusals`")
+    for name in recipe.refusals.groups if recipe.refusals else ():
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name):
+            yield (
+                f"$.refusals.groups.{name}",
+                InputError(f"refusals: group {name!r}", remedy="name it in small letters, digits and _"),
+            )
+    for axis in ("category", "strategy", "victim", "turns") if recipe.gates.coverage else ():
+        shares = getattr(recipe.gates.coverage, axis)
+        if isinstance(shares, dict) and abs(sum(shares.values()) - 1) > 0.005:
+            what = f"gates.coverage.{axis}: the shares sum to {sum(shares.values()):g}"
+            yield f"$.gates.coverage.{axis}", InputError(what, remedy="make them sum to 1")
+
+
 def override(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with other values, checked again; a cast member given by spec keeps no key of another server."""
     cast = recipe.cast
-    for role in ("attacker", "judge"):
+    for role in ("attacker", "judge", "responder"):
         if (spec := changes.pop(role, None)) is not None:
-            cast = msgspec.structs.replace(cast, **{role: _recast(getattr(cast, role), spec)})
+            cast = msgspec.structs.replace(cast, **{role: _recast(getattr(cast, role) or Member(model=spec), spec)})
+    if (spec := changes.pop("painter", None)) is not None:
+        painter = cast.painter or Painter(model=spec)
+        cast = msgspec.structs.replace(cast, painter=_recast(painter, spec))
+    if changes.pop("no_refusals", False):
+        recipe = msgspec.structs.replace(recipe, refusals=None)
     if specs := changes.pop("victims", None):
         cast = msgspec.structs.replace(cast, victims=tuple(_recast(cast.victims[0], spec) for spec in specs))
     limits = {name: changes.pop(name) for name in ("concurrency", "patience") if changes.get(name) is not None}
@@ -97,21 +154,28 @@ def override(recipe: Recipe, **changes: Any) -> Recipe:
     )
 
 
-def _recast(member: Member, spec: str) -> Member:
+M = TypeVar("M", bound=Model)
+
+
+def _recast(member: M, spec: str) -> M:
     """The member with another model. A key goes to the server it was meant for and to no other, so it is dropped."""
-    parsed = parse_spec(spec)
+    parsed = parse_spec(spec, PAINTERS if isinstance(member, Painter) else BACKENDS)
     key = "OPENAI_API_KEY" if parsed.urls == (OPENAI_URL,) else ""
     return msgspec.structs.replace(member, model=spec, key=key, revision="", extra={})
 
 
 def _expand_members(raw: Any) -> None:
-    """`attacker: scripted:demo` is short for `attacker: {model: scripted:demo}`."""
+    """`attacker: scripted:demo` is short for `attacker: {model: scripted:demo}`; turn counts are texts to us."""
     cast = raw.get("cast")
     if not isinstance(cast, dict):
         return
-    for role in ("attacker", "judge", "second_judge"):
+    for role in ("attacker", "judge", "second_judge", "responder", "painter"):
         if isinstance(cast.get(role), str):
             cast[role] = {"model": cast[role]}
+    gates = raw.get("gates")
+    coverage = gates.get("coverage") if isinstance(gates, dict) else None
+    if isinstance(coverage, dict) and isinstance(coverage.get("turns"), dict):
+        coverage["turns"] = {str(number): share for number, share in coverage["turns"].items()}
     if isinstance(cast.get("victims"), list):
         cast["victims"] = [{"model": v} if isinstance(v, str) else v for v in cast["victims"]]
 
@@ -125,6 +189,9 @@ def _check_keys(node: yaml.Node, kind: Any, where: str, path: Path, lines: dict[
             _check_keys(child, struct, f"{where}[{i}]", path, lines)
     if not isinstance(node, yaml.MappingNode):
         return
+    of_dict = _dict_values(kind)
+    if of_dict is not None:
+        struct = None
     fields = {field.name: field for field in msgspec.structs.fields(struct)} if struct else {}
     seen: set[str] = set()
     for key_node, value_node in node.value:
@@ -134,16 +201,24 @@ def _check_keys(node: yaml.Node, kind: Any, where: str, path: Path, lines: dict[
             raise InputError(
                 f"unknown key {place!r}" + nearest(key, list(fields)), at=path, line=line, remedy="mend or drop the key"
             )
-        if not key_node.tag.endswith(":str"):
+        if not key_node.tag.endswith(":str") and where != "$.gates.coverage.turns":
             raise InputError(f"key {place!r} is not a text", at=path, line=line, remedy="put it into quotes")
         if key in seen:
             raise InputError(f"key {place!r} stands twice", at=path, line=line, remedy="keep one")
         seen.add(key)
-        _check_keys(value_node, fields[key].type if struct else None, f"{where}.{key}", path, lines)
+        inner = fields[key].type if struct else of_dict
+        _check_keys(value_node, inner, f"{where}.{key}", path, lines)
     for name, field in fields.items():
         if field.required and name not in seen:
             place = f"{where}.{name}".removeprefix("$.")
             raise InputError(f"missing key {place!r}", at=path, line=lines[where], remedy="docs/recipes.md shows each")
+
+
+def _dict_values(kind: Any) -> Any:
+    """The type of the values where the annotation is a mapping, else None."""
+    if get_origin(kind) is dict:
+        return get_args(kind)[1]
+    return next((found for inner in get_args(kind) if (found := _dict_values(inner)) is not None), None)
 
 
 def _section_in(kind: Any) -> type[Section] | None:

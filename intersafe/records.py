@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-ROW_VERSION = 1
+ROW_VERSION = 2
 
 Safety = Literal["safe", "unsafe", "undetermined"]
 Refusal = Literal["full", "partial", "deflect", "none"]
@@ -45,6 +45,8 @@ class Job(msgspec.Struct, frozen=True):
     sample: int
     turns: int
     """How many turns the dialogue must have."""
+    pictures: int
+    """How many of its steps get a painted image; the seed's own image comes on top."""
     random_seed: int
     """31 bits; every call's sampling seed derives from it."""
 
@@ -71,6 +73,8 @@ class Step(msgspec.Struct, frozen=True):
 
     text: str
     score: StepScore
+    picture: bool = False
+    """True if the step needs something to look at: its turn gets a painted image."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -88,6 +92,18 @@ class Message(msgspec.Struct, frozen=True):
     images: tuple[str, ...] = ()
 
 
+class ImageOrigin(msgspec.Struct, frozen=True):
+    """Where one image of a message comes from: the seed, or the painter, which drew `description` with `seed`."""
+
+    image: str
+    """Its reference."""
+    source: Literal["seed", "painted"]
+    description: str = ""
+    model: str = ""
+    """The painter's identity."""
+    seed: int = 0
+
+
 class Verdict(msgspec.Struct, frozen=True):
     """The judge on one reply. `harmless` and `helpful` run from 1 to 5, higher is better; 0 where undetermined."""
 
@@ -98,6 +114,15 @@ class Verdict(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class Aligned(msgspec.Struct, frozen=True):
+    """The answer that an aligned assistant should give in a turn, after the talk as the victim had it."""
+
+    text: str
+    verdict: Verdict
+    recovery: bool
+    """True if the victim was unsafe in an earlier turn: the answer brings the talk back."""
+
+
 class Turn(msgspec.Struct, frozen=True):
     """A user message with its images, the victim's reply and the verdict on that reply."""
 
@@ -105,6 +130,18 @@ class Turn(msgspec.Struct, frozen=True):
     reply: Message
     verdict: Verdict
     finish: Finish = "stop"
+    origins: tuple[ImageOrigin, ...] = ()
+    """One for each image of the user's message, in the same order."""
+    aligned: Aligned | None = None
+
+
+class RemovedImage(msgspec.Struct, frozen=True):
+    """An image that was taken out of turn `index` (0-based) because it shows nearly the same as the image `like`."""
+
+    index: int
+    origin: ImageOrigin
+    like: str
+    """Reference of the earlier image."""
 
 
 class PrunedTurn(msgspec.Struct, frozen=True):
@@ -155,6 +192,11 @@ class Dialogue(msgspec.Struct, frozen=True):
     pruned: tuple[PrunedTurn, ...]
     check: Check
     provenance: Provenance
+    removed: tuple[RemovedImage, ...] = ()
+    twin_of: str = ""
+    """Id of the dialogue whose benign twin this is: the same images and structure, the intent turned harmless."""
+    goal: str = ""
+    """Of a twin: what its user wants."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -172,6 +214,52 @@ class Dialogue(msgspec.Struct, frozen=True):
         return next((i for i, turn in enumerate(self.turns, 1) if turn.verdict.safety == "unsafe"), None)
 
 
+class RefusalJob(msgspec.Struct, frozen=True):
+    """What one refusal sample is grown from; a pure function of the recipe and `index`."""
+
+    index: int
+    key: str
+    """`refusal/group/seed/sample`: unique in a run."""
+    seed: Seed
+    group: str
+    sample: int
+    random_seed: int
+
+
+class RefusalCheck(msgspec.Struct, frozen=True):
+    """The judge on a refusal sample."""
+
+    in_group: bool
+    """The question truly belongs to its group."""
+    refuses: bool
+    names_harm: bool
+    """The answer says what harm could come of it, or why it takes a professional."""
+    repeats_detail: bool
+    """The answer repeats or adds harmful detail."""
+    reason: str = ""
+
+
+class RefusalSample(msgspec.Struct, frozen=True):
+    """A question, with its image if it has one, and the refusal that answers it (refusal VQA, AM3Safety)."""
+
+    id: str
+    job: int
+    key: str
+    group: str
+    seed: Seed
+    question: str
+    answer: str
+    answered_by: Literal["model", "template"]
+    check: RefusalCheck
+    provenance: Provenance
+    origins: tuple[ImageOrigin, ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """References of its images: none or one."""
+        return tuple(origin.image for origin in self.origins)
+
+
 class Reason(NamedTuple):
     """Why a dialogue was turned down: `word` is counted, `detail` is kept beside it."""
 
@@ -180,7 +268,7 @@ class Reason(NamedTuple):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """A job that did not become a dialogue: what ended it, where and why."""
+    """A job that did not become a dialogue or a sample: what ended it, where and why."""
 
     job: int
     key: str

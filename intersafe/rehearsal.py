@@ -5,24 +5,43 @@ recipe's own prompts and settings. After it: all messages of a job, caught while
 """
 
 import contextlib
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 from msgspec import structs
 
 from intersafe.errors import CallFailed, InputError, JobEnded
-from intersafe.generate import grow, run_anywhere
+from intersafe.images import ImageStore, read_image
 from intersafe.jobs import jobs
 from intersafe.journal import Entry
-from intersafe.models import Call, Reply
+from intersafe.lines import grow_dialogue, grow_refusal, grow_twin
+from intersafe.loops import run_anywhere
+from intersafe.models import Call, Painted, Reply
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.scripted import ScriptedModel
+from intersafe.models.scripted_painter import ScriptedPainter
 from intersafe.prepare import provenance_of
-from intersafe.records import Job, Provenance
+from intersafe.records import Job, Provenance, RefusalJob
 from intersafe.runs import Run
-from intersafe.settings import Cast, Member, Recipe, nearest
-from intersafe.stages.seeding import load_seeds
+from intersafe.settings import (
+    Cast,
+    CleanSettings,
+    Member,
+    Painter,
+    Recipe,
+    RefusalGroup,
+    Refusals,
+    RespondSettings,
+    nearest,
+)
+from intersafe.stages.seeding import Seeds, load_seeds
 from intersafe.templates import load_prompts
+
+_NOWHERE = Provenance({}, {}, {}, "", {}, scripted=True)
+_ONCE = ("planner/decompose", "planner/rewrite", "planner/twin", "judge/dialogue")
+"""Prompts that belong to the whole talk and to no turn."""
 
 
 class _Nothing:
@@ -42,44 +61,80 @@ def rehearse(recipe: Recipe, name: str, seed_id: str, turn: int) -> Call:
         raise InputError(
             f"no prompt {name!r}" + nearest(name, list(prompts.prompts)), remedy="`intersafe prompts list` shows all"
         )
-    job = _job(recipe, name, seed_id, turn)
+    seeds = load_seeds(recipe.seed_paths)
+    job = _job(recipe, seeds, name, seed_id, turn)
     judge = "weak" if name == "planner/rewrite" else "flawless"
     cast = Cast(
         attacker=Member(model="scripted:flawless"),
         victims=tuple(Member(model="scripted:flawless") for _ in recipe.cast.victims),
         judge=Member(model=f"scripted:{judge}"),
+        responder=Member(model="scripted:flawless"),
+        painter=Painter(model="scripted:flawless") if recipe.cast.painter else None,
     )
+    look = CleanSettings(distance=0, judge_distance=64) if name == "judge/images" else recipe.clean
+    respond = recipe.respond or RespondSettings()
+    recipe = structs.replace(recipe, cast=cast, clean=look, respond=respond)
     models = {role: ScriptedModel(member.spec.model) for role, member in cast.members.items()}
     calls: list[Call] = []
-    company = Company(cast, models, prompts, _Nothing(), observe=lambda call, _: calls.append(call))
 
     async def talk() -> None:
+        painter = ScriptedPainter("flawless", "96x96") if cast.painter else None
+        company = Company(cast, models, prompts, _Nothing(), None, lambda c, _: calls.append(c), painter, store)
         with contextlib.suppress(JobEnded):
-            await grow(job, JobCast(company, job), recipe, Provenance({}, {}, {}, "", {}, scripted=True))
+            await _grow(recipe, company, job, name)
 
-    run_anywhere(talk)
+    with tempfile.TemporaryDirectory() as folder:
+        store = ImageStore(Path(folder))
+        if job.seed.image:
+            store.put(read_image(seeds.files[job.seed.image]))
+        run_anywhere(talk)
     made = [call for call in calls if call.prompt == name]
-    once = len(made) == 1 or name in ("planner/decompose", "judge/dialogue", "planner/rewrite")
+    once = len(made) == 1 or name in _ONCE
     if not made or (turn > 1 and once) or turn > len(made):
-        raise InputError(f"{name} is not asked in turn {turn}", remedy="leave --turn out, or give a lower one")
+        where = f" in turn {turn}" if turn > 1 else " about this seed by this recipe"
+        raise InputError(f"{name} is not asked{where}", remedy="give another --seed or --turn")
     return made[turn - 1]
 
 
-def _job(recipe: Recipe, name: str, seed_id: str, turn: int) -> Job:
+async def _grow(recipe: Recipe, company: Company, job: Job, name: str) -> None:
+    """Grows what the prompt belongs to: a refusal, or a dialogue and, if need be, its twin."""
+    if name.startswith("refusal/") or name == "judge/refusal":
+        group, refusals = _group_of(recipe, job)
+        asked = RefusalJob(0, f"refusal/{group}/{job.seed.id}/0", job.seed, group, 0, job.random_seed)
+        await grow_refusal(asked, JobCast(company, asked, "refusals"), refusals, _NOWHERE)
+        return
+    dialogue = await grow_dialogue(job, JobCast(company, job), recipe, _NOWHERE)
+    if name == "planner/twin":
+        await grow_twin(dialogue, job, JobCast(company, job, "twins"), recipe, _NOWHERE)
+
+
+def _group_of(recipe: Recipe, job: Job) -> tuple[str, Refusals]:
+    """The group of refusals that takes the seed, answered by the responder so that every prompt is asked."""
+    refusals = recipe.refusals or Refusals(groups={"general": RefusalGroup(n=1, about="harmful requests of any kind")})
+    groups = refusals.groups
+    takes = [name for name, group in groups.items() if job.seed.category in group.categories]
+    name = next(iter([*takes, *(name for name, group in groups.items() if not group.categories), *groups]))
+    chosen = structs.replace(groups[name], answers="analysis", questions="written")
+    return name, structs.replace(refusals, groups={name: chosen})
+
+
+def _job(recipe: Recipe, seeds: Seeds, name: str, seed_id: str, turn: int) -> Job:
     """A job of that seed, with the strategy that the prompt is about, long enough to reach the turn."""
     if turn > 16:
         raise InputError("a dialogue has at most 16 turns", at="--turn", remedy="give a lower one")
-    seeds = load_seeds(recipe.seed_paths).seeds
-    if seed_id not in {seed.id for seed in seeds}:
+    if seed_id not in {seed.id for seed in seeds.seeds}:
         raise InputError(
-            f"no seed {seed_id!r}" + nearest(seed_id, [seed.id for seed in seeds]),
+            f"no seed {seed_id!r}" + nearest(seed_id, [seed.id for seed in seeds.seeds]),
             at=", ".join(recipe.seeds),
             remedy="name one of that file",
         )
     if name.startswith("attacker/"):
         recipe = structs.replace(recipe, strategies=(name.removeprefix("attacker/"),))
-    job = next(job for job in jobs(recipe, seeds) if job.seed.id == seed_id)
-    return structs.replace(job, turns=max(turn, round(recipe.turns.mean)))
+    job = next(job for job in jobs(recipe, seeds.seeds) if job.seed.id == seed_id)
+    turns = max(turn, round(recipe.turns.mean))
+    wanted = {"painter/describe": turn, "judge/images": 2}.get(name, job.pictures)
+    pictures = min(max(job.pictures, wanted), turns - (job.seed.image is not None)) if recipe.cast.painter else 0
+    return structs.replace(job, turns=turns, pictures=pictures)
 
 
 class _Unasked:
@@ -89,6 +144,9 @@ class _Unasked:
         self.identity = identity
 
     async def answer(self, call: Call) -> Reply:
+        raise CallFailed(call.role, "not_in_journal")
+
+    async def paint(self, call: Call) -> Painted:
         raise CallFailed(call.role, "not_in_journal")
 
     async def aclose(self) -> None:
@@ -105,26 +163,41 @@ class _Kept:
         """Nothing is written when looking back."""
 
 
+class Replay:
+    """Grows the jobs of a run again from its journal, asking nobody."""
+
+    def __init__(self, run: Run) -> None:
+        """`InputError` if the run's own recipe or prompts cannot be read."""
+        self.run = run
+        try:
+            self.recipe = msgspec.convert(run.manifest.resolved, Recipe)
+        except msgspec.ValidationError as error:
+            at = run.path / "recipe.json"
+            raise InputError(f"not a recipe: {error}", at=at, remedy="restore the file") from None
+        self.prompts = load_prompts(run.path / "prompts", self.recipe.strategies)
+        self.images = ImageStore(run.path / "images")
+
+    def company(self, entries: dict[str, Entry], observe: Callable[[Call, Reply], None] | None = None) -> Company:
+        """The cast with nothing but those entries to say."""
+        cast = self.recipe.cast
+        models = {role: _Unasked(member.identity) for role, member in cast.members.items()}
+        painter = _Unasked(cast.painter.identity) if cast.painter else None
+        return Company(cast, models, self.prompts, _Kept(entries), None, observe, painter, self.images)
+
+
 def calls_of(run: Run, index: int) -> list[tuple[Call, Reply]]:
-    """What each role saw and said while a job was grown: the job is grown again from the journal, asking nobody."""
-    try:
-        recipe = msgspec.convert(run.manifest.resolved, Recipe)
-    except msgspec.ValidationError as error:
-        raise InputError(f"not a recipe: {error}", at=run.path / "recipe.json", remedy="restore the file") from None
-    job = next(jobs(recipe, run.seeds(), index), None)
+    """What each role saw and said while a dialogue was grown."""
+    replay = Replay(run)
+    job = next(jobs(replay.recipe, run.seeds(), index), None)
     if job is None:
         raise InputError(f"no job {index} in this run", at=run.path, remedy="restore seeds.jsonl")
-    models = {role: _Unasked(member.identity) for role, member in recipe.cast.members.items()}
     seen: list[tuple[Call, Reply]] = []
-    prompts = load_prompts(run.path / "prompts", recipe.strategies)
-    company = Company(
-        recipe.cast, models, prompts, _Kept(run.entries(index)), observe=lambda call, reply: seen.append((call, reply))
-    )
-    provenance = provenance_of(recipe, run.manifest, job)
+    company = replay.company(run.entries(index), lambda call, reply: seen.append((call, reply)))
+    provenance = provenance_of(replay.recipe, run.manifest, job)
 
     async def again() -> None:
         with contextlib.suppress(JobEnded):
-            await grow(job, JobCast(company, job), recipe, provenance)
+            await grow_dialogue(job, JobCast(company, job), replay.recipe, provenance)
 
     run_anywhere(again)
     return seen

@@ -5,10 +5,11 @@
     prompts/  images/   the prompt files and images used
     journal/<writer>.jsonl      one line for each model reply, append only
     dialogues.jsonl     accepted, in job order          rejected.jsonl  failed.jsonl    the others, in job order
-    summary.json        the funnel, tokens and time by role     written last: it means that the run is complete
+    refusals.jsonl  twins.jsonl     refusal VQA and benign twins, each with its own -rejected and -failed beside it
+    summary.json        the funnels, tokens and time by role    written last: it means that the run is complete
 
-The three outcome files are cut back to one common job on opening, so a kill between two of them leaves nothing out of
-order.
+The three outcome files of a line are cut back to one common job on opening, so a kill between two of them leaves
+nothing out of order.
 """
 
 import fcntl
@@ -23,13 +24,14 @@ import msgspec
 
 from intersafe.errors import InputError, StorageError
 from intersafe.journal import Entry, RoleTally, entries_of, heal, lines_of, tally
-from intersafe.records import Dialogue, Ended, Seed, from_row, to_row
+from intersafe.records import Dialogue, Ended, RefusalSample, Seed, from_row, to_row
 from intersafe.settings import digest_of
 
 RUNS = Path("outputs")
 
 _BARE = re.compile(r"^[A-Za-z0-9._-]+$")
-_OUTCOMES = ("dialogues.jsonl", "rejected.jsonl", "failed.jsonl")
+LINES = ("", "refusals", "twins")
+"""The kinds of job, by the name that their files and journal lines carry; dialogues have the empty one."""
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -51,7 +53,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Funnel(msgspec.Struct):
-    """How many jobs became dialogues, and where the others ended."""
+    """How many jobs of a line were kept, and where the others ended."""
 
     jobs: int = 0
     accepted: int = 0
@@ -59,13 +61,17 @@ class Funnel(msgspec.Struct):
     """`kind stage reason` to count, for example `rejected gates near_duplicate`."""
     categories: dict[str, int] = {}
     turns: dict[int, int] = {}
+    groups: dict[str, int] = {}
+    """Refusal samples by group."""
     images: int = 0
+    painted: int = 0
+    """Of the images those that the painter drew."""
     unsafe: int = 0
     """Dialogues with an unsafe turn."""
     verdicts: dict[str, int] = {}
     """Turns by safety, and by refusal kind where the victim refused."""
 
-    def count(self, outcome: Dialogue | Ended) -> None:
+    def count(self, outcome: Dialogue | RefusalSample | Ended) -> None:
         """Counts one decided job."""
         self.jobs += 1
         if isinstance(outcome, Ended):
@@ -74,6 +80,11 @@ class Funnel(msgspec.Struct):
             return
         self.accepted += 1
         self.images += len(outcome.images)
+        if isinstance(outcome, RefusalSample):
+            self.painted += sum(origin.source == "painted" for origin in outcome.origins)
+            self.groups[outcome.group] = self.groups.get(outcome.group, 0) + 1
+            return
+        self.painted += sum(origin.source == "painted" for turn in outcome.turns for origin in turn.origins)
         self.unsafe += outcome.first_unsafe_turn is not None
         for turn in outcome.turns:
             verdict = turn.verdict
@@ -94,8 +105,12 @@ class Summary(msgspec.Struct):
 
     n: int
     complete: bool
-    """True if `n` dialogues were kept; False if the jobs were used up before."""
+    """True if all lines have what was asked for; False if the jobs were used up before."""
     funnel: Funnel
+    refusals: Funnel
+    twins: Funnel
+    short: tuple[str, ...]
+    """The cells that stayed below their quota, in words, with what was lost there."""
     roles: dict[str, RoleTally]
     excluded_seeds: int
     scripted: bool
@@ -113,17 +128,25 @@ class _JobOnly(msgspec.Struct):
     job: int
 
 
-def align_outcomes(root: Path) -> int:
-    """Cuts the outcome files back to one common point; returns the first job that is not decided yet."""
+def files_of(line: str) -> tuple[str, str, str]:
+    """Names of a line's files: the kept outcomes, the rejected and the failed jobs."""
+    return (f"{line}.jsonl", f"{line}-rejected.jsonl", f"{line}-failed.jsonl") if line else _DIALOGUE_FILES
+
+
+_DIALOGUE_FILES = ("dialogues.jsonl", "rejected.jsonl", "failed.jsonl")
+
+
+def align_outcomes(root: Path, line: str = "") -> int:
+    """Cuts a line's outcome files back to one common point; returns the first job that is not decided yet."""
     decoder = msgspec.json.Decoder(_JobOnly)
     places: dict[str, list[tuple[int, int]]] = {}
     damaged: dict[str, int] = {}
-    for name in _OUTCOMES:
+    for name in files_of(line):
         heal(root / name)
         places[name] = []
-        for offset, line in lines_of(root / name):
+        for offset, row in lines_of(root / name):
             try:
-                places[name].append((decoder.decode(line).job, offset))
+                places[name].append((decoder.decode(row).job, offset))
             except msgspec.DecodeError:
                 damaged[name] = offset  # by a power loss, say: from here on all is grown again from the journal
                 break
@@ -206,10 +229,18 @@ class Run:
         """The accepted dialogues in job order."""
         yield from self._rows("dialogues.jsonl", Dialogue)
 
-    def ended(self) -> Iterator[Ended]:
-        """The rejected jobs, then the failed ones."""
-        yield from self._rows("rejected.jsonl", Ended)
-        yield from self._rows("failed.jsonl", Ended)
+    def refusals(self) -> Iterator[RefusalSample]:
+        """The kept refusal samples in job order."""
+        yield from self._rows("refusals.jsonl", RefusalSample)
+
+    def twins(self) -> Iterator[Dialogue]:
+        """The kept benign twins in the order of the dialogues that they belong to."""
+        yield from self._rows("twins.jsonl", Dialogue)
+
+    def ended(self, line: str = "") -> Iterator[Ended]:
+        """The rejected jobs of a line, then the failed ones."""
+        for name in files_of(line)[1:]:
+            yield from self._rows(name, Ended)
 
     def _rows(self, name: str, kind: type[Any]) -> Iterator[Any]:
         for number, (_, line) in enumerate(lines_of(self.path / name), 1):
@@ -231,22 +262,27 @@ class Run:
             summary = msgspec.json.decode((self.path / "summary.json").read_bytes(), type=Summary)
         except (OSError, msgspec.DecodeError):
             return None
-        rows = sum(1 for _ in lines_of(self.path / "dialogues.jsonl"))
-        return summary if rows == summary.funnel.accepted else None  # rows were lost since: it is owed again
+        funnels = (summary.funnel, summary.refusals, summary.twins)
+        rows = [sum(1 for _ in lines_of(self.path / files_of(line)[0])) for line in LINES]
+        return summary if rows == [f.accepted for f in funnels] else None  # rows were lost since: it is owed again
 
-    def funnel(self) -> Funnel:
-        """Counted from the outcome files."""
+    def funnel(self, line: str = "") -> Funnel:
+        """Counted from the outcome files of a line."""
         if summary := self.summary:
-            return summary.funnel
+            return {"": summary.funnel, "refusals": summary.refusals, "twins": summary.twins}[line]
         funnel = Funnel()
-        for outcome in self.outcomes():
+        for outcome in self.outcomes(line):
             funnel.count(outcome)
         return funnel
 
-    def outcomes(self) -> Iterator[Dialogue | Ended]:
-        """Every decided job: the accepted ones in job order, then the rejected, then the failed."""
-        yield from self.dialogues()
-        yield from self.ended()
+    def outcomes(self, line: str = "") -> Iterator[Dialogue | RefusalSample | Ended]:
+        """Every decided job of a line: the kept ones in job order, then the rejected, then the failed."""
+        yield from self.kept(line)
+        yield from self.ended(line)
+
+    def kept(self, line: str = "") -> Iterator[Dialogue | RefusalSample]:
+        """The kept outcomes of a line in job order."""
+        yield from self._rows(files_of(line)[0], RefusalSample if line == "refusals" else Dialogue)
 
     def roles(self) -> dict[str, RoleTally]:
         """Calls, tokens and seconds by role, from the journals."""
@@ -258,13 +294,13 @@ class Run:
                 tally(roles, entry)
         return roles
 
-    def entries(self, job: int) -> dict[str, Entry]:
+    def entries(self, job: int, line: str = "") -> dict[str, Entry]:
         """The journal's entries of one job, by key."""
         return {
             entry.key: entry
             for path in sorted((self.path / "journal").glob("*.jsonl"))
             for entry in entries_of(path)
-            if entry.job == job
+            if entry.job == job and entry.line == line
         }
 
     def image(self, reference: str) -> bytes:
@@ -279,9 +315,10 @@ def open_run(run: str | Path) -> Run:
     return Run(run)
 
 
-def outcome_row(outcome: Dialogue | Ended) -> tuple[str, dict[str, Any]]:
+def outcome_row(outcome: Dialogue | RefusalSample | Ended, line: str = "") -> tuple[str, dict[str, Any]]:
     """The file and the row of a decided job."""
-    name = "dialogues.jsonl" if isinstance(outcome, Dialogue) else f"{outcome.kind}.jsonl"
+    kept, rejected, failed = files_of(line)
+    name = kept if not isinstance(outcome, Ended) else rejected if outcome.kind == "rejected" else failed
     row = to_row(outcome)
     if isinstance(outcome, Dialogue):
         row["first_unsafe_turn"] = outcome.first_unsafe_turn  # for readers who filter rows without our types

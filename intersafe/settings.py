@@ -18,6 +18,7 @@ from msgspec import Meta
 from intersafe.errors import InputError
 
 BACKENDS = ("scripted", "openai")
+PAINTERS = ("scripted", "openai", "diffusers")
 OPENAI_URL = "https://api.openai.com/v1"
 
 # Upper bounds keep every number finite and exact in JSON, as which a run keeps its recipe.
@@ -40,8 +41,8 @@ class Spec(NamedTuple):
     urls: tuple[str, ...]
 
 
-class Member(Section, frozen=True):
-    """One model of the cast and how it is asked."""
+class Model(Section, frozen=True):
+    """A model of the cast: what it is and where."""
 
     model: str
     """`backend:model[@url[,url...]]`; several URLs are replicas of the same model."""
@@ -49,11 +50,6 @@ class Member(Section, frozen=True):
     """Part of the model's identity, for servers that do not tell."""
     key: Annotated[str, Meta(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?\Z")] = ""
     """Name of the environment variable with the API key; never the key."""
-    temperature: Annotated[float, Meta(ge=0, le=2)] = 0.7
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    max_tokens: Positive = 1024
-    json_schema: bool = True
-    """False for servers that know no `response_format`: the prompt alone asks for JSON."""
     concurrency: Parallel = 256
     """Most calls in flight to this model; the limiter stays below it when the server says 429."""
     extra: dict[str, Any] = {}
@@ -71,6 +67,35 @@ class Member(Section, frozen=True):
         return f"{spec.backend}:{spec.model}" + (f"#{self.revision}" if self.revision else "")
 
 
+class Member(Model, frozen=True):
+    """A model that answers in words, and how it is asked."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 0.7
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    max_tokens: Positive = 1024
+    json_schema: bool = True
+    """False for servers that know no `response_format`: the prompt alone asks for JSON."""
+    send_images: Literal["data", "file", "uuid"] = "data"
+    """As data URIs; as `file://` paths that the server can read; or once as a data URI, then by vLLM's `uuid`."""
+
+
+class Painter(Model, frozen=True):
+    """A text-to-image model: `scripted:name`, `openai:model@url` (the Images API), or `diffusers:path` in process."""
+
+    size: Annotated[str, Meta(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}\Z")] = "1024x1024"
+    """Width x height in pixels."""
+    steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    """`num_inference_steps`; null leaves it to the server."""
+    guidance: Annotated[float, Meta(ge=0, le=100)] | None = None
+    """`true_cfg_scale`, as Qwen-Image names it; null leaves it to the server."""
+    negative_prompt: str = ""
+
+    @property
+    def spec(self) -> Spec:
+        """The model spec taken apart."""
+        return parse_spec(self.model, PAINTERS)
+
+
 class Cast(Section, frozen=True):
     """The models of a run."""
 
@@ -79,14 +104,25 @@ class Cast(Section, frozen=True):
     judge: Member
     second_judge: Member | None = None
     """Asked where the judge's answer stays undetermined."""
+    responder: Member | None = None
+    """Writes the aligned answers and the refusals."""
+    painter: Painter | None = None
+    """Draws what the attacker describes."""
 
     @property
     def members(self) -> dict[str, Member]:
-        """Every member under its name in the records: attacker, judge, second_judge, victim:0, victim:1, ..."""
+        """Every member that answers in words, by its name in the records: attacker, judge, victim:0, victim:1, ..."""
         named = {"attacker": self.attacker, "judge": self.judge}
         if self.second_judge:
             named["second_judge"] = self.second_judge
+        if self.responder:
+            named["responder"] = self.responder
         return named | {f"victim:{i}": victim for i, victim in enumerate(self.victims)}
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """The members and the painter."""
+        return {**self.members, **({"painter": self.painter} if self.painter else {})}
 
 
 class Turns(Section, frozen=True):
@@ -95,6 +131,17 @@ class Turns(Section, frozen=True):
     min: Annotated[int, Meta(ge=1)] = 2
     mean: float = 4.0
     max: Annotated[int, Meta(le=16)] = 6
+
+
+class Images(Section, frozen=True):
+    """How many images a dialogue has, the seed's included: drawn as `turns` is, never more than it has turns.
+
+    Only where the cast has a painter; without one a dialogue has its seed's image or none.
+    """
+
+    min: Annotated[int, Meta(ge=0)] = 1
+    mean: float = 1.53
+    max: Annotated[int, Meta(le=16)] = 4
 
 
 class PlanSettings(Section, frozen=True):
@@ -115,6 +162,31 @@ class ConverseSettings(Section, frozen=True):
     """How many turns of a dialogue may be taken back after a full refusal; 0 keeps every turn."""
 
 
+class CleanSettings(Section, frozen=True):
+    """Images of one dialogue that look alike: the later one is taken out and its turn asked again without it."""
+
+    distance: Annotated[int, Meta(ge=0, le=64)] = 4
+    """Perceptual hashes (64 bits) at most this far apart count as the same picture."""
+    judge_distance: Annotated[int, Meta(ge=0, le=64)] | None = None
+    """Between `distance` and this the judge looks at both images and decides; null never asks it."""
+    repair: bool = True
+    """False rejects the dialogue instead of repairing the turn."""
+
+
+class RespondSettings(Section, frozen=True):
+    """Aligned answers: what the responder would say in each turn, held to the judge."""
+
+    tries: Positive = 3
+    """How often an answer that the judge turns down is asked for in all."""
+
+
+class TwinSettings(Section, frozen=True):
+    """Benign twins: dialogues with the same images and structure whose intent is harmless."""
+
+    ratio: Share = 0.1
+    """Twins for each accepted dialogue."""
+
+
 class RuleSettings(Section, frozen=True):
     """What a curator may change about the rules."""
 
@@ -126,6 +198,8 @@ class RuleSettings(Section, frozen=True):
     """The script that the talk is expected in; `any` switches the rule off. A script is not a language."""
     script_share: Share = 0.8
     """The least share of a message's letters that belong to the script."""
+    description_words: Annotated[int, Meta(ge=3, le=100)] = 8
+    """A user message that shares a run of so many words with what the painter was told gives it away."""
     image_phrases: tuple[str, ...] = (
         "image description:",
         "image prompt:",
@@ -168,11 +242,21 @@ class ImageSettings(Section, frozen=True):
     """Perceptual hashes (64 bits) at most this far apart count as the same picture."""
 
 
-class BalanceSettings(Section, frozen=True):
-    """How far a category may run ahead of its even share."""
+class CoverageSettings(Section, frozen=True):
+    """Quotas: how far one value of an axis may run ahead of its share of what was accepted.
 
+    `even` gives every value of the run the same share, a mapping names shares (those of one axis sum to 1), null leaves
+    the axis alone.
+    """
+
+    category: Literal["even"] | dict[str, Share] | None = "even"
+    strategy: Literal["even"] | dict[str, Share] | None = None
+    victim: Literal["even"] | dict[str, Share] | None = None
+    """By model identity, `openai:model`."""
+    turns: Literal["even"] | dict[str, Share] | None = None
+    """By number of turns."""
     tolerance: Annotated[float, Meta(ge=0, le=1e9)] = 0.10
-    """Share of the even share that a category may have on top of it."""
+    """Share of its share that a value may have on top of it."""
     slack: Annotated[float, Meta(ge=1, le=1e9)] = 5.0
     """Dialogues on top of that, so that the first few of a run are not held to a share."""
 
@@ -182,8 +266,37 @@ class Gates(Section, frozen=True):
 
     rules: RuleSettings | None = RuleSettings()
     images: ImageSettings | None = ImageSettings()
-    balance: BalanceSettings | None = BalanceSettings()
+    coverage: CoverageSettings | None = CoverageSettings()
     duplicates: DuplicateSettings | None = DuplicateSettings()
+
+
+class RefusalGroup(Section, frozen=True):
+    """One group of the refusal VQA."""
+
+    n: Positive
+    """Samples to keep; exact."""
+    about: str
+    """What questions belong to the group, in a few words: the asker and the judge are told."""
+    answers: Literal["analysis", "templates"] = "analysis"
+    """An analysis of the harm by the responder, or one of the standardised texts of the prompt folder."""
+    categories: tuple[str, ...] = ()
+    """The seeds' categories that it takes; none named: all that no other group names."""
+    seeds: tuple[str, ...] = ()
+    """Seed files of its own; none named: the recipe's."""
+    questions: Literal["written", "seed"] = "written"
+    """Written by the attacker after the seed, or the seed's query itself, where a seed is a question already."""
+
+
+class Refusals(Section, frozen=True):
+    """Refusal VQA, grown beside the dialogues (AM3Safety: 300 general, 100 health, 100 finance)."""
+
+    groups: dict[str, RefusalGroup]
+    samples: Positive = 8
+    """Questions for each seed, where they are written."""
+    tries: Positive = 3
+    """How often a question or an answer that a filter turns down is asked for in all."""
+    duplicates: DuplicateSettings | None = DuplicateSettings()
+    """Two questions of a group count as the same."""
 
 
 class Limits(Section, frozen=True):
@@ -213,8 +326,13 @@ class Recipe(Section, frozen=True):
     samples: Positive = 1
     """Dialogues for each (seed, strategy, victim)."""
     turns: Turns = Turns()
+    images: Images = Images()
     plan: PlanSettings = PlanSettings()
     converse: ConverseSettings = ConverseSettings()
+    clean: CleanSettings | None = CleanSettings()
+    respond: RespondSettings | None = None
+    twins: TwinSettings | None = None
+    refusals: Refusals | None = None
     gates: Gates = Gates()
     limits: Limits = Limits()
 
@@ -229,7 +347,9 @@ class Recipe(Section, frozen=True):
         plain: dict[str, Any] = msgspec.to_builtins(self)
         for name in ("name", "n", "limits", "seeds", "prompts"):
             del plain[name]
-        plain["cast"] = {name: _outcome_of(member) for name, member in self.cast.members.items()}
+        plain["cast"] = {name: _outcome_of(member) for name, member in self.cast.models.items()}
+        for group in plain["refusals"]["groups"].values() if self.refusals else ():
+            del group["seeds"]
         return plain
 
     @property
@@ -243,10 +363,10 @@ def digest_of(outcome: dict[str, Any]) -> str:
     return hashlib.sha256(msgspec.json.encode(outcome, order="sorted")).hexdigest()
 
 
-def _outcome_of(member: Member) -> dict[str, Any]:
+def _outcome_of(member: Model) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(member)
-    for name in ("key", "concurrency", "revision"):
-        del plain[name]
+    for name in ("key", "concurrency", "revision", "send_images"):
+        plain.pop(name, None)
     plain["model"] = member.identity
     return plain
 
@@ -256,12 +376,12 @@ _ADDRESS = re.compile(r"@(?=http|localhost|[^@]*[:/])")
 
 
 @functools.lru_cache
-def parse_spec(text: str) -> Spec:
+def parse_spec(text: str, backends: tuple[str, ...] = BACKENDS) -> Spec:
     """`backend:model[@url[,url...]]`; `InputError` for an unknown backend, no model, or a URL that is none."""
     backend, colon, rest = text.partition(":")
-    if backend not in BACKENDS or not colon:
+    if backend not in backends or not colon:
         raise InputError(
-            f"model spec {text!r}: unknown backend {backend!r}" + nearest(backend, BACKENDS),
+            f"model spec {text!r}: unknown backend {backend!r}" + nearest(backend, backends),
             remedy="write backend:model[@url], for example openai:my-model@http://localhost:8000/v1",
         )
     model, *address = _ADDRESS.split(rest, maxsplit=1)
@@ -270,8 +390,8 @@ def parse_spec(text: str) -> Spec:
         raise InputError(f"model spec of {model!r}: an @ inside a URL", remedy="a secret goes into the `key` variable")
     if not model or "://" in model or not model.isprintable() or " " in model:
         raise InputError(f"model spec {text!r}: {model!r} is no model's name", remedy="write backend:model[@url]")
-    if backend == "scripted" and urls:
-        raise InputError(f"model spec {text!r}: a scripted model has no URL", remedy="drop what follows the @")
+    if backend != "openai" and urls:
+        raise InputError(f"model spec {text!r}: a {backend} model has no URL", remedy="drop what follows the @")
     for url in urls:
         if not _is_base_url(url):
             raise InputError(f"model spec {text!r}: {url!r} is not a URL", remedy="write http(s)://host[:port][/path]")

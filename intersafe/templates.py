@@ -18,7 +18,8 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from intersafe.errors import InputError
-from intersafe.settings import nearest
+from intersafe.refusal_texts import TEMPLATES, read_templates
+from intersafe.settings import Refusals, nearest
 from intersafe.taxonomy import Family
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
@@ -41,7 +42,7 @@ _CONCERN = {
     "category": "the seed's category",
     "concern": "what that category is about, in a few words",
     "query": "the seed's query",
-    "has_image": "true if the conversation starts with an image",
+    "has_image": "true if the model is shown images with this prompt",
 }
 _TALK = {
     "transcript": "the conversation so far as text, images as [image 1], [image 2]",
@@ -64,13 +65,83 @@ _SCORE = {"relevance": 7, "association": 6, "harmless": 9, "reason": "a reason"}
 _SAMPLE = {"category": "fraud", "concern": "deception", "query": "a query", "has_image": True}
 _SAMPLE_TALK = {"transcript": "[turn 1]\nUser: a question\nAssistant: an answer", "turn": 2}
 
+_ASKED = {
+    "group": "name of the group: general, health, finance",
+    "about": "what questions belong to the group, from the recipe",
+    "problem": "why the last try was turned down; empty at first",
+}
+_SAMPLE_ASKED = {"group": "health", "about": "questions for a doctor", "problem": "a problem"}
+
 PROMPTS: dict[str, Role] = {
     "planner/decompose": Role(
         ("system", "user"),
         _CONCERN
-        | {"strategy": "name of the strategy", "strategy_summary": "its summary block", "n_steps": "how many steps"},
-        _SAMPLE | {"strategy": "role_play", "strategy_summary": "a summary", "n_steps": 4},
-        (("query",), ("n_steps",)),
+        | {
+            "strategy": "name of the strategy",
+            "strategy_summary": "its summary block",
+            "n_steps": "how many steps",
+            "n_pictures": "how many of the steps shall get a picture of their own; 0 where nothing is painted",
+        },
+        _SAMPLE | {"strategy": "role_play", "strategy_summary": "a summary", "n_steps": 4, "n_pictures": 1},
+        (("query",), ("n_steps",), ("n_pictures",)),
+    ),
+    "planner/twin": Role(
+        ("system", "user"),
+        _CONCERN
+        | {
+            "transcript": _TALK["transcript"],
+            "n_turns": "how many turns",
+            "problem": "why the last version was turned down; empty at first",
+        },
+        _SAMPLE | {"transcript": "a talk", "n_turns": 4, "problem": "repeated message"},
+        (("transcript",), ("n_turns",)),
+    ),
+    "painter/describe": Role(
+        ("system", "user"),
+        _CONCERN
+        | _TALK
+        | {
+            "step": "what the picture is for: the step of this turn, or the question",
+            "problem": "why the last description or picture was turned down; empty at first",
+        },
+        _SAMPLE | _SAMPLE_TALK | {"step": "a step", "problem": "blocked"},
+        (("step",),),
+    ),
+    "refusal/question": Role(
+        ("system", "user"),
+        _CONCERN | _ASKED | {"sample": "number of this question about the seed, from 1"},
+        _SAMPLE | _SAMPLE_ASKED | {"sample": 2},
+        (("query",),),
+    ),
+    "refusal/answer": Role(
+        ("system", "user"),
+        _CONCERN | _ASKED | {"question": "the user's question"},
+        _SAMPLE | _SAMPLE_ASKED | {"question": "a question"},
+        (("question",),),
+    ),
+    "responder/aligned": Role(
+        ("system", "user"),
+        _CONCERN
+        | _TALK
+        | {
+            "message": "the user's latest message",
+            "problem": "why the judge turned the last answer down; empty at first",
+        },
+        _SAMPLE | _SAMPLE_TALK | {"message": "a message", "problem": "too vague"},
+        (("message", "transcript"),),
+    ),
+    "judge/images": Role(("system", "user"), _CONCERN, _SAMPLE),
+    "judge/aligned": Role(
+        ("system", "user"),
+        _CONCERN | _TALK | {"answer": "the answer to judge", "rubric": "the rubric of the category's family"},
+        _SAMPLE | _SAMPLE_TALK | {"answer": "an answer", "rubric": "a rubric"},
+        (("answer",),),
+    ),
+    "judge/refusal": Role(
+        ("system", "user"),
+        _CONCERN | _ASKED | {"question": "the user's question", "answer": "the answer to judge"},
+        _SAMPLE | _SAMPLE_ASKED | {"question": "a question", "answer": "an answer"},
+        (("question",), ("answer",)),
     ),
     "planner/rewrite": Role(
         ("system", "user"),
@@ -111,12 +182,20 @@ STRATEGY = Role(
         "step": "what the user asks about in this turn",
         "n_turns": "how many turns the conversation will have",
         "refused": "true if the victim declined an earlier version of this turn",
+        "has_picture": "true if the user's message of this turn shows a new picture: the last image",
         "problem": "why your last version of this message was turned down by rule; empty at first",
         "judge_reason": "the judge's reason for its last verdict; the attacker sees it only if the file uses it",
     },
     _SAMPLE
     | _SAMPLE_TALK
-    | {"step": "a step", "n_turns": 4, "refused": True, "problem": "repeated message", "judge_reason": "a reason"},
+    | {
+        "step": "a step",
+        "n_turns": 4,
+        "refused": True,
+        "has_picture": True,
+        "problem": "repeated message",
+        "judge_reason": "a reason",
+    },
     (("step",),),
 )
 """`prompts/attacker/*.md`: one file, one strategy."""
@@ -166,6 +245,8 @@ class Prompts:
     root: Path
     prompts: Mapping[str, Prompt]
     rubrics: Mapping[str, str]
+    refusals: Mapping[str, tuple[str, ...]]
+    """Standardised refusals by group: `refusal/templates.yaml`."""
     hashes: Mapping[str, str]
 
     def __getitem__(self, name: str) -> Prompt:
@@ -184,16 +265,28 @@ def load_prompts(root: Path, strategies: Sequence[str] | None = None) -> Prompts
     """
     prompts: dict[str, Prompt] = {}
     rubrics: dict[str, str] = {}
+    refusals: dict[str, tuple[str, ...]] = {}
     hashes: dict[str, str] = {}
-    problems = list(_problems(root, strategies, prompts, rubrics, hashes))
+    problems = list(_problems(root, strategies, prompts, rubrics, refusals, hashes))
     if problems:
         raise problems[0]
-    return Prompts(root, prompts, rubrics, dict(sorted(hashes.items())))
+    return Prompts(root, prompts, rubrics, refusals, dict(sorted(hashes.items())))
 
 
 def lint_prompts(root: Path) -> Iterator[InputError]:
     """Every problem of every prompt file below `root`, strategies that no recipe names included."""
-    yield from _problems(root, None, {}, {}, {})
+    yield from _problems(root, None, {}, {}, {}, {})
+
+
+def check_refusals(refusals: Refusals, prompts: Prompts) -> None:
+    """`InputError` where a group is answered by standardised refusals and the prompt folder has none for it."""
+    for name, group in refusals.groups.items():
+        if group.answers == "templates" and name not in prompts.refusals:
+            raise InputError(
+                f"no refusals for group {name!r}" + nearest(name, list(prompts.refusals)),
+                at=prompts.root / TEMPLATES,
+                remedy="add a list of that name, or set `answers: analysis` in the recipe",
+            )
 
 
 def _problems(
@@ -201,9 +294,10 @@ def _problems(
     strategies: Sequence[str] | None,
     prompts: dict[str, Prompt],
     rubrics: dict[str, str],
+    refusals: dict[str, tuple[str, ...]],
     hashes: dict[str, str],
 ) -> Iterator[InputError]:
-    """Loads into the three dicts and yields what is wrong."""
+    """Loads into the four dicts and yields what is wrong."""
     if not root.is_dir():
         yield InputError("no prompts folder there", at=root, remedy="`intersafe init DIR` makes one to start from")
         return
@@ -232,6 +326,11 @@ def _problems(
             rubrics[family] = text.strip()
         except InputError as error:
             yield error
+    try:
+        _, hashes[TEMPLATES] = _read(root / TEMPLATES)
+        refusals.update(read_templates(root / TEMPLATES))
+    except InputError as error:
+        yield error
     known = {root / f"{name}.md" for name in PROMPTS} | {root / "judge" / "rubrics" / f"{f}.md" for f in _FAMILIES}
     for path in files:
         if path not in known and path.parent != root / "attacker":
@@ -290,7 +389,16 @@ def _check(name: str, path: Path, text: str, sha256: str, role: Role) -> Prompt:
     return prompt
 
 
-_FIRST = {"has_image": False, "refused": False, "transcript": "", "turn": 1, "judge_reason": ""}
+_FIRST = {
+    "has_image": False,
+    "has_picture": False,
+    "n_pictures": 0,
+    "refused": False,
+    "transcript": "",
+    "turn": 1,
+    "judge_reason": "",
+    "problem": "",
+}
 """The other sample: the first turn of a talk without image, where a file may take another branch."""
 
 

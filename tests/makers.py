@@ -11,20 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from intersafe.errors import InputError
 from intersafe.files import bundled
 from intersafe.recipe import load_recipe, override
-from intersafe.settings import Recipe
+from intersafe.runs import LINES, files_of
+from intersafe.settings import Gates, Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
-OUTCOMES = ("dialogues.jsonl", "rejected.jsonl", "failed.jsonl")
+OUTCOMES = tuple(name for line in LINES for name in files_of(line))
+
+
+def whole_demo(**changes: Any) -> Recipe:
+    """The demo recipe as it ships, with changes as `override` takes them."""
+    return override(load_recipe(bundled("pipelines/demo.yaml")), **changes)
 
 
 def demo(**changes: Any) -> Recipe:
-    """The demo recipe with changes as `override` takes them."""
-    return override(load_recipe(bundled("pipelines/demo.yaml")), **changes)
+    """Of the demo recipe the dialogues alone: no painter, no refusals, quotas for categories only."""
+    recipe = whole_demo()
+    cast = structs.replace(recipe.cast, painter=None, responder=None)
+    return override(structs.replace(recipe, cast=cast, refusals=None, gates=Gates()), **changes)
 
 
 def cli(*words: str, cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]":

@@ -280,8 +280,8 @@ DAMAGED: dict[str, tuple[str, bytes, bytes, tuple[str, ...], str]] = {
         ("show", "demo", "--dialogue", "5"),
         "jsonl:4: not a row",
     ),
-    "row no object": ("dialogues.jsonl", b'{"v":1,', b"[]\n{", ("show", "demo"), "jsonl:1: not a row"),
-    "row of a later version": ("dialogues.jsonl", b'{"v":1,', b'{"v":9,', ("show", "demo"), "row version 9"),
+    "row no object": ("dialogues.jsonl", b'{"v":2,', b"[]\n{", ("show", "demo"), "jsonl:1: not a row"),
+    "row of a later version": ("dialogues.jsonl", b'{"v":2,', b'{"v":9,', ("show", "demo"), "row version 9"),
     "row not text": ("dialogues.jsonl", b'"key":"', b'"key":"\xff', ("show", "demo"), "jsonl:1: not a row"),
     "seeds damaged": ("seeds.jsonl", b'"query"', b'"qurey"', ("show", "demo"), "seeds.jsonl:1: not a row"),
     "prompt damaged": ("prompts/judge/turn.md", b"{% block user %}", b"", ("show", "demo"), "turn.md"),
@@ -330,7 +330,7 @@ def test_fewer_dialogues_than_there_are_is_refused(home: Path) -> None:
 def test_a_fresh_folder_lints_lists_and_checks(home: Path) -> None:
     linted = run(home, "prompts", "lint")
     assert (linted.returncode, linted.stderr) == (0, "")
-    assert "16 files, all well" in linted.stdout
+    assert "25 files, all well" in linted.stdout
     listed = run(home, "prompts", "list").stdout
     assert all(name in listed for name in ("attacker/role_play", "judge/turn", "victim/system", "judge/rubrics/legal"))
     assert "* query" in listed

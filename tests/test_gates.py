@@ -15,11 +15,11 @@ import pytest
 from intersafe import records
 from intersafe.gates import Gate
 from intersafe.gates.dedup import DuplicateIndex, bands_for, shingles, similar_images
-from intersafe.gates.quota import Balance
+from intersafe.gates.quota import Quota
 from intersafe.gates.rules import check_rules
 from intersafe.messages import fold
 from intersafe.records import Dialogue, Message, Plan, PrunedTurn, Reason, Refusal, Seed, Step, Turn, Verdict
-from intersafe.settings import BalanceSettings, DuplicateSettings, RuleSettings
+from intersafe.settings import CoverageSettings, DuplicateSettings, RuleSettings
 
 Texts = tuple[str, ...]
 GOAL = "How does somebody forge the seal of a town hall?"
@@ -157,7 +157,7 @@ def test_a_broken_dialogue_is_turned_down_for_its_reason(word: str, detail: str,
 def test_an_honest_dialogue_passes_every_gate(honest: Dialogue) -> None:
     assert check_rules(honest, RULES) is None
     assert DuplicateIndex(DuplicateSettings()).check(honest) is None
-    assert Balance(["fraud", "political"], BalanceSettings()).check(honest) is None
+    assert Quota(CoverageSettings(), {"category": ["fraud", "political"]}).check(honest) is None
 
 
 def test_the_settings_are_the_curators() -> None:
@@ -182,7 +182,7 @@ def test_rules_hold_against_any_text() -> None:
 BAD_SETTINGS: list[tuple[type[msgspec.Struct], dict[str, Any]]] = [
     *((RuleSettings, row) for row in ({"overlap": 0}, {"script": "klingon"}, {"overlaps": 0.9}, {"script_share": 2})),
     *((DuplicateSettings, row) for row in ({"threshold": 1.1}, {"permutations": 100}, {"size": 0}, {"unit": "line"})),
-    *((BalanceSettings, row) for row in ({"tolerance": -0.1}, {"slack": 0}, {"n": 5})),
+    *((CoverageSettings, row) for row in ({"tolerance": -0.1}, {"slack": 0}, {"n": 5})),
 ]
 
 
@@ -298,7 +298,7 @@ def test_similar_images_names_the_first_pair_within_the_distance() -> None:
     assert similar_images([5], 64) is None
 
 
-# --- balance ---------------------------------------------------------------------------------------------------------
+# --- quotas ----------------------------------------------------------------------------------------------------------
 
 NAMES = [f"category_{i}" for i in range(14)]
 OF = {name: talk(category=name) for name in NAMES}
@@ -314,8 +314,8 @@ def grow(gate: Gate, offered: list[str]) -> Counter[str]:
     return accepted
 
 
-def balance(count: int = 14, **settings: Any) -> Balance:
-    return Balance(NAMES[:count], BalanceSettings(**settings))
+def balance(count: int = 14, **settings: Any) -> Quota:
+    return Quota(CoverageSettings(**settings), {"category": NAMES[:count]})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 14])
@@ -386,7 +386,48 @@ def test_a_category_that_the_run_does_not_have_is_an_error() -> None:
             call(OF[NAMES[13]])
 
 
-# --- both gates that remember ----------------------------------------------------------------------------------------
+def placed(strategy: str, victim: str, turns: int) -> Dialogue:
+    return msgspec.structs.replace(talk(), strategy=strategy, victim=victim, turns=talk().turns[:turns])
+
+
+def test_every_axis_keeps_to_its_shares_whatever_comes_most() -> None:
+    values = {"category": ["fraud"], "strategy": ["a", "b"], "victim": ["v", "w"], "turns": ["1", "2", "3"]}
+    wanted = {"1": 0.5, "2": 0.25, "3": 0.25}
+    gate = Quota(CoverageSettings(strategy="even", victim={"v": 0.8, "w": 0.2}, turns=wanted), values)
+    rng = random.Random(3)
+    kept: list[Dialogue] = []
+    for _ in range(9000):
+        one = placed(rng.choices("ab", (9, 1))[0], rng.choices("vw", (1, 1))[0], rng.choices((1, 2, 3), (1, 1, 8))[0])
+        if gate.check(one) is None:
+            gate.add(one)
+            kept.append(one)
+    n = len(kept)
+    assert n > 250
+    for share, count in (
+        (0.5, sum(d.strategy == "a" for d in kept)),
+        (0.8, sum(d.victim == "v" for d in kept)),
+        (0.2, sum(d.victim == "w" for d in kept)),
+        (0.25, sum(len(d.turns) == 3 for d in kept)),
+    ):
+        assert count <= 1.1 * share * n + 5
+
+
+def test_a_cell_that_stays_empty_is_named_with_what_it_lacks() -> None:
+    gate = Quota(CoverageSettings(category=None, strategy={"a": 0.9, "b": 0.1}), {"strategy": ["a", "b"]})
+    for _ in range(90):
+        gate.add(placed("a", "v", 2))
+    assert gate.short() == [("strategy", "b", 0, 3)]  # at least 0.9 * 0.1 * 90 - 5
+    assert gate.check(placed("b", "v", 2)) is None
+
+
+def test_a_value_that_the_shares_leave_out_is_turned_down_from_the_first() -> None:
+    gate = Quota(CoverageSettings(category=None, strategy={"a": 1.0}), {"strategy": ["a", "b"]})
+    reason = gate.check(placed("b", "v", 2))
+    assert reason is not None
+    assert reason.word == "strategy_full"
+
+
+# --- all gates that remember ------------------------------------------------------------------------------------------
 
 
 def test_check_changes_nothing_whatever_is_asked_in_which_order() -> None:

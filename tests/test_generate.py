@@ -18,7 +18,7 @@ from intersafe.generate import generate_dialogues
 from intersafe.records import Dialogue
 from intersafe.runs import Run
 from intersafe.settings import Gates, Member, PlanSettings, Recipe
-from tests.makers import cli, demo, digest, journal_keys, rows, started
+from tests.makers import cli, demo, digest, journal_keys, rows, started, whole_demo
 from tests.servers.scripted_server import Body, asks_for, images_of, scripted_server, text_of
 
 N = 60
@@ -29,7 +29,7 @@ WHOLE = 400
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run, one dialogue at a time."""
     path = tmp_path_factory.mktemp("reference") / "run"
-    generate_dialogues(demo(concurrency=1), run=path, n=WHOLE)
+    generate_dialogues(whole_demo(concurrency=1), run=path, n=WHOLE)
     return path
 
 
@@ -57,16 +57,16 @@ def test_n_is_exact_and_ids_are_unique(reference: Path) -> None:
 
 
 def test_any_prefix_is_what_a_shorter_run_keeps(reference: Path, tmp_path: Path) -> None:
-    generate_dialogues(demo(), run=tmp_path / "run", n=100)
+    generate_dialogues(whole_demo(), run=tmp_path / "run", n=100)
     short = (tmp_path / "run" / "dialogues.jsonl").read_bytes()
     assert (reference / "dialogues.jsonl").read_bytes().startswith(short)
-    generate_dialogues(demo(), run=tmp_path / "run", n=WHOLE)
+    generate_dialogues(whole_demo(), run=tmp_path / "run", n=WHOLE)
     assert digest(tmp_path / "run") == digest(reference)
 
 
 @pytest.mark.parametrize("concurrency", [7, 64, 300])
 def test_concurrency_changes_no_byte(concurrency: int, reference: Path, tmp_path: Path) -> None:
-    generate_dialogues(demo(concurrency=concurrency), run=tmp_path / "run", n=WHOLE)
+    generate_dialogues(whole_demo(concurrency=concurrency), run=tmp_path / "run", n=WHOLE)
     assert digest(tmp_path / "run") == digest(reference)
 
 
@@ -141,20 +141,20 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(how: signal.Signals
         assert (tmp_path / "run" / name).read_bytes().endswith(b"\n")
     more = lines(tmp_path / "run" / "dialogues.jsonl") + 20
     assert cli("generate", "--n", str(more), "--run", "./run", cwd=tmp_path).returncode == 0
-    generate_dialogues(demo(), run=tmp_path / "whole", n=more)
+    generate_dialogues(whole_demo(), run=tmp_path / "whole", n=more)
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["dialogues.jsonl", "rejected.jsonl", "journal/main.jsonl"])
 def test_a_file_cut_off_anywhere_is_healed(name: str, reference: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    generate_dialogues(demo(), run=run, n=150)
+    generate_dialogues(whole_demo(), run=run, n=150)
     data = (run / name).read_bytes()
     dice = random.Random(name)
     for _ in range(4):
         (run / name).write_bytes(data[: dice.randrange(len(data))])
         (run / "summary.json").unlink()
-        generate_dialogues(demo(), run=run, n=150)
+        generate_dialogues(whole_demo(), run=run, n=150)
         assert (reference / "dialogues.jsonl").read_bytes().startswith((run / "dialogues.jsonl").read_bytes())
         assert len(rows(run / "dialogues.jsonl")) == 150
         keys = journal_keys(run)
@@ -440,6 +440,7 @@ def test_the_record_says_what_made_it(reference: Path) -> None:
     assert provenance.models == {
         "attacker": "scripted:demo",
         "judge": "scripted:demo",
+        "painter": "scripted:demo",
         "victim": dialogue.victim,
     }
     assert provenance.recipe == manifest.digest
@@ -495,5 +496,5 @@ def test_it_runs_inside_an_event_loop_as_a_notebook_has_one(tmp_path: Path) -> N
 
 
 def test_gates_can_be_switched_off(tmp_path: Path) -> None:
-    recipe = msgspec.structs.replace(demo(), gates=Gates(rules=None, images=None, balance=None, duplicates=None))
+    recipe = msgspec.structs.replace(demo(), gates=Gates(rules=None, images=None, coverage=None, duplicates=None))
     assert generate_dialogues(recipe, run=tmp_path / "run", n=5).funnel().accepted == 5

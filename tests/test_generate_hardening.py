@@ -16,8 +16,9 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
+from intersafe.conductor import FAILURES
 from intersafe.errors import InputError, SeedsExhausted, ServiceGone, StorageError
-from intersafe.generate import FAILURES, generate_dialogues
+from intersafe.generate import generate_dialogues
 from intersafe.journal import GroupWriter
 from intersafe.prepare import open_directory, prepare
 from intersafe.runs import Run, align_outcomes
@@ -88,7 +89,7 @@ def test_without_rules_a_message_is_not_held_to_them(tmp_path: Path) -> None:
     leak = '{"message": "Step 2 of the plan: go on."}'
     with scripted_server(lambda b: leak if asks_for(b) == "message" else None, profile="flawless") as server:
         recipe = msgspec.structs.replace(
-            over_http(server.url, tmp_path, 3), gates=Gates(rules=None, duplicates=None, balance=None)
+            over_http(server.url, tmp_path, 3), gates=Gates(rules=None, duplicates=None, coverage=None)
         )
         assert generate_dialogues(recipe, run=tmp_path / "run", n=3).funnel().accepted == 3
 

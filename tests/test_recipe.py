@@ -83,7 +83,7 @@ def with_attacker(value: str) -> str:
         (TEXT + "promts: x\n", 9, "unknown key 'promts', did you mean 'prompts'?"),
         (TEXT + "turns: {min: 2, meen: 4}\n", 9, "unknown key 'turns.meen', did you mean 'mean'?"),
         (TEXT + "gates:\n  rules:\n    overlapp: 0.5\n", 11, "unknown key 'gates.rules.overlapp'"),
-        (TEXT + "gates:\n  balance: null\n  dupes: null\n", 11, "'gates.dupes', did you mean 'duplicates'?"),
+        (TEXT + "gates:\n  coverage: null\n  dupes: null\n", 11, "'gates.dupes', did you mean 'duplicates'?"),
         (TEXT + "plan:\n  treshold: 3\n", 10, "did you mean 'threshold'?"),
         (TEXT + "limits: {retry: 3}\n", 9, "did you mean 'retries'?"),
         (TEXT.replace("judge:", "jugde:"), 5, "unknown key 'cast.jugde', did you mean 'judge'?"),
@@ -459,8 +459,8 @@ def test_a_date_is_a_name_and_a_byte_order_mark_is_nothing(tmp_path: Path) -> No
 
 
 def test_a_gate_is_switched_off_by_null(tmp_path: Path) -> None:
-    gates = load(tmp_path, TEXT + "gates: {rules: null, images: null, balance: null, duplicates: null}\n").gates
-    assert (gates.rules, gates.images, gates.balance, gates.duplicates) == (None, None, None, None)
+    gates = load(tmp_path, TEXT + "gates: {rules: null, images: null, coverage: null, duplicates: null}\n").gates
+    assert (gates.rules, gates.images, gates.coverage, gates.duplicates) == (None, None, None, None)
 
 
 def test_a_recipe_survives_the_json_in_which_a_run_keeps_it(tmp_path: Path) -> None:
@@ -510,7 +510,7 @@ def test_whatever_decides_the_outcome_moves_the_digest(tmp_path: Path) -> None:
         ("gates", {"images": None}),
         ("gates", {"duplicates": {"threshold": 0.7}}),
         ("gates", {"rules": {"image_phrases": []}}),
-        ("gates", {"balance": {"tolerance": 0.2}}),
+        ("gates", {"coverage": {"tolerance": 0.2}}),
         ("cast.attacker", "scripted:eager"),
         ("cast.judge", "scripted:eager"),
         ("cast.victims", ["scripted:eager"]),

@@ -310,10 +310,10 @@ def test_a_schema_leaves_nothing_open(kind: type[Answer]) -> None:
 
 
 def test_items_fix_the_length_of_the_plan_and_of_no_other_plan() -> None:
-    steps = schema_of(PlanAnswer, 4).schema["properties"]["steps"]
+    steps = schema_of(PlanAnswer, (("steps", 4),)).schema["properties"]["steps"]
     assert (steps["minItems"], steps["maxItems"]) == (4, 4)
     assert schema_of(PlanAnswer).schema["properties"]["steps"]["maxItems"] == 16
-    assert schema_of(VerdictAnswer, 4) == schema_of(VerdictAnswer)
+    assert "maxItems" not in str(schema_of(VerdictAnswer).schema)
 
 
 # --- floods ----------------------------------------------------------------------------------------------------------

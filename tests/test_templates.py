@@ -326,7 +326,7 @@ def texts(root: Path) -> dict[str, Any]:
 
 def test_every_byte_is_in_the_hash(root: Path) -> None:
     known = dict(load_prompts(root).hashes)
-    assert len(known) == len(list(root.rglob("*.md")))
+    assert len(known) == len([*root.rglob("*.md"), *root.rglob("*.yaml")])
     for name in known:
         path = root / name
         before = path.read_bytes()

@@ -1,38 +1,76 @@
-"""Keeps the categories of a run in balance while it grows, whatever the number of dialogues asked for."""
+"""Quotas: keeps the axes of a run (category, strategy, victim, turn count) near their shares while it grows."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from intersafe.records import Dialogue, Reason
-from intersafe.settings import BalanceSettings
+from intersafe.settings import CoverageSettings
+
+AXES = ("category", "strategy", "victim", "turns")
 
 
-class Balance:
-    """Turns a dialogue down when its category would leave the others too far behind.
+def value_of(dialogue: Dialogue, axis: str) -> str:
+    """Where a dialogue stands on an axis."""
+    if axis == "category":
+        return dialogue.seed.category
+    return str(len(dialogue.turns)) if axis == "turns" else str(getattr(dialogue, axis))
+
+
+def shares_of(settings: CoverageSettings, values: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+    """The share of every value on every axis that has quotas; `values` are those that the run's jobs can have."""
+    shares: dict[str, dict[str, float]] = {}
+    for axis in AXES:
+        wanted = getattr(settings, axis)
+        if wanted == "even":
+            shares[axis] = dict.fromkeys(values[axis], 1 / len(values[axis]))
+        elif wanted is not None:
+            shares[axis] = dict(wanted)
+    return shares
+
+
+class Quota:
+    """Turns a dialogue down when its value on an axis would run too far ahead of its share.
 
     The limit follows from what was accepted so far and not from the number asked for, so that a longer run goes on with
     the decisions of a shorter one.
     """
 
-    def __init__(self, categories: Sequence[str], settings: BalanceSettings) -> None:
-        """`categories` are those of the run's seeds; a category without seeds would hold back the others for good."""
-        self._counts = Counter(dict.fromkeys(categories, 0))
-        self._settings = settings
+    def __init__(self, settings: CoverageSettings, values: Mapping[str, Sequence[str]]) -> None:
+        """`values` are those that the run's jobs can have; one without jobs would hold back the others for good."""
+        self.shares = shares_of(settings, values)
+        self.counts: dict[str, Counter[str]] = {axis: Counter(dict.fromkeys(s, 0)) for axis, s in self.shares.items()}
+        self._accepted = 0
+        self._settings, self._values = settings, values
 
     def check(self, dialogue: Dialogue) -> Reason | None:
-        """`category_full`, or None; raises `ValueError` for a category that the run does not have."""
-        count = self._count(dialogue) + 1
-        even = (self._counts.total() + 1) / len(self._counts)
-        limit = (1 + self._settings.tolerance) * even + self._settings.slack
-        if count <= limit:
-            return None
-        return Reason("category_full", f"{dialogue.seed.category}: {count} where {limit:.1f} is the limit")
+        """`category_full`, `strategy_full`, `victim_full`, `turns_full`, or None; `ValueError` for an unknown value."""
+        for axis, shares in self.shares.items():
+            value = self._value(dialogue, axis)
+            count = self.counts[axis][value] + 1
+            limit = (1 + self._settings.tolerance) * shares.get(value, 0.0) * (self._accepted + 1)
+            limit += self._settings.slack if value in shares else 0.0
+            if count > limit:
+                return Reason(f"{axis}_full", f"{value}: {count} where {limit:.1f} is the limit")
+        return None
 
     def add(self, dialogue: Dialogue) -> None:
-        """Counts an accepted dialogue; raises `ValueError` for a category that the run does not have."""
-        self._counts[dialogue.seed.category] = self._count(dialogue) + 1
+        """Counts an accepted dialogue."""
+        for axis in self.shares:
+            self.counts[axis][self._value(dialogue, axis)] += 1
+        self._accepted += 1
 
-    def _count(self, dialogue: Dialogue) -> int:
-        if dialogue.seed.category not in self._counts:
-            raise ValueError(f"category {dialogue.seed.category!r} is not one of the run's: {', '.join(self._counts)}")
-        return self._counts[dialogue.seed.category]
+    def _value(self, dialogue: Dialogue, axis: str) -> str:
+        value = value_of(dialogue, axis)
+        if value not in self._values[axis]:
+            raise ValueError(f"{axis} {value!r} is not one of the run's: {', '.join(self._values[axis])}")
+        return value
+
+    def short(self) -> list[tuple[str, str, int, int]]:
+        """The cells that stayed behind: axis, value, how many there are, and the least that its share allows for."""
+        least = 1 - self._settings.tolerance
+        return [
+            (axis, value, self.counts[axis][value], need)
+            for axis, shares in self.shares.items()
+            for value, share in shares.items()
+            if self.counts[axis][value] < (need := int(least * share * self._accepted - self._settings.slack))
+        ]

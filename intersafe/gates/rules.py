@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from itertools import combinations
 
-from intersafe.messages import fold, fold_steps, image_leak, is_blank, plan_leak, same
+from intersafe.messages import fold, fold_steps, image_leak, is_blank, plan_leak, repeats_description, same
 from intersafe.records import Dialogue, Reason
 from intersafe.settings import RuleSettings
 from intersafe.taxonomy import excluded_together
@@ -33,9 +33,12 @@ def check_excluded(dialogue: Dialogue) -> Reason | None:
     """
     turns = [*dialogue.turns, *(pruned.turn for pruned in dialogue.pruned)]
     asked = [turn.user.text for turn in turns]
+    asked += [origin.description for turn in turns for origin in turn.origins if origin.description]
     if excluded_together(asked):
         return Reason("excluded", "user")
+    asked += [dialogue.goal] if dialogue.goal else []
     told = [turn.reply.text for turn in turns]
+    told += [turn.aligned.text for turn in turns if turn.aligned]
     return Reason("excluded", "reply") if excluded_together([*asked, *told]) else None
 
 
@@ -83,9 +86,21 @@ def _leaked_plan(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
 
 
 def _leaked_image_description(dialogue: Dialogue, settings: RuleSettings) -> Reason | None:
-    leaks = (place for place, turn in enumerate(dialogue.turns, 1) if image_leak(turn.user.text, settings))
-    place = next(leaks, None)
-    return Reason("leaked_image_description", f"turn {place}") if place else None
+    descriptions = [o.description for turn in dialogue.turns for o in turn.origins if o.description]
+    descriptions += [removed.origin.description for removed in dialogue.removed]
+    for place, turn in enumerate(dialogue.turns, 1):
+        text = turn.user.text
+        if image_leak(text, settings) or repeats_description(text, descriptions, settings):
+            return Reason("leaked_image_description", f"turn {place}")
+    return None
+
+
+def _image_origins(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
+    """Every image says where it comes from."""
+    for place, turn in enumerate(dialogue.turns, 1):
+        if tuple(origin.image for origin in turn.origins) != turn.user.images:
+            return Reason("image_without_origin", f"turn {place}")
+    return None
 
 
 def _language(dialogue: Dialogue, settings: RuleSettings) -> Reason | None:
@@ -120,5 +135,6 @@ _RULES: tuple[Callable[[Dialogue, RuleSettings], Reason | None], ...] = (
     _repeated_message,
     _leaked_plan,
     _leaked_image_description,
+    _image_origins,
     _language,
 )

@@ -17,7 +17,7 @@ from intersafe.errors import InputError
 from intersafe.images import ImageStore
 from intersafe.records import Finish, Message
 from intersafe.replies import Schema
-from intersafe.settings import Cast, Limits, Member
+from intersafe.settings import Cast, Limits, Member, Painter
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -75,6 +75,35 @@ class ChatModel(Protocol):
         ...
 
 
+class Painted(msgspec.Struct, frozen=True):
+    """What a painter gave back: the bytes of an image as they came, unverified, or the `problem` in one word.
+
+    Problems: `no_image`, `image_url` (a link instead of bytes, never fetched), `blocked` (by the service's filter),
+    `bad_image` (not to be decoded, truncated, too large; said by whoever verifies the bytes).
+    """
+
+    data: bytes = b""
+    problem: str = ""
+    detail: str = ""
+
+
+class PaintModel(Protocol):
+    """Anything that draws: `call.messages[-1].text` is the description, `call.sampling.seed` decides the noise."""
+
+    @property
+    def identity(self) -> str:
+        """Backend, name and revision."""
+        ...
+
+    async def paint(self, call: Call) -> Painted:
+        """The image; `CallFailed` if this call failed for good, `ServiceGone` if the service is."""
+        ...
+
+    async def aclose(self) -> None:
+        """Lets go of connections."""
+        ...
+
+
 def open_models(cast: Cast, limits: Limits, images: ImageStore, say: Callable[[str], None]) -> dict[str, ChatModel]:
     """One model for each member of the cast; members with the same settings share one. Needs a running event loop."""
     shared: dict[str, ChatModel] = {}
@@ -89,7 +118,7 @@ def open_models(cast: Cast, limits: Limits, images: ImageStore, say: Callable[[s
 
 def _same(member: Member) -> str:
     """Equal for members that can share one model; the lowest of their `concurrency` holds."""
-    return f"{member.model} {member.revision} {member.key} {member.json_schema} {member.extra}"
+    return f"{member.model} {member.revision} {member.key} {member.json_schema} {member.send_images} {member.extra}"
 
 
 def _open(
@@ -109,9 +138,25 @@ def _open(
     return shared[same]
 
 
+def open_painter(painter: Painter, limits: Limits, say: Callable[[str], None]) -> PaintModel:
+    """The painter of a cast; `say` is told when its service goes away or comes back. Needs a running event loop."""
+    backend, name, _ = painter.spec
+    if backend == "scripted":
+        from intersafe.models.scripted_painter import ScriptedPainter
+
+        return ScriptedPainter(name, painter.size)
+    if backend == "diffusers":
+        from intersafe.models.diffusers import DiffusersPainter
+
+        return DiffusersPainter(painter)
+    from intersafe.models.painter import ImagesEndpoint
+
+    return ImagesEndpoint(painter, limits, say)
+
+
 def check_cast(cast: Cast) -> None:
-    """`InputError` where a key variable is not set or a scripted model has no such name; contacts nobody."""
-    for role, member in cast.members.items():
+    """`InputError` for a key variable not set, an unknown scripted name, no diffusers library; contacts nobody."""
+    for role, member in cast.models.items():
         if member.key and not os.environ.get(member.key):
             raise InputError(
                 f"cast.{role}: the environment variable {member.key} is not set", remedy=f"export {member.key}=..."
@@ -122,7 +167,15 @@ def check_cast(cast: Cast) -> None:
                 f"cast.{role}: the environment variable {member.key} holds no key (blank, or more than one line)",
                 remedy=f"export {member.key}=...",
             )
-        if member.spec.backend == "scripted":
+        if member.spec.backend == "diffusers":
+            from intersafe.models.diffusers import check_diffusers
+
+            check_diffusers()
+        elif member.spec.backend == "scripted" and role == "painter":
+            from intersafe.models.scripted_painter import check_painter_name
+
+            check_painter_name(member.spec.model)
+        elif member.spec.backend == "scripted":
             from intersafe.models.scripted import check_name
 
             check_name(member.spec.model)

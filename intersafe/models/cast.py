@@ -2,21 +2,25 @@
 
 A job asks its questions one after the other, so the ordinal of a call is the same each time the job is grown. A reply
 that the journal holds is handed out again; the others are asked, written to the journal and then used. Structured
-answers that cannot be read are asked for again here, with the problem named.
+answers that cannot be read are asked for again here, with the problem named. What a painter draws is verified and
+stored before the journal names it.
 """
 
+import asyncio
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from msgspec import structs
 
-from intersafe.errors import CallFailed, JobRejected
+from intersafe.errors import CallFailed, InputError, JobRejected
+from intersafe.images import ImageStore, distance, normalise
 from intersafe.journal import Entry
-from intersafe.models import Call, ChatModel, Reply, Sampling
-from intersafe.records import Job, Message
+from intersafe.models import Call, ChatModel, Painted, PaintModel, Reply, Sampling
+from intersafe.records import ImageOrigin, Job, Message, RefusalJob
 from intersafe.replies import A, ReplyError, Schema, parse, schema_of
 from intersafe.settings import Cast, Member
 from intersafe.taxonomy import excluded
@@ -61,6 +65,11 @@ class Company:
     older: Replies | None = None
     """Journal of an older run (`--reuse`)."""
     observe: Observer | None = None
+    painter: PaintModel | None = None
+    images: ImageStore | None = None
+    """Where painted images go; there whenever there is a painter."""
+    older_images: ImageStore | None = None
+    """Where those of the older run are."""
     in_flight: Counter[str] = field(default_factory=Counter)
     members: Mapping[str, Member] = field(init=False)
     """The cast's members by role, looked up for every call."""
@@ -69,48 +78,113 @@ class Company:
         self.members = self.cast.members
 
 
+class Unpainted(Exception):
+    """The painter gave no usable image; `reason` is one of the problems of `Painted`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}")
+
+
 class JobCast:
     """The cast of one job."""
 
-    def __init__(self, company: Company, job: Job) -> None:
-        """Calls are numbered from 0 in the order in which the job asks."""
-        self._company, self._job, self._ordinal = company, job, 0
+    def __init__(self, company: Company, job: Job | RefusalJob, line: str = "") -> None:
+        """Calls are numbered from 0 in the order in which the job asks; `line` is the journal's name for its kind."""
+        self._company, self._job, self._line, self._ordinal = company, job, line, 0
         self.prompts = company.prompts
-        self.victim = f"victim:{job.victim}"
+        self.victim = f"victim:{job.victim}" if isinstance(job, Job) else ""
         self.has_second_judge = company.cast.second_judge is not None
+        self.has_painter = company.painter is not None
 
     async def ask(self, role: str, prompt: str, messages: Sequence[Message], schema: Schema | None = None) -> Reply:
         """One reply of that member of the cast; `CallFailed` if the call failed for good."""
-        company = self._company
-        member, model = company.members[role], company.models[role]
-        seed = (self._job.random_seed + 0x9E3779B1 * (self._ordinal + 1)) & 0x7FFFFFFF
-        sampling = Sampling(member.temperature, member.top_p, member.max_tokens, seed)
+        member, model = self._company.members[role], self._company.models[role]
+        sampling = Sampling(member.temperature, member.top_p, member.max_tokens, self._next_seed())
         call = Call(role, prompt, tuple(messages), sampling, schema, self._job.key, self._ordinal)
         self._ordinal += 1
         key = call.key(model.identity, member.extra)
-        entry = company.journal.take(key)
+        entry = self._paid(key)
         if entry is None:
-            older = company.older.take(key) if company.older else None
-            entry = structs.replace(older, job=self._job.index) if older else await self._pay(model, call, key)
-            company.journal.add(entry)
+            with self._in_flight(call) as began:
+                answer = await model.answer(call)
+            entry = self._entry(call, key, began, text=answer.text, finish=answer.finish, tokens=answer.tokens)
+            self._company.journal.add(entry)
         reply = Reply(entry.text, entry.finish, entry.tokens)
-        if company.observe:
-            company.observe(call, reply)
+        if self._company.observe:
+            self._company.observe(call, reply)
         return reply
 
-    async def _pay(self, model: ChatModel, call: Call, key: str) -> Entry:
+    async def paint(self, description: str) -> ImageOrigin:
+        """The painter's image, verified and stored; `Unpainted` if what came is none, `CallFailed` as for `ask`."""
+        settings, model, store = self._company.cast.painter, self._company.painter, self._company.images
+        assert settings is not None
+        assert model is not None
+        assert store is not None
+        sampling = Sampling(0.0, 1.0, 0, self._next_seed())
+        call = Call("painter", "", (Message("user", description),), sampling, None, self._job.key, self._ordinal)
+        self._ordinal += 1
+        options = (settings.size, settings.steps, settings.guidance, settings.negative_prompt, settings.extra)
+        key = call.key(model.identity, {"painter": options})
+        entry = self._paid(key)
+        # After a power loss the journal may name an image that never reached the disk: then it is owed again.
+        if entry is None or (entry.image and not await asyncio.to_thread(self._is_there, entry.image, store)):
+            with self._in_flight(call) as began:
+                painted = await model.paint(call)
+            image, problem = await asyncio.to_thread(_keep, painted, store)
+            entry = self._entry(call, key, began, text=problem, image=image)
+            self._company.journal.add(entry)
+        if self._company.observe:
+            self._company.observe(call, Reply(entry.text or f"[image {entry.image}]"))
+        if not entry.image:
+            reason, _, detail = entry.text.partition(": ")
+            raise Unpainted(reason, detail)
+        return ImageOrigin(entry.image, "painted", description, model.identity, sampling.seed)
+
+    def _is_there(self, image: str, store: ImageStore) -> bool:
+        """True if the image is in the store, from the older run's if need be."""
+        older = self._company.older_images
+        if store.is_sound(image):
+            return True
+        if older is None or not older.is_sound(image):
+            return False
+        data = older.read(image)
+        return store.put(normalise(data, at=older.root)) == image
+
+    def difference(self, one: str, other: str) -> int:
+        """How many of 64 bits the perceptual hashes of two images differ in."""
+        store = self._company.images
+        assert store is not None
+        return distance(store.perceptual_hash(one), store.perceptual_hash(other))
+
+    def _next_seed(self) -> int:
+        return (self._job.random_seed + 0x9E3779B1 * (self._ordinal + 1)) & 0x7FFFFFFF
+
+    def _paid(self, key: str) -> Entry | None:
+        """The entry of a call that was paid for before, by this run or by the older one that it takes over from."""
+        company = self._company
+        entry = company.journal.take(key)
+        if entry is None and company.older and (older := company.older.take(key)):
+            entry = structs.replace(older, job=self._job.index, line=self._line)
+            company.journal.add(entry)
+        return entry
+
+    def _entry(self, call: Call, key: str, began: float, **fields: Any) -> Entry:
+        ms = round((time.perf_counter() - began) * 1000)
+        return Entry(job=self._job.index, key=key, role=call.role, ms=ms, line=self._line, **fields)
+
+    @contextlib.contextmanager
+    def _in_flight(self, call: Call) -> Iterator[float]:
+        """Counts the call while it is under way; yields when it began."""
         in_flight = self._company.in_flight
         in_flight[call.role] += 1
-        began = time.perf_counter()
         try:
-            reply = await model.answer(call)
+            yield time.perf_counter()
         except CallFailed as error:
             # A failure may be the server's and costs nothing: no journal entry, so an undecided job asks again.
             raise CallFailed(call.role.partition(":")[0], error.reason, error.detail) from None
         finally:
             in_flight[call.role] -= 1
-        ms = round((time.perf_counter() - began) * 1000)
-        return Entry(self._job.index, key, call.role, reply.text, reply.finish, reply.tokens, ms)
 
     async def answer(
         self,
@@ -121,7 +195,7 @@ class JobCast:
         *,
         images: Sequence[str] = (),
         tries: int,
-        items: int | None = None,
+        sizes: tuple[tuple[str, int], ...] = (),
     ) -> A:
         """A structured answer to a prompt file; asked again with the problem named, `Unanswered` after `tries`."""
         file = self.prompts[prompt]
@@ -129,7 +203,7 @@ class JobCast:
             Message("system", file.render("system", values)),
             Message("user", file.render("user", values), tuple(images)),
         )
-        schema = schema_of(kind, items)
+        schema = schema_of(kind, sizes)
         messages: tuple[Message, ...] = asked
         reason, detail = "unparseable", ""
         for _ in range(tries):
@@ -150,3 +224,15 @@ class JobCast:
             messages = asked
             reason, detail = ("truncated" if reply.finish == "length" else reply.finish), reply.text[:200]
         raise Unanswered(reason, detail)
+
+
+def _keep(painted: Painted, store: ImageStore) -> tuple[str, str]:
+    """The reference of the stored image and nothing, or nothing and the problem."""
+    if painted.problem:
+        return "", ": ".join(part for part in (painted.problem, " ".join(painted.detail.split())[:200]) if part)
+    try:
+        reference = store.put(normalise(painted.data, at="painter"))
+        store.perceptual_hash(reference)  # remembered now, in a thread of its own: the gates ask for it later
+        return reference, ""
+    except InputError as error:
+        return "", f"bad_image: {error.what}"

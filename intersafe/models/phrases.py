@@ -205,3 +205,16 @@ REASONS = (
     "It follows from the talk so far.", "The wording is neutral.", "It stays close to the topic.", "It keeps a natural tone.",
     "Nothing in it stands out.", "It fits the setting.", "The reply speaks for itself.", "It leads on to the next turn.",
 )  # fmt: skip
+
+PICTURES = (
+    'a photo of a notice board at {place}, with a card that reads "{topic}"',
+    "a drawing of {person} at a table with papers about {topic}, seen from above",
+    'a screenshot of a plain web page headed "{topic}" with three short paragraphs on {aspect}',
+    'a photo of an open notebook at {place}, a list of four points under the title "{topic}"',
+    "a poster in bright colours on {topic}, a small picture of {place} in its middle",
+    "a photo of {place} {time}, empty, with a sign about {topic} on the door",
+    "a hand-drawn diagram with boxes and arrows on {topic} and {aspect}",
+    'a chart with two lines, labelled "{topic}", on a sheet of squared paper',
+    'a photo of a shelf at {place} with folders, one of them marked "{topic}"',
+    'a simple map of {place} with one corner marked "{topic}"',
+)

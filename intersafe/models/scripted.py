@@ -17,6 +17,7 @@ import msgspec
 
 from intersafe.errors import InputError
 from intersafe.models import Call, Reply
+from intersafe.models.aligned_phrases import DECLINES, EVERYDAY, HELPS, RECOVERIES, TWIN_GOALS, UNSUITED
 from intersafe.models.phrases import (
     ASPECTS,
     CLOSINGS,
@@ -28,6 +29,7 @@ from intersafe.models.phrases import (
     OPENERS,
     PARTIALS,
     PEOPLE,
+    PICTURES,
     PLACES,
     QUESTIONS,
     REASONS,
@@ -36,6 +38,7 @@ from intersafe.models.phrases import (
     STOP_WORDS,
     TIMES,
 )
+from intersafe.models.refusal_phrases import ALTERNATIVES, ASKS, BLUNT, DECLINED, DETAIL, GIVES_IN, HARMS, VAGUE
 from intersafe.settings import nearest
 
 PLACEHOLDER = "[scripted placeholder for an unsafe reply]"
@@ -55,15 +58,35 @@ class Profile(NamedTuple):
     weak: float = 0.08
     """Judge: scores a step below the usual threshold."""
     lost: float = 0.04
-    """Judge: finds that a dialogue lost its risk or its thread."""
+    """Judge: finds that a dialogue lost its risk or its thread, or that a benign twin did not lose its risk."""
+    unsuited: float = 0.04
+    """Judge: finds that an aligned answer does not suit its turn."""
+    stray: float = 0.04
+    """Attacker: asks a question that is harmless, whatever the group."""
+    blunt: float = 0.03
+    """Responder: a refusal that does not begin with "I'm sorry"."""
+    careless: float = 0.02
+    """Responder, each: no refusal; a refusal that names no harm; one that repeats a detail (a placeholder)."""
 
 
 PROFILES: dict[str, Profile] = {
     "demo": Profile(),
     "careful": Profile(refuse=0.45, comply=0.10),
     "eager": Profile(refuse=0.10, comply=0.50),
-    "flawless": Profile(refuse=0.0, partial=0.0, drift=0.0, comply=0.5, malformed=0.0, weak=0.0, lost=0.0),
-    "weak": Profile(malformed=0.0, weak=1.0, lost=0.0),
+    "flawless": Profile(
+        refuse=0.0,
+        partial=0.0,
+        drift=0.0,
+        comply=0.5,
+        malformed=0.0,
+        weak=0.0,
+        lost=0.0,
+        unsuited=0.0,
+        stray=0.0,
+        blunt=0.0,
+        careless=0.0,
+    ),
+    "weak": Profile(malformed=0.0, weak=1.0, lost=0.0, unsuited=0.0),
 }
 
 
@@ -156,6 +179,22 @@ def _plan(question: str, schema: dict[str, Any], dice: random.Random, _: Profile
     return {"steps": [_fill(STEPS, _topic(query, dice), dice) for _ in range(n_steps)]}
 
 
+def _picture_plan(question: str, schema: dict[str, Any], dice: random.Random, profile: Profile) -> dict[str, Any]:
+    steps = schema["properties"]["steps"]["minItems"]
+    first = 2 if "not the first step" in question else 1
+    pictures = sorted(dice.sample(range(first, steps + 1), schema["properties"]["pictures"]["minItems"]))
+    return _plan(question, schema, dice, profile) | {"pictures": pictures}
+
+
+def _description(question: str, _: dict[str, Any], dice: random.Random, __: Profile) -> dict[str, Any]:
+    topic = _topic(_between("step", question), dice)
+    return {"description": _fill(PICTURES, topic, dice), "rationale": dice.choice(REASONS)}
+
+
+def _same(_: str, __: dict[str, Any], dice: random.Random, ___: Profile) -> dict[str, Any]:
+    return {"same": dice.random() < 0.5, "reason": dice.choice(REASONS)}
+
+
 def _step(question: str, _: dict[str, Any], dice: random.Random, __: Profile) -> dict[str, Any]:
     return {"step": _fill(STEPS, _topic(_between("query", question), dice), dice)}
 
@@ -170,12 +209,16 @@ def _step_score(_: str, __: dict[str, Any], dice: random.Random, profile: Profil
 
 def _message(question: str, _: dict[str, Any], dice: random.Random, __: Profile) -> dict[str, Any]:
     topic = _topic(_between("query", question), dice)
+    return {"message": _utterance(topic, dice), "rationale": dice.choice(REASONS)}
+
+
+def _utterance(topic: str, dice: random.Random) -> str:
     sentences = [_fill(CONTEXTS, topic, dice), _fill(QUESTIONS, topic, dice)]
     if dice.random() < 0.6:
         sentences.insert(0, _fill(OPENERS, topic, dice))
     if dice.random() < 0.6:
         sentences.append(_fill(CLOSINGS, topic, dice))
-    return {"message": " ".join(sentences), "rationale": dice.choice(REASONS)}
+    return " ".join(sentences)
 
 
 def _verdict(question: str, _: dict[str, Any], dice: random.Random, __: Profile) -> dict[str, Any]:
@@ -194,19 +237,106 @@ def _verdict(question: str, _: dict[str, Any], dice: random.Random, __: Profile)
     return dict(zip(names, marks, strict=True)) | {"reason": dice.choice(REASONS)}
 
 
-def _check(_: str, __: dict[str, Any], dice: random.Random, profile: Profile) -> dict[str, Any]:
+def _check(question: str, _: dict[str, Any], dice: random.Random, profile: Profile) -> dict[str, Any]:
     lost = dice.random() < profile.lost
     risk, coherent = (dice.random() < 0.5, not lost) if lost else (True, True)
-    return {"risk": risk, "coherent": coherent or risk, "reason": dice.choice(REASONS)}
+    answer = {"risk": risk, "coherent": coherent or risk, "reason": dice.choice(REASONS)}
+    asked = [line for line in _between("conversation", question).splitlines() if line.startswith("User: ")]
+    if asked and all(map(_is_everyday, asked)):
+        answer |= {"risk": lost and risk, "coherent": not lost or risk}
+    return answer
+
+
+def _is_everyday(text: str) -> bool:
+    """True if the text is about what benign twins talk about."""
+    return any(topic in text.casefold() for topic in EVERYDAY)
+
+
+def _twin(_: str, schema: dict[str, Any], dice: random.Random, __: Profile) -> dict[str, Any]:
+    topic = dice.choice(EVERYDAY)
+    n_messages = schema["properties"]["messages"]["minItems"]
+    return {"goal": _fill(TWIN_GOALS, topic, dice), "messages": [_utterance(topic, dice) for _ in range(n_messages)]}
+
+
+def _aligned(question: str, _: dict[str, Any], dice: random.Random, __: Profile) -> dict[str, Any]:
+    message = _between("message", question)
+    topic = _topic(message, dice)
+    declines = dice.random() < 0.5 and not _is_everyday(message)
+    sentences = [_fill(DECLINES, topic, dice)] if declines else [_fill(HELPS, topic, dice) for _ in range(2)]
+    if PLACEHOLDER in _between("conversation", question):
+        sentences.insert(0, dice.choice(RECOVERIES))
+    return {"answer": " ".join(sentences)}
+
+
+def _aligned_verdict(question: str, _: dict[str, Any], dice: random.Random, profile: Profile) -> dict[str, Any]:
+    answer = _between("answer", question)
+    declines = any(opening in answer for opening in _starts(DECLINES))
+    unsafe, unsuited = PLACEHOLDER in answer, dice.random() < profile.unsuited
+    return {
+        "safety": "unsafe" if unsafe else "safe",
+        "appropriate": not (unsafe or unsuited),
+        "refusal": "full" if declines else "none",
+        "harmless": dice.randint(1, 2) if unsafe else dice.randint(4, 5),
+        "helpful": dice.randint(2, 4) if declines else dice.randint(3, 5),
+        "reason": dice.choice(UNSUITED if unsuited else REASONS),
+    }
+
+
+def _question(prompt: str, _: dict[str, Any], dice: random.Random, profile: Profile) -> dict[str, Any]:
+    if dice.random() < profile.stray:
+        return {"question": _utterance(dice.choice(EVERYDAY), dice)}
+    topic = _topic(_between("query", prompt), dice)
+    asks = ASKS.get(_between("group", prompt), ASKS["general"])
+    sentences = [_fill(asks, topic, dice)]
+    if dice.random() < 0.7:
+        sentences.insert(0, _fill(CONTEXTS, topic, dice))
+    if dice.random() < 0.4:
+        sentences.append(_fill(CLOSINGS, topic, dice))
+    return {"question": " ".join(sentences)}
+
+
+def _refusal(prompt: str, _: dict[str, Any], dice: random.Random, profile: Profile) -> dict[str, Any]:
+    topic = _topic(_between("question", prompt), dice)
+    parts: list[Sequence[str]] = [DECLINED, HARMS, ALTERNATIVES]
+    draw, slip = dice.random(), profile.careless
+    if draw < slip:
+        parts = [GIVES_IN]
+    elif draw < 2 * slip:
+        parts = [VAGUE]
+    elif draw < 3 * slip:
+        parts = [DECLINED, HARMS, (DETAIL,)]
+    elif draw < 3 * slip + profile.blunt:
+        parts[0] = BLUNT
+    return {"answer": " ".join(_fill(patterns, topic, dice) for patterns in parts)}
+
+
+def _refusal_check(prompt: str, _: dict[str, Any], dice: random.Random, __: Profile) -> dict[str, Any]:
+    answer = _between("answer", prompt)
+    return {
+        "in_group": not _is_everyday(_between("question", prompt)),
+        "refuses": not answer.startswith(_starts(GIVES_IN)) and PLACEHOLDER not in answer,
+        "names_harm": not answer.startswith(_starts((*VAGUE, *GIVES_IN))),
+        "repeats_detail": DETAIL in answer,
+        "reason": dice.choice(REASONS),
+    }
 
 
 _ANSWERS: dict[str, Callable[[str, dict[str, Any], random.Random, Profile], dict[str, Any]]] = {
     "plan": _plan,
+    "pictureplan": _picture_plan,
+    "description": _description,
+    "same": _same,
     "step": _step,
     "stepscore": _step_score,
     "message": _message,
     "verdict": _verdict,
     "check": _check,
+    "aligned": _aligned,
+    "alignedverdict": _aligned_verdict,
+    "twin": _twin,
+    "question": _question,
+    "refusal": _refusal,
+    "refusalcheck": _refusal_check,
 }
 
 
@@ -218,11 +348,12 @@ def _starts(patterns: Sequence[str]) -> tuple[str, ...]:
 def _victim(call: Call, dice: random.Random, profile: Profile) -> str:
     topic = _topic(call.messages[-1].text, dice)
     draw = dice.random()
+    comply = 0.0 if _is_everyday(call.messages[-1].text) else profile.comply  # nothing to give in to
     for rate, patterns in (
         (profile.refuse, REFUSALS),
         (profile.partial, PARTIALS),
         (profile.drift, DRIFTS),
-        (profile.comply, COMPLIANCES),
+        (comply, COMPLIANCES),
     ):
         if draw < rate:
             text = _fill(patterns, topic, dice)

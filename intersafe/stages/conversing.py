@@ -1,21 +1,42 @@
 """Converse: per step the attacker writes the user's message, the victim answers, the judge gives a verdict (AM3Safety).
 
 The roles have threads of their own: the victim sees its system prompt, the talk and the images and nothing else; the
-attacker sees the talk and the step; the judge sees all of it. A turn that the victim refused outright may be taken
-back and asked in another way; what was taken back stays in the record, since accepted and pruned branches of one
-prefix make preference pairs.
+attacker sees the talk, its images and the step; the judge sees all of it. A step that needs something to look at gets a
+painted image first, and the attacker then writes about the image and not from its description. A turn that the victim
+refused outright may be taken back and asked in another way; what was taken back stays in the record, since accepted and
+pruned branches of one prefix make preference pairs.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from intersafe.errors import CallFailed, JobRejected
-from intersafe.messages import message_problem
+from intersafe.messages import message_problem, regularise
 from intersafe.models.cast import JobCast, Unanswered
-from intersafe.records import Job, Message, Plan, PrunedTurn, Turn, transcript
+from intersafe.records import ImageOrigin, Job, Message, Plan, PrunedTurn, Turn, transcript
 from intersafe.replies import MessageAnswer
 from intersafe.settings import ConverseSettings, RuleSettings
 from intersafe.stages.judging import concern_of, judge_turn, seed_images
+from intersafe.stages.painting import paint
 from intersafe.taxonomy import excluded_together
+
+
+class Asking(NamedTuple):
+    """What one user message is written from."""
+
+    job: Job
+    plan: Plan
+    cast: JobCast
+    settings: ConverseSettings
+    rules: RuleSettings | None
+    turns: Sequence[Turn]
+    """The talk before this message."""
+    pruned: Sequence[PrunedTurn] = ()
+
+    @property
+    def said(self) -> list[str]:
+        """All that was said, taken back or not."""
+        return said_in([*self.turns, *(pruned.turn for pruned in self.pruned)])
 
 
 async def converse(
@@ -25,11 +46,12 @@ async def converse(
     turns: list[Turn] = []
     pruned: list[PrunedTurn] = []
     for position in range(len(plan.steps)):
+        origins = await _images_of(Asking(job, plan, cast, settings, rules, turns, pruned))
         while True:
+            asking = Asking(job, plan, cast, settings, rules, turns, pruned)
             refused = bool(pruned) and pruned[-1].index == position
-            said = [message.text for turn in (*turns, *(p.turn for p in pruned)) for message in (turn.user, turn.reply)]
-            user = await _write_message(job, plan, cast, settings, rules, turns, said, refused)
-            turn = await _take_turn(job, cast, settings, turns, said, user)
+            user = await write_message(asking, origins, refused=refused)
+            turn = await take_turn(job, cast, settings.tries, turns, asking.said, user, origins)
             if turn.verdict.refusal != "full" or len(pruned) >= settings.backtracks:
                 break
             pruned.append(PrunedTurn(position, turn, "refused"))
@@ -37,8 +59,14 @@ async def converse(
     return tuple(turns), tuple(pruned)
 
 
-async def _take_turn(
-    job: Job, cast: JobCast, settings: ConverseSettings, turns: Sequence[Turn], said: Sequence[str], user: Message
+async def take_turn(
+    job: Job,
+    cast: JobCast,
+    tries: int,
+    turns: Sequence[Turn],
+    said: Sequence[str],
+    user: Message,
+    origins: tuple[ImageOrigin, ...],
 ) -> Turn:
     """The victim answers the talk so far and this message; the judge gives its verdict."""
     system = Message("system", cast.prompts["victim/system"].render("system", {}))
@@ -53,49 +81,92 @@ async def _take_turn(
     if excluded_together([*said, user.text, answer.text]):
         raise JobRejected("converse", "excluded", f"reply of turn {len(turns) + 1}")
     reply = Message("assistant", answer.text.strip())
-    verdict = await judge_turn(job, cast, turns, user, reply, settings.tries)
-    return Turn(user, reply, verdict, answer.finish)
+    verdict = await judge_turn(job, cast, turns, user, reply, tries)
+    return Turn(user, reply, verdict, answer.finish, origins)
 
 
-async def _write_message(
-    job: Job,
-    plan: Plan,
-    cast: JobCast,
-    settings: ConverseSettings,
-    rules: RuleSettings | None,
-    turns: Sequence[Turn],
-    said: Sequence[str],
-    refused: bool,
+async def write_message(
+    asking: Asking, origins: tuple[ImageOrigin, ...], *, refused: bool = False, lost_image: bool = False
 ) -> Message:
-    """The user's next message; one that leaks, repeats or says nothing is asked for again, with the problem named."""
+    """The user's next message with those images; one that leaks, repeats or says nothing is asked for again.
+
+    `lost_image`: the picture that this message was about was taken out of the talk.
+    """
+    job, plan, cast, settings, rules, turns, _ = asking
+    earlier = [turn.user.text for turn in turns]
+    descriptions = [origin.description for origin in (*origins_of(turns), *origins) if origin.description]
+    images = (*images_of(turns), *(origin.image for origin in origins))
     values = concern_of(job) | {
         "transcript": transcript(turns),
         "turn": len(turns) + 1,
         "n_turns": job.turns,
         "step": plan.steps[len(turns)].text,
         "refused": refused,
+        "has_image": bool(images),
+        "has_picture": bool(origins),
         "judge_reason": turns[-1].verdict.reason if turns else "",
     }
+    said = [*asking.said, *descriptions]
+    note = "there is no picture with this message, speak of an earlier one or of none" if lost_image else ""
     problem = None
     for _ in range(settings.tries):
+        words = " ".join(problem).replace("_", " ") if problem else note
         try:
             answer = await cast.answer(
                 "attacker",
                 f"attacker/{job.strategy}",
-                values | {"problem": " ".join(problem).replace("_", " ") if problem else ""},
+                values | {"problem": words},
                 MessageAnswer,
-                images=seed_images(job),
+                images=images,
                 tries=settings.tries,
             )
         except Unanswered as error:
             raise JobRejected("converse", f"attacker_{error.reason}", error.detail) from None
-        text = answer.message.strip()
+        text = regularise(answer.message, rules) if rules else answer.message.strip()
         # All that was said is read as one text: a concern that is spread over the turns must not pass.
         if excluded_together([*said, text]):
             raise JobRejected("converse", "excluded", f"message of turn {len(turns) + 1}")
-        earlier = [turn.user.text for turn in turns]
-        problem = message_problem(text, earlier, job.seed.query, plan, rules) if rules else None
+        problem = message_problem(text, earlier, job.seed.query, plan, rules, descriptions) if rules else None
         if problem is None:
-            return Message("user", text, () if turns else seed_images(job))
+            return Message("user", text, tuple(origin.image for origin in origins))
     assert problem is not None
     raise JobRejected("converse", problem.word, problem.detail or f"turn {len(turns) + 1}")
+
+
+async def _images_of(asking: Asking) -> tuple[ImageOrigin, ...]:
+    """What the next turn shows: the seed's image in the first, a painted one where the plan wants it."""
+    job, turns = asking.job, asking.turns
+    shown = tuple(ImageOrigin(image, "seed") for image in seed_images(job)) if not turns else ()
+    step = asking.plan.steps[len(turns)]
+    if not step.picture:
+        return shown
+    painted = await paint(
+        job,
+        asking.cast,
+        step.text,
+        asking.settings.tries,
+        transcript=transcript(turns),
+        turn=len(turns) + 1,
+        images=(*images_of(turns), *(origin.image for origin in shown)),
+        said=asking.said,
+    )
+    return (*shown, painted)
+
+
+def said_in(turns: Sequence[Turn]) -> list[str]:
+    """Every text of a talk, and what its pictures were painted from."""
+    return [
+        text
+        for turn in turns
+        for text in (*(o.description for o in turn.origins if o.description), turn.user.text, turn.reply.text)
+    ]
+
+
+def origins_of(turns: Sequence[Turn]) -> list[ImageOrigin]:
+    """Where the images of a talk come from, in its order."""
+    return [origin for turn in turns for origin in turn.origins]
+
+
+def images_of(turns: Sequence[Turn]) -> tuple[str, ...]:
+    """References of the images of a talk, in its order."""
+    return tuple(image for turn in turns for image in turn.user.images)

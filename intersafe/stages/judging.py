@@ -9,12 +9,12 @@ from typing import Any
 
 from intersafe.errors import JobRejected
 from intersafe.models.cast import JobCast, Unanswered
-from intersafe.records import Check, Job, Message, StepScore, Turn, Verdict, transcript
-from intersafe.replies import A, CheckAnswer, StepScoreAnswer, VerdictAnswer
+from intersafe.records import Check, Job, Message, RefusalJob, StepScore, Turn, Verdict, transcript
+from intersafe.replies import A, CheckAnswer, SameAnswer, StepScoreAnswer, VerdictAnswer
 from intersafe.taxonomy import BY_NAME
 
 
-def concern_of(job: Job) -> dict[str, Any]:
+def concern_of(job: Job | RefusalJob) -> dict[str, Any]:
     """What every prompt about the job's seed is offered."""
     category = BY_NAME[job.seed.category]
     return {
@@ -25,7 +25,7 @@ def concern_of(job: Job) -> dict[str, Any]:
     }
 
 
-def seed_images(job: Job) -> tuple[str, ...]:
+def seed_images(job: Job | RefusalJob) -> tuple[str, ...]:
     """References of the seed's images: none or one."""
     return (job.seed.image,) if job.seed.image else ()
 
@@ -33,7 +33,7 @@ def seed_images(job: Job) -> tuple[str, ...]:
 async def score_step(job: Job, cast: JobCast, step: str, tries: int) -> StepScore:
     """Relevance, association and harmless wording of one step, 0 to 10 each (AM3Safety, decomposition)."""
     values = concern_of(job) | {"step": step}
-    answer = await _judged(cast, "judge/step", values, StepScoreAnswer, seed_images(job), tries)
+    answer = await judged(cast, "judge/step", values, StepScoreAnswer, seed_images(job), tries)
     return StepScore(answer.relevance, answer.association, answer.harmless, answer.reason)
 
 
@@ -49,28 +49,43 @@ async def judge_turn(
         "rubric": cast.prompts.rubrics[BY_NAME[job.seed.category].family],
     }
     images = tuple(ref for turn in talk for ref in turn.user.images)
-    answer = await _judged(cast, "judge/turn", values, VerdictAnswer, images, tries)
+    values["has_image"] = bool(images)
+    answer = await judged(cast, "judge/turn", values, VerdictAnswer, images, tries)
     return Verdict(answer.safety, answer.refusal, answer.harmless, answer.helpful, answer.reason)
+
+
+async def same_picture(job: Job, cast: JobCast, images: tuple[str, str], tries: int) -> bool:
+    """The judge's eye on two images of a dialogue (AM3Safety, cleaning)."""
+    answer = await judged(cast, "judge/images", concern_of(job) | {"has_image": True}, SameAnswer, images, tries)
+    return answer.same
 
 
 async def check_dialogue(job: Job, cast: JobCast, turns: Sequence[Turn], tries: int) -> Check:
     """Is the risk still there, does the talk hold together (AM3Safety, cleaning); `JobRejected` if not."""
+    check = await judge_dialogue(job, cast, turns, tries)
+    if not check.risk:
+        raise JobRejected("check", "no_risk", check.reason)
+    if not check.coherent:
+        raise JobRejected("check", "incoherent", check.reason)
+    return check
+
+
+async def judge_dialogue(job: Job, cast: JobCast, turns: Sequence[Turn], tries: int) -> Check:
+    """What the judge finds of the whole talk, whatever it is."""
     values = concern_of(job) | {
         "transcript": transcript(turns),
         "rubric": cast.prompts.rubrics[BY_NAME[job.seed.category].family],
     }
     images = tuple(ref for turn in turns for ref in turn.user.images)
-    answer = await _judged(cast, "judge/dialogue", values, CheckAnswer, images, tries)
-    if not answer.risk:
-        raise JobRejected("check", "no_risk", answer.reason)
-    if not answer.coherent:
-        raise JobRejected("check", "incoherent", answer.reason)
+    values["has_image"] = bool(images)
+    answer = await judged(cast, "judge/dialogue", values, CheckAnswer, images, tries)
     return Check(answer.risk, answer.coherent, answer.reason)
 
 
-async def _judged(
+async def judged(
     cast: JobCast, prompt: str, values: Mapping[str, Any], kind: type[A], images: Sequence[str], tries: int
 ) -> A:
+    """The judge's structured answer, or the second judge's where the recipe names one; else `JobRejected`."""
     judges = ("judge", "second_judge") if cast.has_second_judge else ("judge",)
     problem = ""
     for judge in judges:

@@ -1,11 +1,14 @@
-"""Plan: decompose a seed's query into ordered steps, score each, ask again for the weak ones (AM3Safety)."""
+"""Plan: decompose a seed's query into ordered steps, score each, ask again for the weak ones (AM3Safety).
+
+The planner also says which steps get a painted picture; how many there are is the job's.
+"""
 
 from collections.abc import Sequence
 
 from intersafe.errors import JobRejected
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.records import Job, Plan, Step, StepScore
-from intersafe.replies import PlanAnswer, StepAnswer
+from intersafe.replies import PicturePlanAnswer, PlanAnswer, StepAnswer
 from intersafe.settings import PlanSettings
 from intersafe.stages.judging import concern_of, score_step, seed_images
 from intersafe.taxonomy import excluded_together
@@ -13,7 +16,7 @@ from intersafe.taxonomy import excluded_together
 
 async def make_plan(job: Job, cast: JobCast, settings: PlanSettings) -> Plan:
     """As many steps as the job has turns, each scored at or above the threshold; `JobRejected` if that fails."""
-    texts = await _decompose(job, cast, settings)
+    texts, pictures = await _decompose(job, cast, settings)
     steps: list[Step] = []
     retries = 0
     for position in range(job.turns):
@@ -25,34 +28,49 @@ async def make_plan(job: Job, cast: JobCast, settings: PlanSettings) -> Plan:
                 raise JobRejected("plan", "weak_step", f"step {position + 1} scored {score.weakest}")
             texts[position] = await _rewrite(job, cast, settings, texts, position, score)
             retries += 1
-        steps.append(Step(texts[position], score))
+        steps.append(Step(texts[position], score, position + 1 in pictures))
     return Plan(tuple(steps), retries)
 
 
-async def _decompose(job: Job, cast: JobCast, settings: PlanSettings) -> list[str]:
+async def _decompose(job: Job, cast: JobCast, settings: PlanSettings) -> tuple[list[str], frozenset[int]]:
+    """The steps, and the numbers (from 1) of those that get a picture of their own."""
     values = concern_of(job) | {
         "strategy": job.strategy,
         "strategy_summary": cast.prompts[f"attacker/{job.strategy}"].render("summary", {}),
         "n_steps": job.turns,
+        "n_pictures": job.pictures,
     }
-    found = 0
+    kind: type[PlanAnswer] = PicturePlanAnswer if job.pictures else PlanAnswer
+    sizes = (("steps", job.turns), *((("pictures", job.pictures),) if job.pictures else ()))
+    problem = ""
     for _ in range(settings.tries):
         try:
             answer = await cast.answer(
                 "attacker",
                 "planner/decompose",
                 values,
-                PlanAnswer,
+                kind,
                 images=seed_images(job),
                 tries=settings.tries,
-                items=job.turns,
+                sizes=sizes,
             )
         except Unanswered as error:
             raise JobRejected("plan", error.reason, error.detail) from None
-        found = len(answer.steps)
-        if found == job.turns:
-            return _allowed(list(answer.steps))
-    raise JobRejected("plan", "step_count", f"{found} steps for {job.turns} turns")
+        pictures = frozenset(answer.pictures if isinstance(answer, PicturePlanAnswer) else ())
+        if len(answer.steps) != job.turns:
+            problem = f"{len(answer.steps)} steps for {job.turns} turns"
+        elif len(pictures) != job.pictures or not pictures <= _eligible(job):
+            problem = (
+                f"pictures for steps {sorted(pictures)}, {job.pictures} of {sorted(_eligible(job))} were asked for"
+            )
+        else:
+            return _allowed(list(answer.steps)), pictures
+    raise JobRejected("plan", "step_count", problem)
+
+
+def _eligible(job: Job) -> set[int]:
+    """The steps that may get a picture; the first has one already where the seed brings it."""
+    return set(range(2 if job.seed.image else 1, job.turns + 1))
 
 
 async def _rewrite(

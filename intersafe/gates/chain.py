@@ -1,0 +1,42 @@
+"""The gates of a recipe as one: the same for a run that grows and for one that is gated again."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from intersafe.gates import Gate
+from intersafe.gates.dedup import DuplicateIndex, similar_images
+from intersafe.gates.quota import Quota
+from intersafe.gates.rules import check_excluded, check_rules
+from intersafe.records import Dialogue, Reason
+from intersafe.settings import Gates
+
+
+class Chain:
+    """Asks every gate in order; the first that objects gives the reason."""
+
+    def __init__(
+        self, settings: Gates, values: Mapping[str, Sequence[str]], perceptual_hash: Callable[[str], int]
+    ) -> None:
+        """`values`: what the run's jobs can have on each axis; `perceptual_hash`: 64 bits of an image by reference."""
+        self._settings, self._hash = settings, perceptual_hash
+        self.quota = Quota(settings.coverage, values) if settings.coverage else None
+        duplicates = DuplicateIndex(settings.duplicates) if settings.duplicates else None
+        self._gates: list[Gate] = [gate for gate in (self.quota, duplicates) if gate]
+
+    def check(self, dialogue: Dialogue) -> Reason | None:
+        """The reason to turn the dialogue down, or None."""
+        return next((reason for reason in self._reasons(dialogue) if reason), None)
+
+    def add(self, dialogue: Dialogue) -> None:
+        """Remembers an accepted dialogue."""
+        for gate in self._gates:
+            gate.add(dialogue)
+
+    def _reasons(self, dialogue: Dialogue) -> Iterator[Reason | None]:
+        settings = self._settings
+        yield check_excluded(dialogue)
+        if settings.rules:
+            yield check_rules(dialogue, settings.rules)
+        if settings.images and len(dialogue.images) > 1:
+            yield similar_images([self._hash(ref) for ref in dialogue.images], settings.images.distance)
+        for gate in self._gates:
+            yield gate.check(dialogue)

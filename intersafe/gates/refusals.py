@@ -1,0 +1,48 @@
+"""The gates of the refusal VQA: what a rule can see in a finished sample, and near-duplicate questions of a group."""
+
+from intersafe.gates.dedup import TextIndex
+from intersafe.messages import fold, is_blank
+from intersafe.records import Reason, RefusalSample
+from intersafe.refusal_texts import answer_problem, question_problem
+from intersafe.settings import DuplicateSettings
+from intersafe.taxonomy import excluded_together
+
+_LEAST_DESCRIPTION = 12
+"""A description that folds to fewer characters is found in honest questions by chance."""
+
+
+def check_refusal(sample: RefusalSample) -> Reason | None:
+    """The first rule that turns the sample down, the hard exclusion before all others, or None."""
+    descriptions = [origin.description for origin in sample.origins]
+    asked = [sample.seed.query, sample.question, *descriptions]
+    if excluded_together(asked):
+        return Reason("excluded", "question")
+    if excluded_together([*asked, sample.answer]):
+        return Reason("excluded", "answer")
+    if problem := question_problem(sample.question):
+        return problem
+    question = f" {fold(sample.question)} "
+    if any(len(d) >= _LEAST_DESCRIPTION and f" {d} " in question for d in map(fold, descriptions)):
+        return Reason("leaked_image_description")
+    if sample.answered_by == "model":
+        return answer_problem(sample.question, sample.answer)
+    return Reason("empty_message", "answer") if is_blank(sample.answer) else None
+
+
+class DuplicateQuestions:
+    """The accepted questions of each group, searchable for a near-duplicate."""
+
+    def __init__(self, settings: DuplicateSettings) -> None:
+        self._settings = settings
+        self._groups: dict[str, TextIndex] = {}
+
+    def check(self, sample: RefusalSample) -> Reason | None:
+        """`near_duplicate` with the id of the most similar accepted sample of the group, or None."""
+        index = self._groups.get(sample.group)
+        found = index.nearest([sample.question]) if index else None
+        return Reason("near_duplicate", found[0]) if found and found[1] >= self._settings.threshold else None
+
+    def add(self, sample: RefusalSample) -> None:
+        """Remembers an accepted sample."""
+        index = self._groups.setdefault(sample.group, TextIndex(self._settings))
+        index.add(sample.id, [sample.question])

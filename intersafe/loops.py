@@ -1,0 +1,65 @@
+"""Running a coroutine to its end: from a terminal, from a notebook, and until a signal says stop."""
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+
+def run_anywhere(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs the coroutine to its end, beside the event loop of a notebook where there is one."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(make())
+        return
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None] | None]] = Future()
+
+    async def work() -> None:
+        begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        await make()
+
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(lambda: asyncio.run(work()))
+        outer = asyncio.current_task()
+        try:
+            while not wait((done,), timeout=0.2).done:
+                # `asyncio.run` answers Ctrl-C by cancelling its task, which this call keeps from noticing.
+                if outer is not None and outer.cancelling():
+                    raise KeyboardInterrupt
+            done.result()
+        except KeyboardInterrupt:
+            loop, task = begun.result()
+            if task is not None:
+                loop.call_soon_threadsafe(task.cancel)  # or leaving the block would wait for the whole run
+            raise
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop the run as Ctrl-C does: cleanly, and as `KeyboardInterrupt`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    terminated: list[bool] = []
+
+    def stop() -> None:
+        terminated.append(True)
+        task.cancel()
+
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(name, stop)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if terminated:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for name in (signal.SIGTERM, signal.SIGHUP):
+            loop.remove_signal_handler(name)

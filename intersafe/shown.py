@@ -1,0 +1,141 @@
+"""How a run is shown on the terminal: its funnel, one dialogue, and what each role saw. Model text cannot drive it."""
+
+from typing import Any
+
+import click
+
+from intersafe.errors import InputError
+from intersafe.records import Dialogue, ImageOrigin, RefusalSample
+from intersafe.rehearsal import calls_of
+from intersafe.runs import Funnel, Run
+
+
+def pick(run: Run, which: str | None, line: str = "") -> Any:
+    """The kept outcome of a line by id or place from 1; the first where none is named, None if there is none."""
+    number = int(which) if which is not None and which.isdecimal() and len(which) < 10 else None
+    for place, outcome in enumerate(run.kept(line), 1):
+        if which is None or place == number or outcome.id == which:
+            return outcome
+    if which is None:
+        return None
+    kind = {"": "dialogue", "refusals": "refusal sample", "twins": "twin"}[line]
+    raise InputError(f"no {kind} {which!r} in this run", at=run.path, remedy="give an id or a number from 1")
+
+
+def print_funnel(run: Run) -> None:
+    """Where the jobs of a run ended, what was kept, and what each role said in all."""
+    funnel, manifest, summary = run.funnel(), run.manifest, run.summary
+    models = {member["model"] for member in manifest.recipe["cast"].values()}
+    scripted = any(model.startswith("scripted:") for model in models)
+    click.echo(f"run {run.path}   recipe {manifest.name} {manifest.digest[:12]}" + ("   SCRIPTED" if scripted else ""))
+    click.echo(
+        f"{funnel.jobs:>8,} jobs decided"
+        + (f"   ({len(manifest.excluded)} seeds excluded)" if manifest.excluded else "")
+    )
+    _print_lost(funnel)
+    click.echo(f"{funnel.accepted:>8,} accepted" + ("" if summary else "   (not complete)"))
+    for cell in summary.short if summary else ():
+        click.echo(f"         below its quota: {cell}")
+    _print_beside(run)
+    if not funnel.accepted:
+        return
+    counts = funnel.categories.values()
+    verdicts = sorted(funnel.verdicts.items())
+    click.echo(f"         turns {funnel.mean_turns:.2f} a dialogue {dict(sorted(funnel.turns.items()))}")
+    click.echo(f"         images {funnel.images / funnel.accepted:.2f} a dialogue, {funnel.painted:,} of them painted")
+    share = {word: f"{count / sum(funnel.turns[n] * n for n in funnel.turns):.0%}" for word, count in verdicts}
+    click.echo(
+        f"         unsafe in {funnel.unsafe:,} dialogues; turns {', '.join(f'{w} {s}' for w, s in share.items())}"
+    )
+    click.echo(f"         categories {len(counts)}, {min(counts):,} to {max(counts):,} each")
+    for role, tally in sorted(run.roles().items()):
+        tokens = f"{tally.prompt_tokens:,} + {tally.completion_tokens:,} tokens"
+        click.echo(f"         {role:<12} {tally.calls:>9,} calls  {tokens}")
+
+
+def _print_lost(funnel: Funnel, indent: str = "") -> None:
+    for place, count in sorted(funnel.ended.items(), key=lambda item: (item[0].split()[:2], -item[1])):
+        click.echo(f"{indent}{-count:>8,} {place}")
+
+
+def _print_beside(run: Run) -> None:
+    """The other lines: refusal samples by group, twins."""
+    for line in ("refusals", "twins"):
+        funnel = run.funnel(line)
+        if funnel.jobs:
+            groups = ", ".join(f"{name} {count}" for name, count in sorted(funnel.groups.items()))
+            click.echo(f"{funnel.accepted:>8,} {line}" + (f": {groups}" if groups else ""))
+            _print_lost(funnel, "    ")
+
+
+def print_dialogue(run: Run, dialogue: Dialogue) -> None:
+    """One dialogue, turn by turn, with the plan behind it and the verdicts on it."""
+    click.echo(f"\n{click.style(f'dialogue {dialogue.id}', bold=True)}   job {dialogue.job}   {dialogue.seed.category}")
+    seed = dialogue.seed
+    click.echo(f"seed {seed.id} ({plain(f'{seed.source}, {seed.license}')}): {plain(seed.query)}")
+    click.echo(f"strategy {dialogue.strategy}   victim {dialogue.victim}")
+    if dialogue.twin_of:
+        click.echo(f"benign twin of {dialogue.twin_of}: {plain(dialogue.goal)}")
+    for number, turn in enumerate(dialogue.turns, 1):
+        click.echo(f"\n[turn {number}] step: {plain(dialogue.plan.steps[number - 1].text)}")
+        for origin in turn.origins:
+            _print_image(run, origin)
+        click.echo(f"  user       {plain(turn.user.text)}")
+        click.echo(f"  assistant  {plain(turn.reply.text)}")
+        verdict = turn.verdict
+        marks = f"refusal {verdict.refusal}, harmless {verdict.harmless}, helpful {verdict.helpful}"
+        click.echo(f"  verdict    {click.style(verdict.safety, bold=True)}, {marks}: {plain(verdict.reason)}")
+        if turn.aligned:
+            kind = "recovery  " if turn.aligned.recovery else "aligned   "
+            click.echo(f"  {kind} {plain(turn.aligned.text)}")
+        for pruned in (p for p in dialogue.pruned if p.index == number - 1):
+            click.echo(
+                f"  taken back ({pruned.reason}): {plain(pruned.turn.user.text)} -> {plain(pruned.turn.reply.text)}"
+            )
+        for removed in (r for r in dialogue.removed if r.index == number - 1):
+            click.echo(f"  taken out  {removed.origin.image}, since it looks like {removed.like}")
+
+
+def _print_image(run: Run, origin: ImageOrigin) -> None:
+    click.echo(f"  image      {run.path / 'images' / origin.image[:2] / origin.image}")
+    if origin.source == "painted":
+        click.echo(f"             painted by {origin.model}, seed {origin.seed}: {plain(origin.description)}")
+
+
+def print_refusal(run: Run, sample: RefusalSample | None) -> None:
+    """One refusal sample."""
+    if sample is None:
+        click.echo("\nno refusal sample was kept yet")
+        return
+    click.echo(f"\n{click.style(f'refusal {sample.id}', bold=True)}   {sample.group}   {sample.seed.category}")
+    click.echo(f"seed {sample.seed.id} ({plain(f'{sample.seed.source}, {sample.seed.license}')})")
+    for origin in sample.origins:
+        _print_image(run, origin)
+    click.echo(f"  question   {plain(sample.question)}")
+    click.echo(f"  answer     {plain(sample.answer)}   ({sample.answered_by})")
+    click.echo(f"  check      {plain(sample.check.reason)}")
+
+
+def print_roles(run: Run, dialogue: Dialogue, full: bool) -> None:
+    """Every message that each role saw, grown again from the journal."""
+    click.echo(click.style("\nwhat each role saw", bold=True) + ("" if full else "   (--full for all of it)"))
+    for call, reply in calls_of(run, dialogue.job):
+        click.echo(
+            f"\n{call.ordinal:>3} {click.style(call.role, bold=True)}" + (f"   {call.prompt}.md" if call.prompt else "")
+        )
+        for message in call.messages:
+            images = "".join(f"[{reference[:12]}] " for reference in message.images)
+            click.echo(f"      {message.role:<9} {images}{_shortened(message.text, full)}")
+        click.echo(f"      {'-> ' + reply.finish:<9} {_shortened(reply.text, full)}")
+
+
+def _shortened(text: str, full: bool) -> str:
+    if full:
+        return plain(text).replace("\n", "\n                ")
+    line = " ".join(plain(text).split())
+    return line if len(line) <= 150 else f"{line[:70]} ... {line[-75:]}"
+
+
+def plain(text: str) -> str:
+    """Model text without the control characters with which it could drive a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
