@@ -1,7 +1,8 @@
 """Same bytes for any concurrency and after SIGKILLs at random moments.   python bench/kills.py [--n 11270] [--kills 10]
 
 Grows the demo recipe three times: with concurrency 1, with 64, and with 64 while the process is killed and restarted.
-Prints the sha256 of each dialogues.jsonl and whether any call stands in the journals twice.
+Prints the sha256 of all outcome files together (dialogues, refusals, what was rejected) and whether any call stands in
+the journals twice.
 """
 
 import argparse
@@ -37,8 +38,8 @@ def grow(n: int, concurrency: int, kills: int, dice: random.Random) -> tuple[str
         while True:
             process = start(folder, n, concurrency)
             try:
-                # Spread over the run: about 170 dialogues a second on two quiet cores.
-                code = process.wait(timeout=1 + dice.random() * n / 170 / kills if killed < kills else None)
+                # Spread over the run: about 100 dialogues a second on two quiet cores.
+                code = process.wait(timeout=1 + dice.random() * n / 100 / kills if killed < kills else None)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -47,7 +48,8 @@ def grow(n: int, concurrency: int, kills: int, dice: random.Random) -> tuple[str
             assert code == 0, code
             break
         seconds = time.monotonic() - began
-        digest = hashlib.sha256((folder / "run" / "dialogues.jsonl").read_bytes()).hexdigest()
+        outcomes = sorted(path for path in (folder / "run").glob("*.jsonl") if path.name != "seeds.jsonl")
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in outcomes)).hexdigest()
         lines = (folder / "run" / "journal" / "main.jsonl").read_bytes().splitlines()
         keys = [msgspec.json.decode(line, type=Key).key for line in lines]
         print(f"concurrency {concurrency:>3}, {killed:>2} kills: sha256 {digest}  {seconds:.0f} s", flush=True)

@@ -72,10 +72,10 @@ def test_the_scripted_painter_misbehaves_at_its_rates_and_its_stock_pictures_res
     assert 0.002 < rate["truncated"] < 0.009
     assert 0.002 < rate["no_image"] < 0.009
     assert 0.001 < rate["blocked"] < 0.007
-    assert 0.014 < sum(hashes.values()) / 4000 < 0.027
+    assert 0.048 < sum(hashes.values()) / 4000 < 0.072
     assert len(stock) > 50, "stock pictures are near-identical, not identical"
-    for a, b, c, d in itertools.combinations(hashes, STOCK + 1):
-        assert min(distance(x, y) for x, y in itertools.combinations((a, b, c, d), 2)) <= 4
+    for some in itertools.combinations(list(hashes)[:60], STOCK + 1):
+        assert min(distance(x, y) for x, y in itertools.combinations(some, 2)) <= 4
 
 
 DIGEST = """

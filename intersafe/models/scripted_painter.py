@@ -3,7 +3,7 @@
 A picture is a pure function of the description, the seed and the size. Half of them are scenes (landscapes, towns,
 charts, tables, crowds of shapes), half are typographic: words of the description as a sign, a label or a numbered list,
 the form in which FigStep hides a question in an image (Gong et al., arXiv:2311.05608). It misbehaves at set rates, as
-painters do: it gives back one of a few stock pictures, breaks its bytes off, draws nothing, or blocks.
+painters do: it gives back a stock picture, breaks its bytes off, draws nothing, or blocks.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ LONGEST_EDGE = 96
 """Pixels; a larger size is scaled down to it."""
 SHORTEST_EDGE = 32
 """Pixels; some vision-language models turn down less than 28."""
-STOCK = 3
+STOCK = 1
 """Different stock pictures."""
 
 
 class PainterProfile(NamedTuple):
     """Rates from 0 to 1 at which the painter misbehaves in a certain way."""
 
-    stock: float = 0.02
+    stock: float = 0.06
     """A stock picture, whatever was described; two of the same differ by a dot."""
     truncated: float = 0.005
     no_image: float = 0.005
