@@ -315,14 +315,15 @@ class ImageStore:
         self._uris: dict[str, str] = {}
         self._hash = functools.lru_cache(maxsize=65_536)(lambda ref: dhash(self.read(ref)))
 
-    def _path(self, ref: str) -> Path:
+    def path(self, ref: str) -> Path:
+        """Where the file of a reference lies, there or not; `InputError` for anything but a reference."""
         if not _REF.fullmatch(ref):
             raise _bad(self.root, f"{ref!r} is not an image reference", "it has the form <sha256>.<png|jpg|webp>")
         return self.root / ref[:2] / ref
 
     def put(self, image: Normalised) -> str:
         """Stores the image unless it is there, and gives its reference; raises `StorageError`."""
-        path = self._path(image.ref)
+        path = self.path(image.ref)
         with contextlib.suppress(OSError):
             if path.read_bytes() == image.data:
                 return image.ref
@@ -339,7 +340,7 @@ class ImageStore:
 
     def read(self, ref: str) -> bytes:
         """The bytes of a reference; `InputError` if ill-formed, missing or corrupt, `StorageError` if unreadable."""
-        path = self._path(ref)
+        path = self.path(ref)
         try:
             data = path.read_bytes()
         except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from intersafe.records import Plan, Reason
@@ -14,6 +14,8 @@ _WORDS = re.compile(r"[^\W_]+")
 _NOT_ASCII_WORDS = "".join(chr(code) if chr(code).isalnum() else " " for code in range(128))
 _DECORATION = re.compile(r"[*`\"'\u2018\u2019\u201c\u201d]")
 _SPACES = re.compile(r"[\s_]+")
+_UNSEEN = re.compile(r"[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
+"""Characters without a width: inside a word they would make it another one."""
 _COUNT = r"(?:\d+|one|two|three|four|five|six|first|second|third|fourth|next|last|final)"
 _PLAN_TALK = re.compile(
     rf"\bstep (?:number )?{_COUNT} (?:of|in|from) (?:the|my|our|this) (?:\w+ )?plan\b"
@@ -56,34 +58,59 @@ def message_problem(
 
 
 def regularise(text: str, settings: RuleSettings) -> str:
-    """The message without what a model writes around it: notes on the picture in brackets, and lines that label it."""
-    phrases = tuple(phrase for phrase in _loose_all(settings.image_phrases))
-    text = _BRACKETS.sub(lambda match: "" if _loose(match[0]).startswith(phrases) else match[0], text)
-    lines = [line for line in text.splitlines() if not _loose(line).startswith(phrases)]
-    return re.sub(r"[ \t]{2,}", " ", "\n".join(lines)).strip()
+    """The message without what a model writes around it: notes on the picture in brackets, and lines that label it.
+
+    A label stays where its words may go on elsewhere: without it, `image_leak` would not know them for a description.
+    """
+    phrases = _loose_all(settings.image_phrases)
+    fields = tuple(phrase for phrase in phrases if phrase[:1] not in "[<(")
+    text = _BRACKETS.sub(lambda match: "" if _is_labelled(match[0], phrases) else match[0], text)
+    lines = text.splitlines()
+    following = [*lines[1:], ""]
+    kept = [
+        line for line, next_ in zip(lines, following, strict=True) if next_.strip() or not _is_labelled(line, fields)
+    ]
+    return re.sub(r"[ \t]{2,}", " ", "\n".join(kept)).strip()
+
+
+def _is_labelled(text: str, phrases: tuple[str, ...]) -> bool:
+    """True if the text is a label and the words that belong to it."""
+    loose = _loose(text)
+    return any(loose.startswith(phrase) and _WORDS.search(loose, len(phrase)) for phrase in phrases)
 
 
 def repeats_description(text: str, descriptions: Sequence[str], settings: RuleSettings) -> bool:
-    """True if a message says what the painter was told: a run of `description_words` words, or all of a shorter one."""
+    """True if a message says what the painter was told: a run of `description_words` words, or all of a shorter one.
+
+    Half of a description, and so many words at least, is too much as well where it comes in runs half as long.
+    """
     if not descriptions:
         return False
     message, size = f" {fold(text)} ", settings.description_words
-    for description in descriptions:
-        words = fold(description).split()
-        if len(words) < size:
-            if len(" ".join(words)) >= _LEAST_GOAL and f" {' '.join(words)} " in message:
-                return True
-            continue
-        if any(f" {' '.join(words[i : i + size])} " in message for i in range(len(words) - size + 1)):
-            return True
-    return False
+    return any(_repeats(message, fold(description).split(), size) for description in descriptions)
+
+
+def _repeats(message: str, words: list[str], size: int) -> bool:
+    whole = " ".join(words)
+    if len(words) < size:
+        return len(whole) >= _LEAST_GOAL and f" {whole} " in message
+    if any(True for _ in _shared(message, words, size)):
+        return True
+    piece = max(3, size // 2)
+    said = {place for start in _shared(message, words, piece) for place in range(start, start + piece)}
+    return len(said) >= max(size, len(words) / 2)
+
+
+def _shared(message: str, words: list[str], size: int) -> Iterator[int]:
+    """Where a run of so many of the words begins that the message has too."""
+    return (i for i in range(len(words) - size + 1) if f" {' '.join(words[i : i + size])} " in message)
 
 
 def fold(text: str) -> str:
     """The words of a text in lower case with one space between them; a text without words keeps its characters."""
     if text.isascii():  # the same answer as below, only sooner
         return " ".join(text.lower().translate(_NOT_ASCII_WORDS).split()) or "".join(text.split())
-    plain = unicodedata.normalize("NFKC", text)
+    plain = _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
     return " ".join(_WORDS.findall(plain.casefold())) or "".join(plain.split())
 
 

@@ -9,8 +9,9 @@ import pytest
 from intersafe.errors import InputError
 from intersafe.files import bundled
 from intersafe.prepare import prepare
+from intersafe.prompt_roles import PROMPTS, STRATEGY
 from intersafe.recipe import load_recipe
-from intersafe.templates import PROMPTS, STRATEGY, lint_prompts, load_prompts
+from intersafe.templates import lint_prompts, load_prompts
 from tests.makers import cli
 
 NAME = "judge/dialogue"

@@ -115,8 +115,11 @@ class JobCast:
             self._company.observe(call, reply)
         return reply
 
-    async def paint(self, description: str) -> ImageOrigin:
-        """The painter's image, verified and stored; `Unpainted` if what came is none, `CallFailed` as for `ask`."""
+    async def paint(self, description: str, *, last: bool = False) -> ImageOrigin:
+        """The painter's image, verified and stored; `Unpainted` if what came is none, `CallFailed` as for `ask`.
+
+        What is wrong with the `last` try ends the job, so it is not kept: like a failed call, an undecided job asks again.
+        """
         settings, model, store = self._company.cast.painter, self._company.painter, self._company.images
         assert settings is not None
         assert model is not None
@@ -133,7 +136,8 @@ class JobCast:
                 painted = await model.paint(call)
             image, problem = await asyncio.to_thread(_keep, painted, store)
             entry = self._entry(call, key, began, text=problem, image=image)
-            self._company.journal.add(entry)
+            if image or not last:
+                self._company.journal.add(entry)
         if self._company.observe:
             self._company.observe(call, Reply(entry.text or f"[image {entry.image}]"))
         if not entry.image:
@@ -146,10 +150,12 @@ class JobCast:
         older = self._company.older_images
         if store.is_sound(image):
             return True
-        if older is None or not older.is_sound(image):
+        if older is None:
             return False
-        data = older.read(image)
-        return store.put(normalise(data, at=older.root)) == image
+        try:
+            return store.put(normalise(older.read(image), at=older.root)) == image
+        except InputError:
+            return False
 
     def difference(self, one: str, other: str) -> int:
         """How many of 64 bits the perceptual hashes of two images differ in."""

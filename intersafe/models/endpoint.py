@@ -6,7 +6,6 @@ more where it does not know them any longer.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -142,7 +141,7 @@ class EndpointModel:
         return {"type": "image_url", "image_url": {"url": self._images.data_uri(ref)}}
 
     def _as_file(self, ref: str) -> Part:
-        return {"type": "image_url", "image_url": {"url": Path(self._images.root, ref[:2], ref).absolute().as_uri()}}
+        return {"type": "image_url", "image_url": {"url": self._images.path(ref).absolute().as_uri()}}
 
 
 def _message(message: Message, part: Callable[[str], Part]) -> dict[str, Any]:

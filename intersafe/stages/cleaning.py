@@ -11,7 +11,7 @@ from intersafe.errors import JobRejected
 from intersafe.models.cast import JobCast
 from intersafe.records import ImageOrigin, Job, Plan, RemovedImage, Turn
 from intersafe.settings import CleanSettings, ConverseSettings, RuleSettings
-from intersafe.stages.conversing import Asking, said_in, take_turn, write_message
+from intersafe.stages.conversing import Asking, take_turn, write_message
 from intersafe.stages.judging import same_picture
 
 
@@ -38,7 +38,8 @@ async def clean(
     """
     talk = list(turns)
     removed: list[RemovedImage] = []
-    while found := await _first_similar(job, cast, talk, settings, converse.tries):
+    looked: dict[tuple[str, str], bool] = {}
+    while found := await _first_similar(job, cast, talk, settings, converse.tries, looked):
         earlier, place = found
         old = talk[place.turn]
         if not settings.repair:
@@ -46,18 +47,23 @@ async def clean(
         like = talk[earlier.turn].origins[earlier.image].image
         removed.append(RemovedImage(place.turn, old.origins[place.image], like))
         origins = tuple(origin for number, origin in enumerate(old.origins) if number != place.image)
-        before = talk[: place.turn]
-        asking = Asking(job, plan, cast, converse, rules, before)
+        before, later = talk[: place.turn], talk[place.turn + 1 :]
+        hidden = [image.origin.description for image in removed if image.origin.description]
+        asking = Asking(job, plan, cast, converse, rules, before, later=later, removed=hidden)
         user = await write_message(asking, origins, lost_image=True)
-        said = said_in([*before, *talk[place.turn + 1 :]])
-        talk[place.turn] = await take_turn(job, cast, converse.tries, before, said, user, origins)
+        talk[place.turn] = await take_turn(job, cast, converse.tries, before, asking.said, user, origins)
     return tuple(talk), tuple(removed)
 
 
 async def _first_similar(
-    job: Job, cast: JobCast, turns: Sequence[Turn], settings: CleanSettings, tries: int
+    job: Job,
+    cast: JobCast,
+    turns: Sequence[Turn],
+    settings: CleanSettings,
+    tries: int,
+    looked: dict[tuple[str, str], bool],
 ) -> tuple[_Place, _Place] | None:
-    """The first two images that look alike, in the order of the talk."""
+    """The first two images that look alike, in the order of the talk; `looked` holds what the judge said before."""
     shown: list[tuple[_Place, ImageOrigin]] = [
         (_Place(turn, image), origin) for turn, t in enumerate(turns) for image, origin in enumerate(t.origins)
     ]
@@ -65,7 +71,11 @@ async def _first_similar(
         bits = cast.difference(first.image, second.image)
         if bits <= settings.distance:
             return one, other
-        unsure = settings.judge_distance is not None and bits <= settings.judge_distance
-        if unsure and await same_picture(job, cast, (first.image, second.image), tries):
+        if settings.judge_distance is None or bits > settings.judge_distance:
+            continue
+        pair = (first.image, second.image)
+        if pair not in looked:
+            looked[pair] = await same_picture(job, cast, pair, tries)
+        if looked[pair]:
             return one, other
     return None

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from intersafe.errors import CallFailed, JobRejected
-from intersafe.messages import message_problem, regularise
+from intersafe.messages import message_problem, regularise, repeats_description
 from intersafe.models.cast import JobCast, Unanswered
-from intersafe.records import ImageOrigin, Job, Message, Plan, PrunedTurn, Turn, transcript
+from intersafe.records import ImageOrigin, Job, Message, Plan, PrunedTurn, Reason, Turn, transcript
 from intersafe.replies import MessageAnswer
 from intersafe.settings import ConverseSettings, RuleSettings
 from intersafe.stages.judging import concern_of, judge_turn, seed_images
@@ -32,11 +32,15 @@ class Asking(NamedTuple):
     turns: Sequence[Turn]
     """The talk before this message."""
     pruned: Sequence[PrunedTurn] = ()
+    later: Sequence[Turn] = ()
+    """The talk after it, where it is written again."""
+    removed: Sequence[str] = ()
+    """What the pictures were painted from that were taken out of the talk."""
 
     @property
     def said(self) -> list[str]:
         """All that was said, taken back or not."""
-        return said_in([*self.turns, *(pruned.turn for pruned in self.pruned)])
+        return [*said_in([*self.turns, *(pruned.turn for pruned in self.pruned), *self.later]), *self.removed]
 
 
 async def converse(
@@ -78,7 +82,8 @@ async def take_turn(
         raise JobRejected("converse", "truncated", f"reply of turn {len(turns) + 1}")
     if not answer.text.strip():
         raise JobRejected("converse", "empty_reply", f"turn {len(turns) + 1}")
-    if excluded_together([*said, user.text, answer.text]):
+    drawn = [origin.description for origin in origins if origin.description]
+    if excluded_together([*said, *drawn, user.text, answer.text]):
         raise JobRejected("converse", "excluded", f"reply of turn {len(turns) + 1}")
     reply = Message("assistant", answer.text.strip())
     verdict = await judge_turn(job, cast, turns, user, reply, tries)
@@ -92,9 +97,10 @@ async def write_message(
 
     `lost_image`: the picture that this message was about was taken out of the talk.
     """
-    job, plan, cast, settings, rules, turns, _ = asking
-    earlier = [turn.user.text for turn in turns]
-    descriptions = [origin.description for origin in (*origins_of(turns), *origins) if origin.description]
+    job, plan, cast, settings, rules, turns, _, later, removed = asking
+    others = [turn.user.text for turn in turns] + ([""] if later else []) + [turn.user.text for turn in later]
+    painted = [*origins_of(turns), *origins, *origins_of(later)]
+    descriptions = [*(origin.description for origin in painted if origin.description), *removed]
     images = (*images_of(turns), *(origin.image for origin in origins))
     values = concern_of(job) | {
         "transcript": transcript(turns),
@@ -108,7 +114,7 @@ async def write_message(
     }
     said = [*asking.said, *descriptions]
     note = "there is no picture with this message, speak of an earlier one or of none" if lost_image else ""
-    problem = None
+    problem: Reason | None = None
     for _ in range(settings.tries):
         words = " ".join(problem).replace("_", " ") if problem else note
         try:
@@ -126,7 +132,12 @@ async def write_message(
         # All that was said is read as one text: a concern that is spread over the turns must not pass.
         if excluded_together([*said, text]):
             raise JobRejected("converse", "excluded", f"message of turn {len(turns) + 1}")
-        problem = message_problem(text, earlier, job.seed.query, plan, rules, descriptions) if rules else None
+        if rules:
+            problem = message_problem(text, others, job.seed.query, plan, rules, descriptions)
+        elif repeats_description(text, descriptions, RuleSettings()):  # no recipe lets the victim read one
+            problem = Reason("leaked_image_description")
+        else:
+            problem = None
         if problem is None:
             return Message("user", text, tuple(origin.image for origin in origins))
     assert problem is not None

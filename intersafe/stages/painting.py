@@ -7,6 +7,7 @@ asked for again: with another description where its service blocked the last one
 from collections.abc import Sequence
 
 from intersafe.errors import CallFailed, JobRejected
+from intersafe.messages import is_blank
 from intersafe.models.cast import JobCast, Unanswered, Unpainted
 from intersafe.records import ImageOrigin, Job, RefusalJob
 from intersafe.replies import DescriptionAnswer
@@ -35,8 +36,9 @@ async def paint(
         "step": step,
         "has_image": bool(images),
     }
-    problem, description, failure = "", "", CallFailed("paint", "no_image")
-    for _ in range(tries):
+    problem, description = "", ""
+    failure: CallFailed | None = None
+    for left in reversed(range(tries)):
         if not description:
             try:
                 answer = await cast.answer(
@@ -52,11 +54,16 @@ async def paint(
             description = answer.description.strip()
             if excluded_together([*said, description]):
                 raise JobRejected("paint", "excluded")
+            if is_blank(description):
+                description, problem = "", "the description was empty"
+                continue
         try:
-            return await cast.paint(description)
+            return await cast.paint(description, last=left == 0)
         except Unpainted as error:
             failure = CallFailed("paint", error.reason, error.detail)
             problem = f"the painter gave no usable image: {str(error).replace('_', ' ')}"
             if error.reason == "blocked":
                 description = ""
+    if failure is None:
+        raise JobRejected("paint", "empty_description")
     raise failure
