@@ -17,7 +17,6 @@ from intersafe.files import bundled
 from intersafe.gates.refusals import DuplicateQuestions, check_refusal
 from intersafe.images import ImageStore, read_image
 from intersafe.jobs import refusal_job_count, refusal_jobs, seeds_by_group
-from intersafe.journal import Entry
 from intersafe.models import open_models, open_painter
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.refusal_phrases import DETAIL, GIVES_IN, VAGUE
@@ -36,6 +35,7 @@ from intersafe.settings import Cast, DuplicateSettings, Limits, Member, Painter,
 from intersafe.stages.refusing import RefusalDraft, refuse
 from intersafe.stages.seeding import load_seeds
 from intersafe.templates import check_refusals, lint_prompts, load_prompts
+from tests.casting import Memory
 from tests.makers import refusal
 from tests.servers.scripted_server import Body, Hook, Server, asks_for, images_of, scripted_server, text_of
 
@@ -47,20 +47,6 @@ GROUPS = {
 }
 PUBLISHED = Refusals(groups=GROUPS)
 PROVENANCE = Provenance({}, {}, {}, "", {}, scripted=True)
-
-
-class Journal:
-    """A journal in memory."""
-
-    def __init__(self) -> None:
-        self.entries: dict[str, Entry] = {}
-
-    def take(self, key: str) -> Entry | None:
-        return self.entries.get(key)
-
-    def add(self, entry: Entry) -> None:
-        assert entry.key not in self.entries, "paid for twice"
-        self.entries[entry.key] = entry
 
 
 def with_groups(refusals: Refusals = PUBLISHED, **changes: dict[str, Any]) -> Refusals:
@@ -273,7 +259,7 @@ def grow(
             models = open_models(recipe.cast, Limits(), store, lambda _: None)
             painter = open_painter(recipe.cast.painter, Limits(), lambda _: None) if recipe.cast.painter else None
             prompts = load_prompts(bundled("prompts"))
-            company = Company(recipe.cast, models, prompts, Journal(), painter=painter, images=store)
+            company = Company(recipe.cast, models, prompts, Memory(), painter=painter, images=store)
             try:
                 return [await _grown(company, job, refusals) for job in jobs]
             finally:
@@ -540,7 +526,7 @@ def test_the_scripted_judge_finds_the_slips_of_the_scripted_responder(
 @pytest.mark.parametrize("profile", ["demo", "flawless"])
 def test_the_scripted_cast_fills_the_published_groups(profile: str, seeds: tuple[Seed, ...], tmp_path: Path) -> None:
     recipe = recipe_of(spec=f"scripted:{profile}")
-    journal, duplicates, kept = Journal(), DuplicateQuestions(DuplicateSettings()), Counter[str]()
+    journal, duplicates, kept = Memory(), DuplicateQuestions(DuplicateSettings()), Counter[str]()
     lost = Counter[str]()
 
     async def run() -> list[RefusalDraft | JobEnded]:
