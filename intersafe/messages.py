@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import zip_longest
 
 from intersafe.records import Plan, Reason
 from intersafe.settings import RuleSettings
@@ -66,9 +67,10 @@ def regularise(text: str, settings: RuleSettings) -> str:
     fields = tuple(phrase for phrase in phrases if phrase[:1] not in "[<(")
     text = _BRACKETS.sub(lambda match: "" if _is_labelled(match[0], phrases) else match[0], text)
     lines = text.splitlines()
-    following = [*lines[1:], ""]
     kept = [
-        line for line, next_ in zip(lines, following, strict=True) if next_.strip() or not _is_labelled(line, fields)
+        line
+        for line, next_ in zip_longest(lines, lines[1:], fillvalue="")
+        if next_.strip() or not _is_labelled(line, fields)
     ]
     return re.sub(r"[ \t]{2,}", " ", "\n".join(kept)).strip()
 

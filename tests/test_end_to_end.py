@@ -4,6 +4,7 @@ The tiny VLM names the colour of the image in the latest message ("The image is 
 ("The earlier image was red."), counts the user's messages, and refuses where the latest message says "forbidden".
 """
 
+import io
 import json
 import re
 import urllib.request
@@ -18,10 +19,13 @@ from intersafe.generate import generate_dialogues
 from intersafe.records import Dialogue
 from intersafe.rehearsal import calls_of
 from intersafe.runs import Run
-from intersafe.settings import Recipe
+from intersafe.settings import Gates, Recipe, Turns
 from intersafe.stages.seeding import import_figstep
 from tests.makers import SHARED, cli, demo
 from tests.servers import running_vlm
+from tests.servers.fault_server import Request
+from tests.servers.scripted_server import Body, asks_for
+from tests.studio import few, seeds_in, studio
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "black": (0, 0, 0), "white": (255,) * 3}
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -138,3 +142,45 @@ def test_figstep_with_the_real_model_is_accepted_and_gated(vlm: str, tmp_path: P
         assert not dialogue.provenance.models["victim"].startswith("scripted")
     replies = [dialogue.turns[0].reply.text for dialogue in dialogues]
     assert sum(reply.startswith(("The image is", "I'm sorry")) for reply in replies) >= 18
+
+
+def test_the_victim_sees_what_was_painted_in_that_turn(vlm: str, tmp_path: Path) -> None:
+    """The attacker describes a colour, the painter draws it, and the victim, which never reads it, names it."""
+
+    def describe(body: Body) -> str | None:
+        if asks_for(body) != "description":
+            return None
+        return json.dumps({"description": f"A plain {list(COLOURS)[body['seed'] % 5]} square, nothing else"})
+
+    def paint(request: Request) -> bytes:
+        data = io.BytesIO()
+        Image.new("RGB", (96, 96), COLOURS[request.body["prompt"].split()[2]]).save(data, "PNG")
+        return data.getvalue()
+
+    with studio(describe, paint) as both:
+        recipe = both.recipe(
+            seeds_in(tmp_path / "seeds", 10),
+            victims=[f"openai:tiny-vlm@{vlm}"],
+            judge="scripted:flawless",
+            turns=Turns(min=2, mean=2.5, max=3),
+            images=few(1),
+            gates=Gates(coverage=None, duplicates=None),
+            concurrency=4,
+        )
+        victim = msgspec.structs.replace(recipe.cast.victims[0], temperature=0.0, max_tokens=40)
+        recipe = msgspec.structs.replace(recipe, cast=msgspec.structs.replace(recipe.cast, victims=(victim,)))
+        run = generate_dialogues(recipe, run=tmp_path / "run", n=12)
+    right: dict[str, list[bool]] = {"before": [], "in": [], "after": []}
+    for dialogue in run.dialogues():
+        (place,) = [i for i, turn in enumerate(dialogue.turns) if turn.origins]
+        colour = dialogue.turns[place].origins[0].description.split()[2]
+        for number, turn in enumerate(dialogue.turns):
+            when = "before" if number < place else "in" if number == place else "after"
+            opening = {"before": "Sure.", "in": f"The image is {colour}.", "after": f"The earlier image was {colour}."}
+            right[when].append(turn.reply.text.startswith(opening[when]))
+            assert colour not in turn.user.text
+    assert len(right["in"]) == 12
+    assert sum(right["in"]) >= 11
+    assert right["before"]
+    assert right["after"]
+    assert sum(right["before"] + right["after"]) >= 0.8 * len(right["before"] + right["after"])

@@ -119,6 +119,22 @@ def test_a_server_that_fails_everything_stops_the_run_and_burns_no_job(tmp_path:
     assert len(keys) == len(set(keys))
 
 
+def test_a_victim_whose_filter_blocks_everything_can_be_mended(tmp_path: Path) -> None:
+    broken = True
+
+    def hook(body: Body) -> web.Response | None:
+        if broken and asks_for(body) == "victim":
+            return web.json_response({"error": {"message": "filtered", "code": "content_filter"}}, status=400)
+        return None
+
+    with scripted_server(hook, profile="flawless") as server:
+        recipe = over_http(server.url, tmp_path, 100, concurrency=4)
+        with pytest.raises(ServiceGone, match="blocked"):
+            generate_dialogues(recipe, run=tmp_path / "run", n=10)
+        broken = False
+        assert generate_dialogues(recipe, run=tmp_path / "run", n=10).funnel().ended == {}
+
+
 def test_some_failures_in_a_row_are_decided_once_a_job_does_not_fail(tmp_path: Path) -> None:
     def hook(body: Body) -> web.Response | None:
         early = any(f"kind {i}<" in text_of(m) for i in range(5) for m in body["messages"])

@@ -36,6 +36,7 @@ def check_excluded(dialogue: Dialogue) -> Reason | None:
     asked += [origin.description for turn in turns for origin in turn.origins if origin.description]
     if excluded_together(asked):
         return Reason("excluded", "user")
+    asked += [removed.origin.description for removed in dialogue.removed]
     asked += [dialogue.goal] if dialogue.goal else []
     told = [turn.reply.text for turn in turns]
     told += [turn.aligned.text for turn in turns if turn.aligned]

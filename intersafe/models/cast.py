@@ -22,7 +22,7 @@ from intersafe.journal import Entry
 from intersafe.models import Call, ChatModel, Painted, PaintModel, Reply, Sampling
 from intersafe.records import ImageOrigin, Job, Message, RefusalJob
 from intersafe.replies import A, ReplyError, Schema, parse, schema_of
-from intersafe.settings import Cast, Member
+from intersafe.settings import Cast, Member, Painter
 from intersafe.taxonomy import excluded
 from intersafe.templates import Prompts
 
@@ -109,7 +109,9 @@ class JobCast:
             with self._in_flight(call) as began:
                 answer = await model.answer(call)
             entry = self._entry(call, key, began, text=answer.text, finish=answer.finish, tokens=answer.tokens)
-            self._company.journal.add(entry)
+            # A victim's block ends the job as a failed call does. Like one it is not kept: the fault may be the server's.
+            if not (answer.finish == "blocked" and role == self.victim):
+                self._company.journal.add(entry)
         reply = Reply(entry.text, entry.finish, entry.tokens)
         if self._company.observe:
             self._company.observe(call, reply)
@@ -118,7 +120,7 @@ class JobCast:
     async def paint(self, description: str, *, last: bool = False) -> ImageOrigin:
         """The painter's image, verified and stored; `Unpainted` if what came is none, `CallFailed` as for `ask`.
 
-        What is wrong with the `last` try ends the job, so it is not kept: like a failed call, an undecided job asks again.
+        A problem with the `last` try ends the job and is not kept: as after a failed call, an undecided job asks again.
         """
         settings, model, store = self._company.cast.painter, self._company.painter, self._company.images
         assert settings is not None
@@ -143,7 +145,7 @@ class JobCast:
         if not entry.image:
             reason, _, detail = entry.text.partition(": ")
             raise Unpainted(reason, detail)
-        return ImageOrigin(entry.image, "painted", description, model.identity, sampling.seed)
+        return ImageOrigin(entry.image, "painted", description, model.identity, _seed_of(settings, sampling))
 
     def _is_there(self, image: str, store: ImageStore) -> bool:
         """True if the image is in the store, from the older run's if need be."""
@@ -230,6 +232,14 @@ class JobCast:
             messages = asked
             reason, detail = ("truncated" if reply.finish == "length" else reply.finish), reply.text[:200]
         raise Unanswered(reason, detail)
+
+
+def _seed_of(settings: Painter, sampling: Sampling) -> int:
+    """The seed that the painter was sent; 0 where the recipe leaves it out of the request."""
+    if settings.spec.backend != "openai":
+        return sampling.seed
+    seed = settings.extra.get("seed", sampling.seed)
+    return seed if isinstance(seed, int) else 0
 
 
 def _keep(painted: Painted, store: ImageStore) -> tuple[str, str]:
