@@ -1,12 +1,14 @@
 """The command line: the only room that knows the terminal.
 
 Each command imports its module when it runs, so that `--help` answers at once. Results go to stdout, talk to stderr.
-Exit codes: 0 done, 2 bad input (one line, nothing written), 3 seeds exhausted, 4 service gone or disk full (resumable),
-130 stopped by Ctrl-C or SIGTERM (resumable).
+Exit codes: 0 done, 2 bad input (one line, nothing written), 3 seeds exhausted, 4 service gone or disk full
+(resumable), 130 stopped by Ctrl-C or SIGTERM (resumable).
 """
 
 import io
+import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +35,8 @@ class _Group(click.Group):
             click.echo(f"intersafe: {error}", err=True)
             ctx.exit(error.exit_code)
         except BrokenPipeError:
-            raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has all it wanted
+            ctx.exit(0)
         except OSError as error:
             click.echo(f"intersafe: {error.filename or 'disk'}: {error.strerror}; mend its path or rights", err=True)
             ctx.exit(StorageError.exit_code)
@@ -145,15 +148,21 @@ def regate(run: str, pipeline: Path, out: str | None) -> None:
     intersafe regate demo --pipeline stricter.yaml --out demo2
     intersafe generate --pipeline stricter.yaml --run demo2 --n 11270          fills up what is missing
 
-    The recipe may differ from the run's in `gates` (and `refusals.duplicates`) alone. Dialogues that the old gates
-    turned down are grown again from the journal, so looser gates find them too. RUN stays as it is.
+    Of the recipe only `gates` and `refusals.duplicates` are used; all else is as RUN has it. Dialogues that the old
+    gates turned down are grown again from the journal, so looser gates find them too. RUN is only read.
     """
     from intersafe.regate import regate as gate_again
     from intersafe.shown import print_funnel
 
-    made = gate_again(run, _recipe(pipeline), out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        made = gate_again(run, _recipe(pipeline), out, lambda text: click.echo(text, err=True))
+    except KeyboardInterrupt:
+        click.echo("intersafe: stopped; nothing was written", err=True)
+        raise SystemExit(130) from None
     print_funnel(made)
     click.echo(f"\n{made.path / 'dialogues.jsonl'}")
+    click.echo("`intersafe generate --run` with the same gates fills it up and pays for new jobs alone", err=True)
 
 
 # --- show ------------------------------------------------------------------------------------------------------------
@@ -173,14 +182,18 @@ def show(run: str, which: str | None, refusal: str | None, twin: str | None, ful
     from intersafe.runs import Run
     from intersafe.shown import pick, print_dialogue, print_funnel, print_refusal, print_roles
 
+    if sum(wish not in (None, False) for wish in (which, refusal, twin, only_funnel)) > 1:
+        raise InputError("several things at once", at="--dialogue, --refusal, --twin, --funnel", remedy="give one")
     opened = Run(run)
+    line = "refusals" if refusal is not None else "twins" if twin is not None else ""
+    picked = None if only_funnel else pick(opened, which or refusal or twin, line)
     print_funnel(opened)
     if only_funnel:
         return
     if refusal is not None:
-        print_refusal(opened, pick(opened, refusal, "refusals"))
+        print_refusal(opened, picked)
         return
-    dialogue = pick(opened, twin or which, "twins" if twin else "")
+    dialogue = picked
     if dialogue is None:
         click.echo("\nno dialogue was kept yet")
         return
@@ -311,9 +324,10 @@ def prompts() -> None:
 @_pipeline
 def prompts_list(pipeline: Path | None) -> None:
     """Every prompt file: its role, hash and the variables that it is offered (* = it uses them)."""
-    from intersafe.templates import load_prompts
+    from intersafe.templates import load_prompts, needed_by
 
-    found = load_prompts(Path(_recipe(pipeline).prompts))
+    recipe = _recipe(pipeline)
+    found = load_prompts(Path(recipe.prompts), None, needed_by(recipe))
     for name, prompt in found.prompts.items():
         blocks = ", ".join(prompt.role.blocks)
         click.echo(f"{click.style(name, bold=True)}   {prompt.sha256[:12]}   blocks: {blocks}")
@@ -330,15 +344,19 @@ def prompts_list(pipeline: Path | None) -> None:
 @_pipeline
 def prompts_lint(pipeline: Path | None) -> None:
     """Check every prompt file; one line for each problem with file, line and remedy."""
-    from intersafe.templates import lint_prompts, load_prompts
+    from intersafe.templates import check_refusals, lint_prompts, load_prompts, needed_by
 
-    root = Path(_recipe(pipeline).prompts)
-    problems = list(lint_prompts(root))
+    recipe = _recipe(pipeline)
+    root, needed = Path(recipe.prompts), needed_by(recipe)
+    problems = list(lint_prompts(root, needed))
     for problem in problems:
         click.echo(str(problem), err=True)
     if problems:
         raise InputError(f"{len(problems)} problem" + ("s" if len(problems) > 1 else ""), at=root)
-    click.echo(f"{root}: {len(load_prompts(root).hashes)} files, all well")
+    found = load_prompts(root, None, needed)
+    if recipe.refusals:
+        check_refusals(recipe.refusals, found)
+    click.echo(f"{root}: {len(found.hashes)} files, all well")
 
 
 @prompts.command("render")

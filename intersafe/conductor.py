@@ -18,8 +18,11 @@ from intersafe.runs import Funnel, outcome_row
 
 FAILURES = 32
 """Jobs in a row that may fail before the run stops: then the fault is not theirs."""
-STALLED = 500
-"""Jobs in a row that quotas alone may turn down before the line ends: what is still wanted does not come."""
+LOST = 200
+"""Jobs that may be lost since the last outcome that was kept, while quotas keep turning down others: then what is still
+wanted does not come. At a yield of 5 % so many are lost in a row once in 28,000 times, at 2 % once in 57."""
+FULL = 20
+"""Jobs that quotas must have turned down meanwhile: without them it is no quota that the line waits for."""
 WINDOW = 4
 """Jobs that may be started and not yet decided, for each one that is grown at once."""
 
@@ -44,8 +47,11 @@ class Line(Protocol):
         """The outcome of a job; `JobEnded` with stage and reason if there is none."""
         ...
 
-    def skip(self, job: AnyJob) -> Reason | None:
-        """Why the job need not be grown; what is said once holds for good."""
+    def skip(self, job: AnyJob, ahead: float = 0.0) -> Reason | None:
+        """Why the job need not be grown, if `ahead` outcomes of other kinds are kept before its turn comes.
+
+        At its turn `ahead` is 0, and the answer decides whether the job was grown or not.
+        """
         ...
 
     def check(self, outcome: Outcome) -> Reason | None:
@@ -93,8 +99,41 @@ class Display:
 
 
 @dataclass
+class Drought:
+    """What became of the jobs since the last one that was kept."""
+
+    full: int = 0
+    """Turned down by quotas, or because their group is complete."""
+    lost: int = 0
+    """Ended in any other way: there was room for them."""
+
+    @property
+    def lasting(self) -> bool:
+        """True once what there is room for does not come."""
+        return self.lost >= LOST and self.full >= FULL
+
+    def count(self, outcome: Outcome | Ended) -> None:
+        """Takes one more decided job into account."""
+        if not isinstance(outcome, Ended):
+            self.full = self.lost = 0
+        elif is_full(outcome):
+            self.full += 1
+        else:
+            self.lost += 1
+
+
+def is_full(ended: Ended) -> bool:
+    """True if the job ended because there is enough of its kind, whatever would have come of it."""
+    return ended.stage == "gates" and (ended.reason.endswith("_full") or ended.reason == "group_complete")
+
+
+@dataclass
 class Conductor:
-    """Starts the jobs of a line, takes them in as they finish and decides them in order."""
+    """Starts the jobs of a line, takes them in as they finish and decides them in order.
+
+    A job that there will hardly be room for is put off instead of grown. When its turn comes it is turned down unpaid,
+    or grown after all; so what is grown ahead changes the cost and no decision.
+    """
 
     line: Line
     writer: GroupWriter
@@ -105,12 +144,15 @@ class Conductor:
     """The first job that is not decided."""
     jobs: int
     """How many there are in all."""
-    stalled: int = 0
-    """Jobs in a row, up to now, that quotas alone turned down."""
+    drought: Drought = field(default_factory=Drought)
     started: int = field(init=False)
-    failing: list[Ended] = field(default_factory=list)
-    """The failed jobs since the last one that did not fail: not decided as long as it may be a server's fault."""
-    finished: dict[int, Outcome | Ended] = field(default_factory=dict)
+    held: list[Ended] = field(default_factory=list)
+    """The failed jobs since the last one that was tried and did not fail, and those between them that were not tried:
+    not decided as long as it may be a server's fault."""
+    finished: dict[int, tuple[AnyJob, Outcome | Ended]] = field(default_factory=dict)
+    put_off: dict[int, AnyJob] = field(default_factory=dict)
+    drained: bool = False
+    """True once the queue is empty."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -123,8 +165,8 @@ class Conductor:
 
     @property
     def over(self) -> bool:
-        """True once no further job shall start: filled, or quotas let nothing through any more."""
-        return self.filled or self.stalled >= STALLED
+        """True once no further job shall start: filled, or what is still wanted does not come."""
+        return self.filled or self.drought.lasting
 
     async def work(self) -> None:
         """Workers until the line is over or its jobs are used up; whatever ends one of them ends all."""
@@ -145,18 +187,36 @@ class Conductor:
 
     async def _work(self) -> None:
         """One of the workers: grows job after job, each to its end before the next."""
-        while True:
-            while not self._may_start() and not self.over:
+        while not self.over:
+            if (job := await self._take()) is not None:
+                outcome = await self._attempt(job)
+                self.finished[job.index] = job, outcome
+                self._decide_ready()
+            elif self.drained and not self.put_off:
+                return
+            else:
                 self.changed.clear()
                 await self.changed.wait()
-            if self.over:
-                return
+
+    async def _take(self) -> AnyJob | None:
+        """A job that may be grown now, if there is one; others on the way to it are put off."""
+        while not self.over:
+            if self.next in self.put_off:  # its turn has come, and there is room
+                return self.put_off.pop(self.next)
+            if self.drained or not self._may_start():
+                break
             job = next(self.queue, None)
             if job is None:
-                return
+                self.drained = True
+                break
             self.started = job.index + 1
-            self.finished[job.index] = await self._attempt(job)
+            growing = job.index - self.next - len(self.put_off)
+            if self.line.skip(job, growing / (1 + self.drought.lost)) is None:
+                return job
+            self.put_off[job.index] = job
             self._decide_ready()
+            await asyncio.sleep(0)  # thousands in a row may be turned down here: the other jobs go on
+        return None
 
     def _may_start(self) -> bool:
         """Not more jobs ahead of the decisions than the window, nor many more than are still needed."""
@@ -166,8 +226,6 @@ class Conductor:
 
     async def _attempt(self, job: AnyJob) -> Outcome | Ended:
         """The one capture point: whatever ends a job becomes its record; what ends the run goes through."""
-        if reason := self.line.skip(job):
-            return _ended(job, "rejected", "gates", reason.word, reason.detail)
         try:
             return await self.line.grow(job)
         except JobEnded as error:
@@ -178,40 +236,62 @@ class Conductor:
             return _ended(job, "failed", "internal", type(error).__name__, str(error)[:300])
 
     def _decide_ready(self) -> None:
-        """Decides all finished jobs that no earlier one holds back."""
-        while not self.over and self.next in self.finished:
-            outcome = self.finished.pop(self.next)
+        """Decides all jobs that no earlier one holds back."""
+        while not self.over and (outcome := self._decision()) is not None:
             self.next += 1
-            if isinstance(outcome, Ended) and outcome.kind == "failed":
-                self.failing.append(outcome)
-                if len(self.failing) >= FAILURES:
+            if isinstance(outcome, Ended) and (outcome.kind == "failed" or (self.held and is_full(outcome))):
+                self.held.append(outcome)
+                if sum(ended.kind == "failed" for ended in self.held) >= FAILURES:
                     raise self._all_fail()
                 continue
-            self._settle_failures()
-            self._settle(outcome if isinstance(outcome, Ended) else self._through_gates(outcome))
+            if not self._settle_held():
+                break
+            self._settle(outcome)
         self.changed.set()
 
-    def _settle_failures(self) -> None:
-        """The jobs that failed did so for reasons of their own: others do not fail."""
-        for ended in self.failing:
+    def _decision(self) -> Outcome | Ended | None:
+        """The outcome of the next job to decide; None if it is to be grown first."""
+        job, outcome = self.finished.get(self.next, (self.put_off.get(self.next), None))
+        if job is None:
+            return None
+        if reason := self.line.skip(job):
+            outcome = _ended(job, "rejected", "gates", reason.word, reason.detail)
+        elif outcome is None:
+            return None
+        elif not isinstance(outcome, Ended):
+            outcome = self._through_gates(outcome)
+        self.finished.pop(self.next, None)
+        self.put_off.pop(self.next, None)
+        return outcome
+
+    def _settle_held(self) -> bool:
+        """The jobs that failed did so for reasons of their own: others do not fail. False if the line ends with them.
+
+        Then nothing more is decided, just as a run that was killed and resumed here would find it.
+        """
+        held, self.held = self.held, []
+        for ended in held:
+            if self.over:
+                return False
             self._settle(ended)
-        self.failing.clear()
+        return not self.over
 
     def _settle(self, outcome: Outcome | Ended) -> None:
-        self.stalled = stalled_after(self.stalled, outcome)
+        self.drought.count(outcome)
         self.funnel.count(outcome)
         self.writer.add(*outcome_row(outcome, self.line.name))
 
     def _finish(self) -> None:
-        """No job is left: what failed is settled, unless nothing but failures came of the whole line."""
-        if self.failing and not self.funnel.jobs:
+        """No job is left: what failed is settled, unless the whole run came to nothing but failures."""
+        if self.held and not self.funnel.jobs and not self.line.name:
             raise self._all_fail()
-        self._settle_failures()
+        self._settle_held()
 
     def _all_fail(self) -> ServiceGone:
-        last = self.failing[-1]
+        failed = [ended for ended in self.held if ended.kind == "failed"]
+        last = failed[-1]
         return ServiceGone(
-            f"{len(self.failing)} jobs in a row failed, the last one with {last.stage} {last.reason} ({last.detail}); "
+            f"{len(failed)} jobs in a row failed, the last one with {last.stage} {last.reason} ({last.detail}); "
             "mend the server, the key or the recipe, then run the same command again: none of them is decided yet"
         )
 
@@ -226,10 +306,3 @@ class Conductor:
 def _ended(job: AnyJob, kind: str, stage: str, reason: str, detail: str) -> Ended:
     assert kind in ("rejected", "failed")
     return Ended(job.index, job.key, job.seed.category, kind, stage, reason, detail)  # type: ignore[arg-type]
-
-
-def stalled_after(stalled: int, outcome: Outcome | Ended) -> int:
-    """The jobs in a row that quotas alone turned down, after one more; other rejections neither count nor break it."""
-    if not isinstance(outcome, Ended):
-        return 0
-    return stalled + (outcome.stage == "gates" and outcome.reason.endswith("_full"))

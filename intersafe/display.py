@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, TextIO
 
 from intersafe.conductor import Display, Progress
@@ -56,9 +57,13 @@ def line_of(progress: Progress, seconds: float) -> str:
     flying = sum(progress.in_flight.values())
     rate, left = _rate(progress, seconds)
     beside = "".join(f"{f.accepted:,}/{wanted:,} {line}  " for line, (f, wanted) in progress.beside.items())
+    lost = Counter(funnel.ended)
+    for other, _ in progress.beside.values():
+        lost.update(other.ended)
+    most = f", most by {lost.most_common(1)[0][0]}" if lost.total() >= 100 else ""
     return (
         f"{funnel.accepted:,}/{progress.n:,} accepted  {rate:.1f}/s  {left} left  {beside}"
-        f"{sum(funnel.ended.values()):,} rejected or failed  {calls:,} calls  {flying} in flight"
+        f"{lost.total():,} rejected or failed{most}  {calls:,} calls  {flying} in flight"
     )
 
 
@@ -67,6 +72,8 @@ def _rate(progress: Progress, seconds: float) -> tuple[float, str]:
     rate = (progress.funnel.accepted - progress.before) / max(seconds, 0.001)
     if rate <= 0:
         return 0.0, "?"
+    if progress.funnel.accepted >= progress.n and any(f.accepted < wanted for f, wanted in progress.beside.values()):
+        return rate, "?"
     left = round((progress.n - progress.funnel.accepted) / rate)
     return rate, f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
 

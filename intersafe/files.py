@@ -15,6 +15,8 @@ from yaml.reader import ReaderError
 
 from intersafe.errors import InputError, StorageError
 
+LARGEST = 4 * 2**20
+"""Bytes of a recipe, a prompt or a list of texts."""
 DEEPEST = 32
 """Levels of nesting that a YAML file may have."""
 
@@ -36,10 +38,19 @@ def write_whole(path: Path, data: bytes) -> None:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); free the disk or mend its rights") from error
 
 
+def read_small(path: Path) -> bytes:
+    """The bytes of a file that a person wrote; `InputError` for more than 4 MiB, `OSError` as when opening it."""
+    with path.open("rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise InputError(f"more than {LARGEST // 2**20} MiB", at=path, remedy="name the right file")
+    return data
+
+
 def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
     """A YAML file as nodes, which know their lines, and as plain values; `InputError` names file, line and remedy."""
     try:
-        data = path.read_bytes()
+        data = read_small(path)
         text = data.decode("utf-8")
         loader = _PlainLoader(text)
         node = loader.get_single_node()

@@ -8,16 +8,18 @@ that they belong to.
 import asyncio
 import os
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import msgspec
 
-from intersafe.conductor import STALLED, Conductor, Display, Line, Progress, stalled_after
+from intersafe.conductor import Conductor, Display, Drought, Line, Progress
 from intersafe.errors import InputError, SeedsExhausted, StorageError
 from intersafe.files import write_whole
 from intersafe.gates.chain import Chain
+from intersafe.gates.quota import value_of
 from intersafe.images import ImageStore
 from intersafe.jobs import job_count, jobs, refusal_job_count, refusal_jobs
 from intersafe.journal import GroupWriter, Journal, ReuseIndex
@@ -26,7 +28,7 @@ from intersafe.loops import run_anywhere, stopped_by_signals
 from intersafe.models import open_models, open_painter
 from intersafe.models.cast import Company
 from intersafe.prepare import Prepared, open_directory, prepare
-from intersafe.records import Dialogue, Ended, Job
+from intersafe.records import Dialogue, Ended
 from intersafe.runs import LINES, Funnel, Run, Summary, align_outcomes, differences, lock, run_path
 from intersafe.settings import Recipe
 
@@ -54,9 +56,21 @@ def generate_dialogues(
     wanted = recipe.n if n is None else n
     if wanted < 1:
         raise InputError(f"n is {wanted}", remedy="ask for at least 1 dialogue")
+    _check_images(path)
     if not _is_complete(path, prepared, wanted):
         run_anywhere(lambda: _session(prepared, path, wanted, older, index, display or Display()))
     return Run(path)
+
+
+def _check_images(path: Path) -> None:
+    """`InputError` where images that the run's records name are gone: only a new run can have them painted again."""
+    if not (path / "recipe.json").exists() or not (lost := Run(path).lost_images()):
+        return
+    raise InputError(
+        f"{len(lost)} images that its records name are gone, the first is {lost[0]}",
+        at=path / "images",
+        remedy=f"restore the folder, or name a new --run with --reuse {path}: it pays for nothing but them",
+    )
 
 
 def _is_complete(path: Path, prepared: Prepared, n: int) -> bool:
@@ -107,7 +121,7 @@ class _Session:
         firsts = {line: align_outcomes(path, line) for line in LINES}
         images = ImageStore(path / "images")
         chain = Chain(recipe.gates, self.prepared.values, images.perceptual_hash)
-        funnel, stalled = _remember(Run(path), chain)
+        funnel, drought = _remember(Run(path), chain)
         if funnel.accepted > self.n:
             raise _too_many(path, funnel.accepted, self.n)
         (path / "summary.json").unlink(missing_ok=True)
@@ -122,7 +136,7 @@ class _Session:
             recipe.cast, models, self.prepared.prompts, journal, index, None, painter, images, older_images
         )
         try:
-            done, funnels, short = await self._lines(company, journal, writer, chain, funnel, stalled, firsts)
+            done, funnels, short = await self._lines(company, journal, writer, chain, funnel, drought, firsts)
         finally:
             try:
                 await writer.close()
@@ -132,7 +146,7 @@ class _Session:
                 self.display.look()
                 self.display.end()
         scripted = any(model.spec.backend == "scripted" for model in recipe.cast.models.values())
-        excluded = len(self.prepared.seeds.excluded)
+        excluded = len(self.prepared.manifest.excluded)
         summary = Summary(
             self.n, not done, funnels[0], funnels[1], funnels[2], tuple(short), journal.roles, excluded, scripted
         )
@@ -147,7 +161,7 @@ class _Session:
         writer: GroupWriter,
         chain: Chain,
         funnel: Funnel,
-        stalled: int,
+        drought: Drought,
         firsts: dict[str, int],
     ) -> tuple[str, list[Funnel], list[str]]:
         """Works on every line; returns what is missing, in words, the three funnels and the cells that stayed short."""
@@ -156,9 +170,8 @@ class _Session:
         main = Dialogues(recipe, manifest, company, chain, self.n)
         total = job_count(recipe, seeds)
         first = firsts[""]
-        dialogues = Conductor(
-            main, writer, jobs(recipe, seeds, first), funnel, concurrency, first, total, stalled=stalled
-        )
+        queue = jobs(recipe, seeds, first)
+        dialogues = Conductor(main, writer, queue, funnel, concurrency, first, total, drought)
         if self.n > total:
             self.display.say(
                 f"{self.n:,} dialogues cannot come of {total:,} jobs: raise `samples`, or add seeds or strategies"
@@ -176,48 +189,52 @@ class _Session:
         looking = asyncio.create_task(self._look())
         try:
             await _together(working)
-            if recipe.twins and dialogues.filled:
-                twins = self._twins(company, writer, firsts["twins"], concurrency)
+            if recipe.twins:
+                twins = self._twins(company, writer, firsts["twins"], concurrency, funnel.accepted)
                 funnels[2] = twins.funnel
                 progress.beside["twins"] = (twins.funnel, twins.line.wanted)
                 await twins.work()
                 if not twins.filled:
                     got = f"{twins.funnel.accepted} of {twins.line.wanted} twins"
-                    self.display.say(f"{got}: every dialogue was tried ({_losses(twins.funnel)})")
+                    self.display.say(f"{got}: every dialogue was tried ({_losses(twins.funnel.ended)})")
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
         writer.flush()
-        short = _short_cells(Run(self.path), recipe, chain, self.prepared)
+        short = _short_cells(Run(self.path), chain, self.prepared, dialogues)
         for cell in short:
             self.display.say(f"below its quota: {cell}")
-        missing = "" if dialogues.filled else _what_to_change(dialogues, short)
-        if not missing and refusals is not None and not refusals.filled:
-            missing = _refusals_to_change(recipe, refusals)
-        return missing, funnels, short
+        missing = [] if dialogues.filled else [_what_to_change(dialogues, short)]
+        if refusals is not None and not refusals.filled:
+            missing.append(_refusals_to_change(Run(self.path), recipe, refusals))
+        return "; and ".join(missing), funnels, short
 
     def _refusals(self, company: Company, writer: GroupWriter, first: int, concurrency: int) -> Conductor:
         recipe, groups = self.prepared.recipe, self.prepared.groups
         assert recipe.refusals
         line, funnel = RefusalLine(recipe, self.prepared.manifest, company), Funnel()
-        for outcome in Run(self.path).outcomes("refusals"):
+        run, last = Run(self.path), -1
+        for outcome in run.outcomes("refusals"):
             funnel.count(outcome)
             if not isinstance(outcome, (Ended, Dialogue)):
                 line.add(outcome)
+                last = outcome.job
+        drought = _drought_since(last, run.ended("refusals"))
         queue, total = refusal_jobs(recipe, groups, first), refusal_job_count(recipe, groups)
-        return Conductor(line, writer, queue, funnel, concurrency, first, total)
+        return Conductor(line, writer, queue, funnel, concurrency, first, total, drought)
 
-    def _twins(self, company: Company, writer: GroupWriter, first: int, concurrency: int) -> Conductor:
+    def _twins(self, company: Company, writer: GroupWriter, first: int, concurrency: int, dialogues: int) -> Conductor:
+        """Of the dialogues that were kept, be they all that were asked for or not."""
         recipe, run = self.prepared.recipe, Run(self.path)
         assert recipe.twins
         writer.flush()
         funnel = Funnel()
         for outcome in run.outcomes("twins"):
             funnel.count(outcome)
-        line: Line = Twins(recipe, self.prepared.manifest, company, round(recipe.twins.ratio * self.n))
+        line: Line = Twins(recipe, self.prepared.manifest, company, round(recipe.twins.ratio * dialogues))
         assert isinstance(line, Twins)
         queue = line.jobs(run.dialogues(), jobs(recipe, self.prepared.seeds.seeds), first)
-        return Conductor(line, writer, queue, funnel, concurrency, first, self.n)
+        return Conductor(line, writer, queue, funnel, concurrency, first, dialogues)
 
     async def _look(self) -> None:
         while True:
@@ -237,82 +254,93 @@ async def _together(conductors: list[Conductor]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _remember(run: Run, chain: Chain) -> tuple[Funnel, int]:
-    """The funnel, the gates as they were when the last dialogue was decided, and how many jobs quotas last stopped."""
+def _remember(run: Run, chain: Chain) -> tuple[Funnel, Drought]:
+    """The funnel, the gates as they were when the last dialogue was decided, and what became of the jobs since."""
     funnel, last = Funnel(), -1
     for outcome in run.outcomes():
         funnel.count(outcome)
         if isinstance(outcome, Dialogue):
             chain.add(outcome)
             last = outcome.job
-    stalled = 0
-    for ended in run.ended():
-        if ended.job > last:
-            stalled = stalled_after(stalled, ended)
-    return funnel, stalled
+    return funnel, _drought_since(last, run.ended())
+
+
+def _drought_since(last: int, ended: Iterable[Ended]) -> Drought:
+    drought = Drought()
+    for one in ended:
+        if one.job > last:
+            drought.count(one)
+    return drought
 
 
 # --- what is missing, in words ---------------------------------------------------------------------------------------
 
 
-def _losses(funnel: Funnel) -> str:
-    lost = sorted(funnel.ended.items(), key=lambda item: -item[1])[:4]
+def _losses(ended: Mapping[str, int]) -> str:
+    lost = sorted(ended.items(), key=lambda item: -item[1])[:4]
     return ", ".join(f"{number} {place}" for place, number in lost) or "none was lost"
 
 
+def _place(ended: Ended) -> str:
+    return f"{ended.kind} {ended.stage} {ended.reason}"
+
+
 def _what_to_change(conductor: Conductor, short: list[str]) -> str:
-    funnel = conductor.funnel
-    kept = f"{funnel.accepted} of {conductor.line.wanted} dialogues were kept ({_losses(funnel)})"
-    if conductor.stalled >= STALLED:
-        cells = "; ".join(short[:3]) or "see the funnel"
+    funnel, drought = conductor.funnel, conductor.drought
+    kept = f"{funnel.accepted} of {conductor.line.wanted} dialogues were kept ({_losses(funnel.ended)})"
+    cells = "; ".join(short[:3])
+    if drought.lasting:
         return (
-            f"{kept}, and quotas turned down the last {STALLED} jobs that came so far: {cells}; "
-            "mend what rejects there, or loosen `gates.coverage`, in a new --run with --reuse"
+            f"{kept}, and the last {drought.lost} jobs that the quotas had room for were lost: {cells}; "
+            "mend what loses them, or loosen `gates.coverage`, in a new --run with --reuse"
         )
-    cells = f"; below quota: {'; '.join(short[:3])}" if short else ""
     return (
-        f"all {conductor.jobs} jobs are used up and {kept}{cells}; "
+        f"all {conductor.jobs} jobs are used up and {kept}" + (f"; below quota: {cells}" if cells else "") + "; "
         "raise `samples`, add seeds or strategies, or loosen the gate that rejects most, in a new --run"
     )
 
 
-def _refusals_to_change(recipe: Recipe, conductor: Conductor) -> str:
+def _refusals_to_change(run: Run, recipe: Recipe, conductor: Conductor) -> str:
     assert recipe.refusals
-    groups = conductor.funnel.groups
-    missing = [f"{name} {groups.get(name, 0)} of {g.n}" for name, g in recipe.refusals.groups.items()]
+    have, lost = conductor.funnel.groups, Counter[tuple[str, str]]()
+    for ended in run.ended("refusals"):
+        lost[ended.key.split("/")[1], _place(ended)] += 1
+    missing = [
+        f"{name} {have.get(name, 0)} of {group.n} ({_losses({why: n for (g, why), n in lost.items() if g == name})})"
+        for name, group in recipe.refusals.groups.items()
+        if have.get(name, 0) < group.n
+    ]
+    if conductor.drought.lasting:
+        return (
+            f"refusals: {', '.join(missing)}, the last {conductor.drought.lost} jobs with room were lost; "
+            "mend what loses them in a new --run with --reuse"
+        )
     return (
-        f"all {conductor.jobs} jobs of the refusals are used up: {', '.join(missing)} ({_losses(conductor.funnel)}); "
+        f"all {conductor.jobs} jobs of the refusals are used up: {', '.join(missing)}; "
         "raise `refusals.samples`, or add seeds to the group, in a new --run"
     )
 
 
-def _short_cells(run: Run, recipe: Recipe, chain: Chain, prepared: Prepared) -> list[str]:
-    """The cells below their quota, each with what was lost there."""
-    if chain.quota is None or not (short := chain.quota.short()):
+def _short_cells(run: Run, chain: Chain, prepared: Prepared, dialogues: Conductor) -> list[str]:
+    """The cells below their quota, each with what was lost there; where dialogues are missing, those waited for too."""
+    if chain.quota is None:
         return []
-    ended = {e.job: f"{e.kind} {e.stage} {e.reason}" for e in run.ended()}
+    short = chain.quota.short()
+    named = {(axis, value) for axis, value, _, _ in short}
+    short += [] if dialogues.filled else [cell for cell in chain.quota.awaited() if cell[:2] not in named]
+    if not short:
+        return []
+    ended = {one.job: _place(one) for one in run.ended()}
     lost: dict[tuple[str, str], Counter[str]] = {(axis, value): Counter() for axis, value, _, _ in short}
-    grown = dict.fromkeys(lost, 0)
-    seeds = prepared.seeds.seeds
-    for job in islice(jobs(recipe, seeds), max(ended, default=-1) + 1):
-        for cell in lost:
-            if _value(job, cell[0], recipe) == cell[1]:
-                grown[cell] += 1
+    decided = dict.fromkeys(lost, 0)
+    recipe, victims = prepared.recipe, prepared.values["victim"]
+    for job in islice(jobs(recipe, prepared.seeds.seeds), dialogues.funnel.jobs):
+        for axis, value in lost:
+            if value_of(job, axis, victims) == value:
+                decided[axis, value] += 1
                 if job.index in ended:
-                    lost[cell][ended[job.index]] += 1
+                    lost[axis, value][ended[job.index]] += 1
     return [
-        f"{axis} {value} {count} of {need} ({grown[axis, value]} jobs: "
-        + (", ".join(f"{n} {why}" for why, n in lost[axis, value].most_common(3)) or "none was lost")
-        + ")"
+        f"{axis} {value} {count} of {need} (of {decided[axis, value]} jobs: {_losses(lost[axis, value])})"
         for axis, value, count, need in short
     ]
-
-
-def _value(job: Job, axis: str, recipe: Recipe) -> str:
-    """Where a job stands on an axis of the quotas."""
-    return {
-        "category": job.seed.category,
-        "strategy": job.strategy,
-        "victim": recipe.cast.victims[job.victim].identity,
-        "turns": str(job.turns),
-    }[axis]

@@ -85,7 +85,7 @@ def seeds_by_group(
                 what = f"{where}: unknown category {category!r}" + nearest(category, known)
                 raise InputError(what, remedy="name one of the 14")
         source = (own or {})[name] if group.seeds else seeds
-        taken = set(group.categories) or (set(known) if group.seeds else set(known) - named)
+        taken = set(group.categories) or set(known) - named
         found[name] = tuple(seed for seed in source if seed.category in taken)
         if not found[name]:
             raise InputError(f"{where}: no seed in its categories", remedy="name others, or give it `seeds` of its own")

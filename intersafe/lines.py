@@ -18,7 +18,7 @@ from intersafe.models.cast import Company, JobCast
 from intersafe.prepare import provenance_of
 from intersafe.records import Check, Dialogue, Job, Provenance, Reason, RefusalJob, RefusalSample, Turn
 from intersafe.runs import Manifest
-from intersafe.settings import Recipe, Refusals
+from intersafe.settings import Recipe, Refusals, RuleSettings
 from intersafe.stages.cleaning import clean
 from intersafe.stages.conversing import converse, said_in
 from intersafe.stages.judging import check_dialogue
@@ -124,7 +124,7 @@ class _Line:
     def _cast(self, job: AnyJob) -> JobCast:
         return JobCast(self._company, job, self.name)
 
-    def skip(self, job: AnyJob) -> Reason | None:
+    def skip(self, job: AnyJob, ahead: float = 0.0) -> Reason | None:
         """Every job is grown."""
         return None
 
@@ -142,6 +142,11 @@ class Dialogues(_Line):
         assert isinstance(job, Job)
         return await grow_dialogue(job, self._cast(job), self._recipe, self._provenance(job))
 
+    def skip(self, job: AnyJob, ahead: float = 0.0) -> Reason | None:
+        """Jobs that a quota would turn down."""
+        assert isinstance(job, Job)
+        return self.chain.full(job, ahead)
+
     def check(self, outcome: Outcome) -> Reason | None:
         """All gates of the recipe."""
         assert isinstance(outcome, Dialogue)
@@ -151,6 +156,9 @@ class Dialogues(_Line):
         """Tells the gates with memory."""
         assert isinstance(outcome, Dialogue)
         self.chain.add(outcome)
+
+
+_COMPLETE = Reason("group_complete")
 
 
 class RefusalLine(_Line):
@@ -172,18 +180,19 @@ class RefusalLine(_Line):
         assert isinstance(job, RefusalJob)
         return await grow_refusal(job, self._cast(job), self._refusals, self._provenance(job))
 
-    def skip(self, job: AnyJob) -> Reason | None:
+    def skip(self, job: AnyJob, ahead: float = 0.0) -> Reason | None:
         """Jobs of a group that has all it wants."""
         assert isinstance(job, RefusalJob)
-        return self._complete(job.group)
+        return None if self.has_room(job.group) else _COMPLETE
 
-    def _complete(self, group: str) -> Reason | None:
-        return Reason("group_complete") if self.counts[group] >= self._refusals.groups[group].n else None
+    def has_room(self, group: str) -> bool:
+        """True while the group wants more samples."""
+        return self.counts[group] < self._refusals.groups[group].n
 
     def check(self, outcome: Outcome) -> Reason | None:
         """The group's size, the rules and the near-duplicates."""
         assert isinstance(outcome, RefusalSample)
-        reason = self._complete(outcome.group) or check_refusal(outcome)
+        reason = (None if self.has_room(outcome.group) else _COMPLETE) or check_refusal(outcome)
         return reason or (self._duplicates.check(outcome) if self._duplicates else None)
 
     def add(self, outcome: Outcome) -> None:
@@ -192,6 +201,11 @@ class RefusalLine(_Line):
         self.counts[outcome.group] += 1
         if self._duplicates:
             self._duplicates.add(outcome)
+
+
+def check_twin(twin: Dialogue, rules: RuleSettings | None) -> Reason | None:
+    """The rules; a twin is held to no quota and may be near its dialogue."""
+    return check_excluded(twin) or (check_rules(twin, rules) if rules else None)
 
 
 class Twins(_Line):
@@ -219,10 +233,9 @@ class Twins(_Line):
         return await grow_twin(original, job, self._cast(job), self._recipe, self._provenance(job))
 
     def check(self, outcome: Outcome) -> Reason | None:
-        """The rules; a twin is held to no quota and may be near its dialogue."""
+        """The rules alone."""
         assert isinstance(outcome, Dialogue)
-        rules = self._recipe.gates.rules
-        return check_excluded(outcome) or (check_rules(outcome, rules) if rules else None)
+        return check_twin(outcome, self._recipe.gates.rules)
 
     def add(self, outcome: Outcome) -> None:
         """Nothing to remember."""

@@ -20,7 +20,7 @@ from intersafe.runs import Manifest, Run, differences
 from intersafe.settings import Member, Model, Painter, Recipe, nearest
 from intersafe.stages.seeding import Seeds, load_seeds
 from intersafe.taxonomy import BY_NAME
-from intersafe.templates import Prompts, check_refusals, load_prompts
+from intersafe.templates import Prompts, check_refusals, load_prompts, needed_by
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Prepared:
 
 def prepare(recipe: Recipe) -> Prepared:
     """Reads and checks prompts, seeds and cast; `InputError` names the first thing that is wrong."""
-    prompts = load_prompts(Path(recipe.prompts), recipe.strategies)
+    prompts = load_prompts(Path(recipe.prompts), recipe.strategies, needed_by(recipe), alone=True)
     check_cast(recipe.cast)
     seeds = load_seeds(recipe.seed_paths)
-    files, groups, digests = dict(seeds.files), {}, [seeds.digest]
+    files, groups, digests, excluded = dict(seeds.files), {}, [seeds.digest], list(seeds.excluded)
     if recipe.refusals:
         check_refusals(recipe.refusals, prompts)
         named = ((name, group.seeds) for name, group in recipe.refusals.groups.items() if group.seeds)
@@ -58,6 +58,7 @@ def prepare(recipe: Recipe) -> Prepared:
         for found in own.values():
             files |= found.files
             digests.append(found.digest)
+            excluded += found.excluded
     values = values_of(recipe, seeds.seeds)
     manifest = Manifest(
         name=recipe.name,
@@ -66,7 +67,7 @@ def prepare(recipe: Recipe) -> Prepared:
         digest=recipe.digest,
         prompts=dict(prompts.hashes),
         seeds=digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
-        excluded=seeds.excluded,
+        excluded=tuple(dict.fromkeys(excluded)),
         versions={name: importlib.metadata.version(name) for name in ("intersafe", "msgspec", "pillow", "rensa")},
     )
     return Prepared(recipe, prompts, seeds, groups, files, values, manifest)
@@ -94,7 +95,7 @@ def values_of(recipe: Recipe, seeds: Sequence[Seed]) -> dict[str, list[str]]:
 _DIALOGUE = ("planner/decompose", "planner/rewrite", "judge/step", "judge/turn", "judge/dialogue", "victim/system")
 _MET: dict[str, tuple[str, ...]] = {
     "": _DIALOGUE,
-    "refusals": ("refusal/question", "refusal/answer", "refusal/templates", "judge/refusal"),
+    "refusals": ("refusal/question", "judge/refusal"),
     "twins": ("planner/twin", "judge/turn", "judge/dialogue", "victim/system"),
 }
 """The prompt files that a line's jobs can meet, whatever the recipe."""
@@ -105,7 +106,8 @@ def provenance_of(recipe: Recipe, manifest: Manifest, job: Job | RefusalJob, lin
     met = set(_MET[line])
     roles = {"attacker", "judge", "second_judge"}
     if recipe.cast.painter and line != "twins":
-        roles, met = roles | {"painter"}, met | {"painter/describe", "judge/images"}
+        roles, met = roles | {"painter"}, met | {"painter/describe"}
+        met |= {"judge/images"} if recipe.clean and recipe.clean.judge_distance is not None and not line else set()
     if isinstance(job, Job):
         roles |= {f"victim:{job.victim}"}
         met |= {f"judge/rubrics/{BY_NAME[job.seed.category].family}"}
@@ -113,7 +115,9 @@ def provenance_of(recipe: Recipe, manifest: Manifest, job: Job | RefusalJob, lin
         if recipe.respond:
             roles, met = roles | {"responder"}, met | {"responder/aligned", "judge/aligned"}
     elif recipe.refusals and recipe.refusals.groups[job.group].answers == "analysis":
-        roles |= {"responder"}
+        roles, met = roles | {"responder"}, met | {"refusal/answer"}
+    else:
+        met |= {"refusal/templates"}
     members = {role.partition(":")[0]: model for role, model in recipe.cast.models.items() if role in roles}
     return Provenance(
         models={role: member.identity for role, member in members.items()},

@@ -48,8 +48,16 @@ PROMPTS: dict[str, Role] = {
             "strategy_summary": "its summary block",
             "n_steps": "how many steps",
             "n_pictures": "how many of the steps shall get a picture of their own; 0 where nothing is painted",
+            "problem": "why your last plan was turned down; empty at first",
         },
-        _SAMPLE | {"strategy": "role_play", "strategy_summary": "a summary", "n_steps": 4, "n_pictures": 1},
+        _SAMPLE
+        | {
+            "strategy": "role_play",
+            "strategy_summary": "a summary",
+            "n_steps": 4,
+            "n_pictures": 1,
+            "problem": "3 steps for 4 turns",
+        },
         (("query",), ("n_steps",), ("n_pictures",)),
     ),
     "planner/twin": Role(

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 import yaml
@@ -45,7 +45,7 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         recipe = msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
-        raise _misfit(error, path, lines) from None
+        raise _misfit(error, path, lines, raw) from None
     return check_recipe(_with_paths(recipe, path.resolve().parent), path, lines)
 
 
@@ -62,12 +62,66 @@ def _with_paths(recipe: Recipe, here: Path) -> Recipe:
     return replace(recipe, seeds=absolute(recipe.seeds), prompts=absolute((recipe.prompts,))[0])
 
 
-def _misfit(error: msgspec.ValidationError, at: object, lines: Mapping[str, int]) -> InputError:
+_HINTS = {
+    "^[1-9][0-9]{1,3}x": "write WIDTHxHEIGHT, for example 1024x1024",
+    "^([A-Za-z_]": "write the NAME of an environment variable, never the key",
+    "^[A-Za-z0-9][A-Za-z0-9._-]": "write letters, digits, dots, - and _, at most 60",
+}
+"""What a pattern asks for, by its beginning."""
+
+
+def _misfit(error: msgspec.ValidationError, at: object, lines: Mapping[str, int], raw: Any = None) -> InputError:
     """A value of the wrong type or size, with its line."""
     what, _, where = str(error).partition(" - at `")
-    where = where.rstrip("`")
+    where = _named(where.rstrip("`"), raw)
     name = where.removeprefix("$.") or "recipe"
-    return InputError(f"{name}: {what}", at=at, line=_line_of(where, lines), remedy="docs/recipes.md lists the keys")
+    remedy = next((hint for start, hint in _HINTS.items() if start in what), "docs/recipes.md lists the keys")
+    if remedy in _HINTS.values():
+        what = "not of the right form"
+    options = _options_at(where)
+    if options and what.startswith("Invalid enum value"):
+        what, remedy = what.lower(), f"one of {', '.join(map(str, options))}"
+    return InputError(f"{name}: {what}", at=at, line=_line_of(where, lines), remedy=remedy)
+
+
+def _named(where: str, raw: Any) -> str:
+    """The place with the key that msgspec leaves out of a mapping (`groups[...]`): the first that does not fit."""
+    place, dots, _ = where.partition("[...]")
+    if not dots or raw is None:
+        return where
+    keys = place.removeprefix("$.").split(".")
+    inner = raw
+    for key in keys:
+        inner = inner[key]
+    for name in inner:
+        alone = {name: inner[name]}
+        for key in reversed(keys):
+            alone = {key: alone}
+        try:
+            msgspec.convert({**raw, keys[0]: alone[keys[0]]}, Recipe)
+        except msgspec.ValidationError as error:
+            if f"{place}[...]" in str(error):
+                return where.replace("[...]", f".{name}")
+    return where
+
+
+def _options_at(where: str) -> tuple[Any, ...]:
+    """The words that a place allows, where it takes one of a few."""
+    kind: Any = Recipe
+    for key in re.sub(r"\[\d+\]", "", where).removeprefix("$.").split("."):
+        section = _section_in(kind)
+        of_dict = _dict_values(kind)
+        if of_dict is not None and not (isinstance(kind, type) and issubclass(kind, Section)):
+            kind = of_dict
+        elif section:
+            kind = next((f.type for f in msgspec.structs.fields(section) if f.name == key), None)
+    return _literals(kind)
+
+
+def _literals(kind: Any) -> tuple[Any, ...]:
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return next((found for inner in get_args(kind) if (found := _literals(inner))), ())
 
 
 def check_recipe(recipe: Recipe, at: object = None, lines: Mapping[str, int] | None = None) -> Recipe:
@@ -111,6 +165,10 @@ def _cast_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
 
 def _line_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
     """Stages and lines without the models that they need, and quotas that do not add up."""
+    clean = recipe.clean
+    if clean and clean.judge_distance is not None and clean.judge_distance <= clean.distance:
+        what = f"clean: judge_distance {clean.judge_distance} is not above distance {clean.distance}"
+        yield "$.clean", InputError(what, remedy="the judge looks at what lies between the two; raise it, or drop it")
     if recipe.cast.responder is None:
         remedy = "add `responder: backend:model` to the cast"
         if recipe.respond:
@@ -136,6 +194,10 @@ def _line_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
 
 def override(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with other values, checked again; a cast member given by spec keeps no key of another server."""
+    if changes.pop("no_refusals", False):
+        # Nobody else asks the responder, so its key is not needed either.
+        cast = recipe.cast if recipe.respond else msgspec.structs.replace(recipe.cast, responder=None)
+        recipe = msgspec.structs.replace(recipe, refusals=None, cast=cast)
     cast = recipe.cast
     for role in ("attacker", "judge", "responder"):
         if (spec := changes.pop(role, None)) is not None:
@@ -143,8 +205,6 @@ def override(recipe: Recipe, **changes: Any) -> Recipe:
     if (spec := changes.pop("painter", None)) is not None:
         painter = cast.painter or Painter(model=spec)
         cast = msgspec.structs.replace(cast, painter=_recast(painter, spec))
-    if changes.pop("no_refusals", False):
-        recipe = msgspec.structs.replace(recipe, refusals=None)
     if specs := changes.pop("victims", None):
         cast = msgspec.structs.replace(cast, victims=tuple(_recast(cast.victims[0], spec) for spec in specs))
     limits = {name: changes.pop(name) for name in ("concurrency", "patience") if changes.get(name) is not None}

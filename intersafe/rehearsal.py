@@ -37,8 +37,10 @@ from intersafe.settings import (
     nearest,
 )
 from intersafe.stages.seeding import Seeds, load_seeds
-from intersafe.templates import load_prompts
+from intersafe.templates import load_prompts, needed_by
 
+NOT_PAID = "not_in_journal"
+"""The reason of a call that a replay has no reply to."""
 _NOWHERE = Provenance({}, {}, {}, "", {}, scripted=True)
 _ONCE = ("planner/decompose", "planner/rewrite", "planner/twin", "judge/dialogue")
 """Prompts that belong to the whole talk and to no turn."""
@@ -144,10 +146,10 @@ class _Unasked:
         self.identity = identity
 
     async def answer(self, call: Call) -> Reply:
-        raise CallFailed(call.role, "not_in_journal")
+        raise CallFailed(call.role, NOT_PAID)
 
     async def paint(self, call: Call) -> Painted:
-        raise CallFailed(call.role, "not_in_journal")
+        raise CallFailed(call.role, NOT_PAID)
 
     async def aclose(self) -> None:
         """Nothing to let go of."""
@@ -174,7 +176,7 @@ class Replay:
         except msgspec.ValidationError as error:
             at = run.path / "recipe.json"
             raise InputError(f"not a recipe: {error}", at=at, remedy="restore the file") from None
-        self.prompts = load_prompts(run.path / "prompts", self.recipe.strategies)
+        self.prompts = load_prompts(run.path / "prompts", self.recipe.strategies, needed_by(self.recipe), alone=True)
         self.images = ImageStore(run.path / "images")
 
     def company(self, entries: dict[str, Entry], observe: Callable[[Call, Reply], None] | None = None) -> Company:

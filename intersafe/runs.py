@@ -12,6 +12,7 @@ The three outcome files of a line are cut back to one common job on opening, so 
 nothing out of order.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -146,10 +147,13 @@ def align_outcomes(root: Path, line: str = "") -> int:
         places[name] = []
         for offset, row in lines_of(root / name):
             try:
-                places[name].append((decoder.decode(row).job, offset))
+                job = decoder.decode(row).job
             except msgspec.DecodeError:
+                job = -1
+            if job <= (places[name][-1][0] if places[name] else -1):
                 damaged[name] = offset  # by a power loss, say: from here on all is grown again from the journal
                 break
+            places[name].append((job, offset))
     decided = {job for rows in places.values() for job, _ in rows}
     first = next(job for job in range(len(decided) + 1) if job not in decided)
     for name, rows in places.items():
@@ -206,6 +210,42 @@ def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         yield where, value if not isinstance(value, tuple) else list(value)
 
 
+class _Origin(msgspec.Struct):
+    image: str
+
+
+class _Origins(msgspec.Struct):
+    """Of a turn or a refusal sample no more than the images."""
+
+    origins: tuple[_Origin, ...] = ()
+
+    @property
+    def images(self) -> list[str]:
+        return [origin.image for origin in self.origins]
+
+
+class _Images(msgspec.Struct):
+    turns: tuple[_Origins, ...]
+
+    @property
+    def images(self) -> list[str]:
+        return [image for turn in self.turns for image in turn.images]
+
+
+def _count_sound(path: Path) -> int:
+    """Rows of an outcome file, or -1 where one cannot be read or stands twice."""
+    decoder, last, rows = msgspec.json.Decoder(_JobOnly), -1, 0
+    for _, line in lines_of(path):
+        try:
+            job = decoder.decode(line).job
+        except msgspec.DecodeError:
+            return -1
+        if job <= last:
+            return -1
+        last, rows = job, rows + 1
+    return rows
+
+
 class Run:
     """A run that was made before, or is being made: read-only."""
 
@@ -248,7 +288,10 @@ class Run:
                 yield from_row(msgspec.json.decode(line, type=dict[str, Any]), kind)
             except (msgspec.DecodeError, ValueError, RecursionError) as error:
                 raise InputError(
-                    f"not a row: {error}", at=self.path / name, line=number, remedy="restore the file"
+                    f"not a row: {error}",
+                    at=self.path / name,
+                    line=number,
+                    remedy="restore the file, or let the run's own `intersafe generate` command grow it again",
                 ) from None
 
     def seeds(self) -> tuple[Seed, ...]:
@@ -263,7 +306,7 @@ class Run:
         except (OSError, msgspec.DecodeError):
             return None
         funnels = (summary.funnel, summary.refusals, summary.twins)
-        rows = [sum(1 for _ in lines_of(self.path / files_of(line)[0])) for line in LINES]
+        rows = [_count_sound(self.path / files_of(line)[0]) for line in LINES]
         return summary if rows == [f.accepted for f in funnels] else None  # rows were lost since: it is owed again
 
     def funnel(self, line: str = "") -> Funnel:
@@ -302,6 +345,18 @@ class Run:
             for entry in entries_of(path)
             if entry.job == job and entry.line == line
         }
+
+    def lost_images(self) -> list[str]:
+        """References that the records name and the run does not have, or has as empty files."""
+        folder = self.path / "images"
+        have = {file.name for file in folder.glob("??/*") if file.stat().st_size}
+        lost: dict[str, None] = {}
+        for name, kind in (("dialogues.jsonl", _Images), ("twins.jsonl", _Images), ("refusals.jsonl", _Origins)):
+            decoder: msgspec.json.Decoder[_Images | _Origins] = msgspec.json.Decoder(kind)
+            for _, line in lines_of(self.path / name):
+                with contextlib.suppress(msgspec.DecodeError):  # whoever reads the row says what is wrong with it
+                    lost.update(dict.fromkeys(image for image in decoder.decode(line).images if image not in have))
+        return list(lost)
 
     def image(self, reference: str) -> bytes:
         """The bytes of an image of this run; checked against its name."""

@@ -89,6 +89,10 @@ class Painter(Model, frozen=True):
     guidance: Annotated[float, Meta(ge=0, le=100)] | None = None
     """`true_cfg_scale`, as Qwen-Image names it; null leaves it to the server."""
     negative_prompt: str = ""
+    concurrency: Parallel = 2
+    """Pictures asked for at once: a server draws few at a time, and what waits there runs into the time-out."""
+    timeout: Annotated[float, Meta(gt=0, le=1e9)] = 1800.0
+    """Seconds for one picture."""
 
     @property
     def spec(self) -> Spec:
@@ -275,7 +279,7 @@ class RefusalGroup(Section, frozen=True):
 
     n: Positive
     """Samples to keep; exact."""
-    about: str
+    about: Annotated[str, Meta(min_length=3)]
     """What questions belong to the group, in a few words: the asker and the judge are told."""
     answers: Literal["analysis", "templates"] = "analysis"
     """An analysis of the harm by the responder, or one of the standardised texts of the prompt folder."""
@@ -365,7 +369,7 @@ def digest_of(outcome: dict[str, Any]) -> str:
 
 def _outcome_of(member: Model) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(member)
-    for name in ("key", "concurrency", "revision", "send_images"):
+    for name in ("key", "concurrency", "revision", "send_images", "timeout"):
         plain.pop(name, None)
     plain["model"] = member.identity
     return plain

@@ -1,10 +1,12 @@
 """How a run is shown on the terminal: its funnel, one dialogue, and what each role saw. Model text cannot drive it."""
 
+import re
 from typing import Any
 
 import click
 
 from intersafe.errors import InputError
+from intersafe.images import ImageStore
 from intersafe.records import Dialogue, ImageOrigin, RefusalSample
 from intersafe.rehearsal import calls_of
 from intersafe.runs import Funnel, Run
@@ -12,14 +14,16 @@ from intersafe.runs import Funnel, Run
 
 def pick(run: Run, which: str | None, line: str = "") -> Any:
     """The kept outcome of a line by id or place from 1; the first where none is named, None if there is none."""
-    number = int(which) if which is not None and which.isdecimal() and len(which) < 10 else None
+    number = int(which) if which is not None and re.fullmatch(r"[0-9]{1,9}", which) else None
     for place, outcome in enumerate(run.kept(line), 1):
         if which is None or place == number or outcome.id == which:
             return outcome
     if which is None:
         return None
     kind = {"": "dialogue", "refusals": "refusal sample", "twins": "twin"}[line]
-    raise InputError(f"no {kind} {which!r} in this run", at=run.path, remedy="give an id or a number from 1")
+    have = sum(1 for _ in run.kept(line))
+    remedy = f"give an id or a number from 1 to {have}" if have else f"it has no {kind} at all"
+    raise InputError(f"no {kind} {which!r} in this run", at=run.path, remedy=remedy)
 
 
 def print_funnel(run: Run) -> None:
@@ -63,8 +67,12 @@ def _print_beside(run: Run) -> None:
     for line in ("refusals", "twins"):
         funnel = run.funnel(line)
         if funnel.jobs:
-            groups = ", ".join(f"{name} {count}" for name, count in sorted(funnel.groups.items()))
-            click.echo(f"{funnel.accepted:>8,} {line}" + (f": {groups}" if groups else ""))
+            wanted = {
+                name: group["n"]
+                for name, group in (run.manifest.recipe.get("refusals") or {"groups": {}})["groups"].items()
+            }
+            groups = ", ".join(f"{name} {funnel.groups.get(name, 0)} of {n}" for name, n in sorted(wanted.items()))
+            click.echo(f"{funnel.accepted:>8,} {line}" + (f": {groups}" if line == "refusals" else ""))
             _print_lost(funnel, "    ")
 
 
@@ -97,7 +105,8 @@ def print_dialogue(run: Run, dialogue: Dialogue) -> None:
 
 
 def _print_image(run: Run, origin: ImageOrigin) -> None:
-    click.echo(f"  image      {run.path / 'images' / origin.image[:2] / origin.image}")
+    path = ImageStore(run.path / "images").path(origin.image)
+    click.echo(f"  image      {path}" + ("" if path.exists() else "   (missing)"))
     if origin.source == "painted":
         click.echo(f"             painted by {origin.model}, seed {origin.seed}: {plain(origin.description)}")
 

@@ -11,16 +11,17 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from jinja2 import StrictUndefined, Template, nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from intersafe.errors import InputError
+from intersafe.files import read_small
 from intersafe.prompt_roles import PROMPTS, STRATEGY, Role
 from intersafe.refusal_texts import TEMPLATES, read_templates
-from intersafe.settings import Refusals, nearest
+from intersafe.settings import Recipe, Refusals, nearest
 from intersafe.taxonomy import Family
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
@@ -97,24 +98,52 @@ class Prompts:
         return tuple(name.removeprefix("attacker/") for name in self.prompts if name.startswith("attacker/"))
 
 
-def load_prompts(root: Path, strategies: Sequence[str] | None = None) -> Prompts:
+def needed_by(recipe: Recipe) -> frozenset[str]:
+    """The prompt files, by name, that a run of the recipe can ask with; the strategies and rubrics come on top."""
+    unused: set[str] = set()
+    if recipe.cast.painter is None:
+        unused |= {"painter/describe"}
+    if recipe.clean is None or recipe.clean.judge_distance is None:
+        unused |= {"judge/images"}
+    if recipe.respond is None:
+        unused |= {"responder/aligned", "judge/aligned"}
+    if recipe.twins is None:
+        unused |= {"planner/twin"}
+    groups = recipe.refusals.groups.values() if recipe.refusals else ()
+    if not groups:
+        unused |= {"refusal/question", "judge/refusal"}
+    if not any(group.answers == "analysis" for group in groups):
+        unused |= {"refusal/answer"}
+    if not any(group.answers == "templates" for group in groups):
+        unused |= {_TEMPLATES}
+    return frozenset({*PROMPTS, _TEMPLATES} - unused)
+
+
+_TEMPLATES = TEMPLATES.rpartition(".")[0]
+
+
+def load_prompts(
+    root: Path, strategies: Sequence[str] | None = None, needed: frozenset[str] | None = None, *, alone: bool = False
+) -> Prompts:
     """Every prompt file below `root`, checked; only the named strategies, or all of them.
 
-    Raises the first problem as `InputError`; `lint_prompts` yields them all.
+    What is not `needed` may be absent; with `alone` it is not looked at. Raises the first problem as `InputError`;
+    `lint_prompts` yields them all.
     """
     prompts: dict[str, Prompt] = {}
     rubrics: dict[str, str] = {}
     refusals: dict[str, tuple[str, ...]] = {}
     hashes: dict[str, str] = {}
-    problems = list(_problems(root, strategies, prompts, rubrics, refusals, hashes))
+    wanted = _Wanted(strategies, needed, alone)
+    problems = list(_problems(root, wanted, prompts, rubrics, refusals, hashes))
     if problems:
         raise problems[0]
     return Prompts(root, prompts, rubrics, refusals, dict(sorted(hashes.items())))
 
 
-def lint_prompts(root: Path) -> Iterator[InputError]:
+def lint_prompts(root: Path, needed: frozenset[str] | None = None) -> Iterator[InputError]:
     """Every problem of every prompt file below `root`, strategies that no recipe names included."""
-    yield from _problems(root, None, {}, {}, {}, {})
+    yield from _problems(root, _Wanted(None, needed, alone=False), {}, {}, {}, {})
 
 
 def check_refusals(refusals: Refusals, prompts: Prompts) -> None:
@@ -128,9 +157,19 @@ def check_refusals(refusals: Refusals, prompts: Prompts) -> None:
             )
 
 
+class _Wanted(NamedTuple):
+    strategies: Sequence[str] | None
+    needed: frozenset[str] | None
+    alone: bool
+
+    def skips(self, name: str, path: Path) -> bool:
+        """True for a file that is not needed, and absent or not to be looked at."""
+        return self.needed is not None and name not in self.needed and (self.alone or not path.exists())
+
+
 def _problems(
     root: Path,
-    strategies: Sequence[str] | None,
+    wanted_files: _Wanted,
     prompts: dict[str, Prompt],
     rubrics: dict[str, str],
     refusals: dict[str, tuple[str, ...]],
@@ -142,7 +181,7 @@ def _problems(
         return
     files = [path for path in sorted(root.rglob("*.md")) if _is_prompt(path.relative_to(root))]
     found = [path.stem for path in files if path.parent == root / "attacker"]
-    wanted = found if strategies is None else list(strategies)
+    wanted = found if wanted_files.strategies is None else list(wanted_files.strategies)
     if not wanted:
         yield InputError("no strategy file", at=root / "attacker", remedy="a strategy is one file, attacker/<name>.md")
     for strategy in wanted:
@@ -153,6 +192,8 @@ def _problems(
     roles = PROMPTS | {f"attacker/{name}": STRATEGY for name in wanted if name in found}
     for name, role in roles.items():
         path = root / f"{name}.md"
+        if name in PROMPTS and wanted_files.skips(name, path):
+            continue
         try:
             text, hashes[f"{name}.md"] = _read(path)
             prompts[name] = _check(name, path, text, hashes[f"{name}.md"], role)
@@ -165,11 +206,12 @@ def _problems(
             rubrics[family] = text.strip()
         except InputError as error:
             yield error
-    try:
-        _, hashes[TEMPLATES] = _read(root / TEMPLATES)
-        refusals.update(read_templates(root / TEMPLATES))
-    except InputError as error:
-        yield error
+    if not wanted_files.skips(_TEMPLATES, root / TEMPLATES):
+        try:
+            _, hashes[TEMPLATES] = _read(root / TEMPLATES)
+            refusals.update(read_templates(root / TEMPLATES))
+        except InputError as error:
+            yield error
     known = {root / f"{name}.md" for name in PROMPTS} | {root / "judge" / "rubrics" / f"{f}.md" for f in _FAMILIES}
     for path in files:
         if path not in known and path.parent != root / "attacker":
@@ -189,17 +231,19 @@ def _is_prompt(path: Path) -> bool:
 def _read(path: Path) -> tuple[str, str]:
     """Text without a byte order mark, and the sha256 of all bytes."""
     try:
-        data = path.read_bytes()
+        data = read_small(path)
         text = data.decode("utf-8").removeprefix("\ufeff")
     except FileNotFoundError:
-        raise InputError("prompt file is missing", at=path, remedy="copy it back with `intersafe init DIR`") from None
+        remedy = "copy it from a fresh folder, `intersafe init NEW` makes one"
+        raise InputError("prompt file is missing", at=path, remedy=remedy) from None
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", at=path, remedy="mend its rights") from None
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError("not UTF-8 text", at=path, line=line, remedy="save the file as UTF-8") from None
     if not text.strip():
-        raise InputError("the file is empty", at=path, remedy="copy it back with `intersafe init DIR`")
+        remedy = "copy it from a fresh folder, `intersafe init NEW` makes one"
+        raise InputError("the file is empty", at=path, remedy=remedy)
     return text, hashlib.sha256(data).hexdigest()
 
 

@@ -12,8 +12,10 @@ import yaml
 
 from intersafe.errors import InputError
 from intersafe.files import bundled
+from intersafe.jobs import seeds_by_group
 from intersafe.recipe import load_recipe, override
 from intersafe.settings import Limits, Member, Recipe, Turns, parse_spec
+from intersafe.stages.seeding import load_seeds
 
 BASE: dict[str, Any] = {
     "name": "t",
@@ -607,3 +609,21 @@ def test_an_unreadable_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").chmod(0)
     with pytest.raises(InputError, match="cannot read the recipe"):
         load_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("name", ["demo", "aligned", "intersafe_v"])
+def test_a_shipped_recipe_gives_no_group_a_seed_of_a_category_that_another_names(name: str) -> None:
+    recipe = load_recipe(bundled(f"pipelines/{name}.yaml"))
+    assert recipe.refusals is not None
+    seeds = load_seeds(recipe.seed_paths).seeds
+    groups = seeds_by_group(recipe.refusals, seeds, dict.fromkeys(recipe.refusals.groups, seeds))
+    assert {seed.category for seed in groups["health"]} == {"health_consultation"}
+    assert {seed.category for seed in groups["finance"]} == {"financial_advice"}
+    assert len({seed.category for seed in groups["general"]}) == 12
+
+
+def test_without_refusals_nobody_needs_the_key_of_the_responder() -> None:
+    recipe = load_recipe(bundled("pipelines/intersafe_v.yaml"))
+    assert "responder" in recipe.cast.members
+    assert "responder" not in override(recipe, no_refusals=True).cast.members
+    assert "responder" in override(recipe, no_refusals=True, responder="scripted:demo").cast.members

@@ -118,7 +118,7 @@ def test_a_group_takes_seeds_of_its_own(seeds: tuple[Seed, ...]) -> None:
     own = tuple(msgspec.structs.replace(seed, id=f"own-{seed.id}") for seed in seeds)
     refusals = with_groups(finance={"seeds": ("own.jsonl",), "categories": ()})
     by_group = seeds_by_group(refusals, seeds, {"finance": own})
-    assert by_group["finance"] == own
+    assert by_group["finance"] == tuple(seed for seed in own if seed.category != "health_consultation")
     assert {seed.category for seed in by_group["general"]} == {s.category for s in seeds} - {"health_consultation"}
     narrow = with_groups(finance={"seeds": ("own.jsonl",)})
     assert len(seeds_by_group(narrow, seeds, {"finance": own})["finance"]) == 22

@@ -6,7 +6,7 @@ from intersafe.gates import Gate
 from intersafe.gates.dedup import DuplicateIndex, similar_images
 from intersafe.gates.quota import Quota
 from intersafe.gates.rules import check_excluded, check_rules
-from intersafe.records import Dialogue, Reason
+from intersafe.records import Dialogue, Job, Reason
 from intersafe.settings import Gates
 
 
@@ -20,7 +20,13 @@ class Chain:
         self._settings, self._hash = settings, perceptual_hash
         self.quota = Quota(settings.coverage, values) if settings.coverage else None
         duplicates = DuplicateIndex(settings.duplicates) if settings.duplicates else None
-        self._gates: list[Gate] = [gate for gate in (self.quota, duplicates) if gate]
+        # The quotas speak first: what they turn down was perhaps never grown, so that no other gate could speak.
+        self._first: list[Gate] = [self.quota] if self.quota else []
+        self._last: list[Gate] = [duplicates] if duplicates else []
+
+    def full(self, job: Job, ahead: float) -> Reason | None:
+        """Why the job need not be grown, if `ahead` dialogues are accepted elsewhere until its turn comes."""
+        return self.quota.check(job, ahead) if self.quota else None
 
     def check(self, dialogue: Dialogue) -> Reason | None:
         """The reason to turn the dialogue down, or None."""
@@ -28,15 +34,17 @@ class Chain:
 
     def add(self, dialogue: Dialogue) -> None:
         """Remembers an accepted dialogue."""
-        for gate in self._gates:
+        for gate in (*self._first, *self._last):
             gate.add(dialogue)
 
     def _reasons(self, dialogue: Dialogue) -> Iterator[Reason | None]:
         settings = self._settings
+        for gate in self._first:
+            yield gate.check(dialogue)
         yield check_excluded(dialogue)
         if settings.rules:
             yield check_rules(dialogue, settings.rules)
         if settings.images and len(dialogue.images) > 1:
             yield similar_images([self._hash(ref) for ref in dialogue.images], settings.images.distance)
-        for gate in self._gates:
+        for gate in self._last:
             yield gate.check(dialogue)

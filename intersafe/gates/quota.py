@@ -3,17 +3,21 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from intersafe.records import Dialogue, Reason
+from intersafe.records import Dialogue, Job, Reason
 from intersafe.settings import CoverageSettings
 
 AXES = ("category", "strategy", "victim", "turns")
 
 
-def value_of(dialogue: Dialogue, axis: str) -> str:
-    """Where a dialogue stands on an axis."""
+def value_of(grown: Dialogue | Job, axis: str, victims: Sequence[str]) -> str:
+    """Where a dialogue stands on an axis, or will stand once it is grown from a job; `victims` by a job's number."""
     if axis == "category":
-        return dialogue.seed.category
-    return str(len(dialogue.turns)) if axis == "turns" else str(getattr(dialogue, axis))
+        return grown.seed.category
+    if axis == "strategy":
+        return grown.strategy
+    if isinstance(grown, Job):
+        return victims[grown.victim] if axis == "victim" else str(grown.turns)
+    return grown.victim if axis == "victim" else str(len(grown.turns))
 
 
 def shares_of(settings: CoverageSettings, values: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
@@ -42,16 +46,24 @@ class Quota:
         self._accepted = 0
         self._settings, self._values = settings, values
 
-    def check(self, dialogue: Dialogue) -> Reason | None:
-        """`category_full`, `strategy_full`, `victim_full`, `turns_full`, or None; `ValueError` for an unknown value."""
-        for axis, shares in self.shares.items():
+    def check(self, dialogue: Dialogue | Job, ahead: float = 0.0) -> Reason | None:
+        """`category_full`, `strategy_full`, `victim_full`, `turns_full`, or None; `ValueError` for an unknown value.
+
+        All that is asked for is known of a job before it is grown; `ahead` more may be accepted elsewhere until then.
+        """
+        for axis in self.shares:
             value = self._value(dialogue, axis)
-            count = self.counts[axis][value] + 1
-            limit = (1 + self._settings.tolerance) * shares.get(value, 0.0) * (self._accepted + 1)
-            limit += self._settings.slack if value in shares else 0.0
+            count, limit = self.counts[axis][value] + 1, self._limit(axis, value, ahead)
             if count > limit:
                 return Reason(f"{axis}_full", f"{value}: {count} where {limit:.1f} is the limit")
         return None
+
+    def _limit(self, axis: str, value: str, ahead: float = 0.0) -> float:
+        """The most that a value may have once one more is accepted."""
+        share = self.shares[axis].get(value)
+        if share is None:
+            return 0.0
+        return (1 + self._settings.tolerance) * share * (self._accepted + ahead + 1) + self._settings.slack
 
     def add(self, dialogue: Dialogue) -> None:
         """Counts an accepted dialogue."""
@@ -59,8 +71,8 @@ class Quota:
             self.counts[axis][self._value(dialogue, axis)] += 1
         self._accepted += 1
 
-    def _value(self, dialogue: Dialogue, axis: str) -> str:
-        value = value_of(dialogue, axis)
+    def _value(self, grown: Dialogue | Job, axis: str) -> str:
+        value = value_of(grown, axis, self._values.get("victim", ()))
         if value not in self._values[axis]:
             raise ValueError(f"{axis} {value!r} is not one of the run's: {', '.join(self._values[axis])}")
         return value
@@ -74,3 +86,14 @@ class Quota:
             for value, share in shares.items()
             if self.counts[axis][value] < (need := int(least * share * self._accepted - self._settings.slack))
         ]
+
+    def awaited(self) -> list[tuple[str, str, int, int]]:
+        """The cells that others wait for, because those of their axis are full: as `short`, up to their whole share."""
+        found = []
+        for axis, shares in self.shares.items():
+            counts = self.counts[axis]
+            room = [value for value in shares if counts[value] + 1 <= self._limit(axis, value)]
+            if len(room) < len(shares):
+                wanted = {value: max(counts[value] + 1, round(shares[value] * self._accepted)) for value in room}
+                found += [(axis, value, counts[value], wanted[value]) for value in room]
+        return found

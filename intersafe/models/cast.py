@@ -109,7 +109,7 @@ class JobCast:
             with self._in_flight(call) as began:
                 answer = await model.answer(call)
             entry = self._entry(call, key, began, text=answer.text, finish=answer.finish, tokens=answer.tokens)
-            # A victim's block ends the job as a failed call does. Like one it is not kept: the fault may be the server's.
+            # A victim's block ends the job as a failed call does, and is not kept either: it may be the server's fault.
             if not (answer.finish == "blocked" and role == self.victim):
                 self._company.journal.add(entry)
         reply = Reply(entry.text, entry.finish, entry.tokens)
@@ -131,7 +131,8 @@ class JobCast:
         self._ordinal += 1
         options = (settings.size, settings.steps, settings.guidance, settings.negative_prompt, settings.extra)
         key = call.key(model.identity, {"painter": options})
-        entry = self._paid(key)
+        kept = self._company.journal.take(key)
+        entry = kept or self._older(key)
         # After a power loss the journal may name an image that never reached the disk: then it is owed again.
         if entry is None or (entry.image and not await asyncio.to_thread(self._is_there, entry.image, store)):
             with self._in_flight(call) as began:
@@ -140,6 +141,8 @@ class JobCast:
             entry = self._entry(call, key, began, text=problem, image=image)
             if image or not last:
                 self._company.journal.add(entry)
+        elif kept is None:
+            self._company.journal.add(entry)  # now that the image is here
         if self._company.observe:
             self._company.observe(call, Reply(entry.text or f"[image {entry.image}]"))
         if not entry.image:
@@ -172,10 +175,14 @@ class JobCast:
         """The entry of a call that was paid for before, by this run or by the older one that it takes over from."""
         company = self._company
         entry = company.journal.take(key)
-        if entry is None and company.older and (older := company.older.take(key)):
-            entry = structs.replace(older, job=self._job.index, line=self._line)
+        if entry is None and (entry := self._older(key)):
             company.journal.add(entry)
         return entry
+
+    def _older(self, key: str) -> Entry | None:
+        """The entry of that call in the run that this one takes over from."""
+        older = self._company.older.take(key) if self._company.older else None
+        return structs.replace(older, job=self._job.index, line=self._line) if older else None
 
     def _entry(self, call: Call, key: str, began: float, **fields: Any) -> Entry:
         ms = round((time.perf_counter() - began) * 1000)

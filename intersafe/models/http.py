@@ -19,10 +19,9 @@ aiohttp speaks HTTP; what the openai SDK would cost is in docs/performance.md. K
 import asyncio
 import contextlib
 import hashlib
-import io
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -43,7 +42,9 @@ _FILTERED = ("content_filter", "content_policy_violation", "data_inspection_fail
 _OVERLOADED = (429, 503, 529)
 _PASSING = (408, 409, 425)
 _AWAY = (401, 402, 403, 404, 405, 407)
-_LARGE = 2**20  # bytes above which aiohttp warns of a body that is given as bytes
+UPLOADS = 8
+"""Large bodies on their way to one service at once: what waits for an answer holds no images in memory."""
+_LARGE = 2**20  # bytes from which on a body is sent in pieces and let go of
 
 
 class _Fault(Exception):
@@ -137,6 +138,7 @@ class Service:
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=limits.timeout, connect=min(30.0, limits.timeout)),
         )
+        self._uploads = asyncio.Semaphore(UPLOADS)
         self._retrying = AsyncRetrying(
             stop=self._only_last_try_left,
             wait=wait_random_exponential(multiplier=0.4, max=20.0),
@@ -209,11 +211,12 @@ class Service:
     # --- one request -------------------------------------------------------------------------------------------------
 
     async def _post(self, replica: _Replica, question: Question[A]) -> A:
-        body = question.body()
-        data = io.BytesIO(body) if len(body) > _LARGE else body
+        await self._uploads.acquire()
+        uploaded = _Once(self._uploads.release)
         try:
+            headers, body = _upload(question.body(), uploaded)
             async with self._session.post(
-                replica.address, data=data, allow_redirects=False, **replica.proxy
+                replica.address, data=body, headers=headers, allow_redirects=False, **replica.proxy
             ) as response:
                 answer = await _read(response, self._max_body)
                 if answer is None and (response.status != 200 or question.too_long is None):
@@ -227,6 +230,8 @@ class Service:
             raise _TooSlow(str(error) or f"no answer within {self._limits.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise Passing(self.clean(f"{type(error).__name__} {error}".strip())) from None
+        finally:
+            uploaded()
         if answer is None:
             assert question.too_long is not None
             return question.too_long()
@@ -322,6 +327,33 @@ def _open_replica(url: str, route: str, most: int, patience: float) -> _Replica:
     with contextlib.suppress(LookupError):
         proxy["proxy"], proxy["proxy_auth"] = get_env_proxy_for_url(address)
     return _Replica(url, address, proxy, Limiter(most), Absence(patience))
+
+
+class _Once:
+    """Does something the first time it is called."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act: Callable[[], None] | None = act
+
+    def __call__(self) -> None:
+        act, self._act = self._act, None
+        if act:
+            act()
+
+
+def _upload(body: bytes, uploaded: _Once) -> tuple[dict[str, str], bytes | AsyncIterator[bytes]]:
+    """Headers and data of a body; a large one goes piece by piece, and `uploaded` is called when it is sent."""
+    if len(body) > _LARGE:
+        return {"Content-Length": str(len(body))}, _pieces(body, uploaded)
+    uploaded()
+    return {}, body
+
+
+async def _pieces(body: bytes, uploaded: _Once) -> AsyncIterator[bytes]:
+    """Nobody holds the body once it is sent, since most of a request's time is the server's."""
+    for start in range(0, len(body), _LARGE):
+        yield body[start : start + _LARGE]
+    uploaded()
 
 
 # --- what comes back -------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class ImagesEndpoint:
         self._service = Service(
             painter,
             "/images/generations",
-            limits,
+            msgspec.structs.replace(limits, timeout=painter.timeout),
             say,
             scout=Question(lambda: small, self._painted, _blocked, _too_long),
             max_body=MAX_BODY,

@@ -86,8 +86,11 @@ def file_outside(run: Run, name: str) -> Path:
     path = Path(name)
     if not name or path.is_dir():
         raise InputError(f"{name!r} is no file", at="--json", remedy="name a file, or - for stdout")
-    if path.resolve().is_relative_to(run.path.resolve()):
-        raise InputError(f"{path} lies in the run", at="--json", remedy="name a file elsewhere")
+    path = path.resolve()  # a link is followed, not replaced
+    if path.exists() and not path.is_file():
+        raise InputError(f"{name!r} is no regular file", at="--json", remedy="name a file, or - for stdout")
+    if path.is_relative_to(run.path.resolve()):
+        raise InputError(f"{name} lies in the run", at="--json", remedy="name a file elsewhere")
     return path
 
 

@@ -116,7 +116,7 @@ async def write_message(
     note = "there is no picture with this message, speak of an earlier one or of none" if lost_image else ""
     problem: Reason | None = None
     for _ in range(settings.tries):
-        words = " ".join(problem).replace("_", " ") if problem else note
+        words = ", ".join(part for part in (note, " ".join(problem).replace("_", " ") if problem else "") if part)
         try:
             answer = await cast.answer(
                 "attacker",

@@ -42,13 +42,13 @@ async def _decompose(job: Job, cast: JobCast, settings: PlanSettings) -> tuple[l
     }
     kind: type[PlanAnswer] = PicturePlanAnswer if job.pictures else PlanAnswer
     sizes = (("steps", job.turns), *((("pictures", job.pictures),) if job.pictures else ()))
-    problem = ""
+    reason, problem = "step_count", ""
     for _ in range(settings.tries):
         try:
             answer = await cast.answer(
                 "attacker",
                 "planner/decompose",
-                values,
+                values | {"problem": problem},
                 kind,
                 images=seed_images(job),
                 tries=settings.tries,
@@ -58,14 +58,14 @@ async def _decompose(job: Job, cast: JobCast, settings: PlanSettings) -> tuple[l
             raise JobRejected("plan", error.reason, error.detail) from None
         pictures = frozenset(answer.pictures if isinstance(answer, PicturePlanAnswer) else ())
         if len(answer.steps) != job.turns:
-            problem = f"{len(answer.steps)} steps for {job.turns} turns"
+            reason, problem = "step_count", f"{len(answer.steps)} steps for {job.turns} turns"
         elif len(pictures) != job.pictures or not pictures <= _eligible(job):
             problem = (
                 f"pictures for steps {sorted(pictures)}, {job.pictures} of {sorted(_eligible(job))} were asked for"
             )
         else:
             return _allowed(list(answer.steps)), pictures
-    raise JobRejected("plan", "step_count", problem)
+    raise JobRejected("plan", reason, problem)
 
 
 def _eligible(job: Job) -> set[int]:
