@@ -18,6 +18,8 @@ from intersafe.runs import Funnel, outcome_row
 
 FAILURES = 32
 """Jobs in a row that may fail before the run stops: then the fault is not theirs."""
+HOPELESS = 1_000
+"""Jobs lost in a row after which a line ends in any case: less than one in a thousand is not worth its money."""
 LOST = 200
 """Jobs that may be lost since the last outcome that was kept, while quotas keep turning down others: then what is still
 wanted does not come. At a yield of 5 % so many are lost in a row once in 28,000 times, at 2 % once in 57."""
@@ -109,8 +111,8 @@ class Drought:
 
     @property
     def lasting(self) -> bool:
-        """True once what there is room for does not come."""
-        return self.lost >= LOST and self.full >= FULL
+        """True once what there is room for does not come, or nothing comes at all."""
+        return (self.lost >= LOST and self.full >= FULL) or self.lost >= HOPELESS
 
     def count(self, outcome: Outcome | Ended) -> None:
         """Takes one more decided job into account."""

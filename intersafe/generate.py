@@ -290,9 +290,10 @@ def _what_to_change(conductor: Conductor, short: list[str]) -> str:
     kept = f"{funnel.accepted} of {conductor.line.wanted} dialogues were kept ({_losses(funnel.ended)})"
     cells = "; ".join(short[:3])
     if drought.lasting:
+        where = f" that the quotas had room for were lost: {cells}" if cells else " were all lost"
         return (
-            f"{kept}, and the last {drought.lost} jobs that the quotas had room for were lost: {cells}; "
-            "mend what loses them, or loosen `gates.coverage`, in a new --run with --reuse"
+            f"{kept}, and the last {drought.lost} jobs{where}; "
+            "mend what loses them, or loosen the gates, in a new --run with --reuse"
         )
     return (
         f"all {conductor.jobs} jobs are used up and {kept}" + (f"; below quota: {cells}" if cells else "") + "; "

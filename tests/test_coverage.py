@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from msgspec import structs
 
-from intersafe.conductor import FAILURES, FULL, LOST, Drought
+from intersafe.conductor import FAILURES, FULL, HOPELESS, LOST, Drought
 from intersafe.errors import InputError, SeedsExhausted, ServiceGone
 from intersafe.files import bundled
 from intersafe.generate import generate_dialogues
@@ -226,9 +226,11 @@ def row(reason: str, stage: str = "gates") -> Ended:
 
 def test_a_line_gives_up_only_where_quotas_bite_and_nothing_comes_of_the_rest() -> None:
     drought = Drought()
-    for _ in range(10 * LOST):
+    for _ in range(HOPELESS - 1):
         drought.count(row("empty_reply", "converse"))
-    assert not drought.lasting, "no quota is in the way: all jobs may be tried"
+    assert not drought.lasting, "no quota is in the way"
+    drought.count(row("empty_reply", "converse"))
+    assert drought.lasting, "nothing comes at all"
     drought = Drought()
     for _ in range(100 * FULL):
         drought.count(row("victim_full"))
@@ -291,3 +293,11 @@ def test_shares_that_cannot_be_kept_leave_no_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError):
         generate_dialogues(load_recipe(path), run=tmp_path / "run", n=3)
+
+
+def test_a_line_that_nothing_comes_of_ends_before_all_jobs_are_paid_for(tmp_path: Path) -> None:
+    recipe = structs.replace(demo(judge="scripted:weak"), gates=Gates(coverage=None))
+    with pytest.raises(SeedsExhausted, match=f"the last {HOPELESS} jobs were all lost") as caught:
+        generate_dialogues(recipe, run=tmp_path / "run", n=10)
+    assert "rejected plan weak_step" in str(caught.value)
+    assert Run(tmp_path / "run").funnel().jobs == HOPELESS
