@@ -225,10 +225,8 @@ def row(reason: str, stage: str = "gates") -> Ended:
 
 
 def test_a_line_gives_up_only_where_quotas_bite_and_nothing_comes_of_the_rest() -> None:
-    drought = Drought()
-    for _ in range(HOPELESS - 1):
-        drought.count(row("empty_reply", "converse"))
-    assert not drought.lasting, "no quota is in the way"
+    assert not Drought(lost=HOPELESS - 1).lasting, "no quota is in the way"
+    drought = Drought(lost=HOPELESS - 1)
     drought.count(row("empty_reply", "converse"))
     assert drought.lasting, "nothing comes at all"
     drought = Drought()
