@@ -235,7 +235,7 @@ def test_a_passing_fault_is_tried_again_and_told_to_nobody(fault: Answer) -> Non
 
 def test_a_stalled_answer_is_tried_again() -> None:
     with painting(in_turn(STALL, PICTURE)) as server:
-        assert paint_once(server, limits=Limits(timeout=0.3)) == Painted(PNG)
+        assert paint_once(server, timeout=0.3) == Painted(PNG)
     assert len(server.requests) == 2
 
 
