@@ -97,25 +97,46 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema_version: int = SCHEMA_VERSION
 
 
+_SHARD = re.compile(r"data/[a-z_]+/(?:train|test)-[0-9]{5,7}\.parquet")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
 def sha256_of(path: Path) -> str:
     """sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def encode_manifest(manifest: Manifest) -> bytes:
+    """A manifest as it is written; equal ones have equal bytes."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted")) + b"\n"
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest; everything that it names is there."""
-    write_whole(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest, order="sorted")) + b"\n")
+    write_whole(folder / MANIFEST, encode_manifest(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a release folder; `InputError` if there is none, or one of another shape."""
     try:
-        return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+        data = (folder / MANIFEST).read_bytes()
     except OSError:
         raise InputError("no release there", at=folder, remedy="make one with `intersafe package RUN`") from None
-    except msgspec.DecodeError as error:
-        raise InputError(f"not a manifest: {error}", at=folder / MANIFEST, remedy="package the run again") from None
+    return decode_manifest(data, folder / MANIFEST)
+
+
+def decode_manifest(data: bytes, at: object) -> Manifest:
+    """A manifest from its bytes, which may come from elsewhere; `InputError` names `at`."""
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+        for file in (*manifest.shards, *manifest.files):
+            if not (_SHARD if isinstance(file, Shard) else _NAME).fullmatch(file.path):
+                raise msgspec.ValidationError(f"{file.path!r} is no place in a release")
+        parse_version(manifest.version, at)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not a manifest: {error}", at=at, remedy="package the run again") from None
+    return manifest
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
