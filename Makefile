@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 N ?= 11270
 
-.PHONY: demo test test-t2i bench clean
+.PHONY: demo test test-loads test-t2i bench clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("intersafe needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -40,10 +40,28 @@ $(T2I)/ready: pyproject.toml
 test-t2i: $(T2I)/ready
 	$(T2I)/bin/python -m pytest -m t2i tests/test_t2i.py
 
+# A release must load where its readers are: each library in an environment of its own, as their versions exclude each other.
+LOADS := datasets-3.6 datasets-4.0 datasets-4 datasets-5 pandas polars duckdb
+READS_datasets-3.6 := 'datasets==3.6.*' pillow
+READS_datasets-4.0 := 'datasets==4.0.*' pillow
+READS_datasets-4 := 'datasets==4.*' pillow
+READS_datasets-5 := 'datasets==5.*' pillow
+READS_pandas := pandas pyarrow
+READS_polars := polars
+READS_duckdb := duckdb
+.venv-loads/%/ready:
+	$(PYTHON) -m venv $(@D)
+	echo '*' > .venv-loads/.gitignore
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(READS_$*)
+	touch $@
+
+test-loads: .venv/ready-test $(LOADS:%=.venv-loads/%/ready)
+	$(BIN)/python -m pytest -m loads tests/test_loads_everywhere.py
+
 bench: .venv/ready-bench
 	$(BIN)/python bench/client.py
 	$(BIN)/python bench/dedup_quality.py
 	$(BIN)/python bench/kills.py
 
 clean:
-	rm -rf .venv $(T2I) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-loads $(T2I) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

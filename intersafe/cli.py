@@ -1,8 +1,8 @@
 """The command line: the only room that knows the terminal.
 
 Each command imports its module when it runs, so that `--help` answers at once. Results go to stdout, talk to stderr.
-Exit codes: 0 done, 2 bad input (one line, nothing written), 3 seeds exhausted, 4 service gone or disk full
-(resumable), 130 stopped by Ctrl-C or SIGTERM (resumable).
+Exit codes: 0 done, 2 bad input (one line, nothing written), 3 seeds exhausted or version taken, 4 service gone or disk
+full (resumable), 130 stopped by Ctrl-C or SIGTERM (resumable).
 """
 
 import io
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from intersafe.cli_release import diff, package, pull, push
 from intersafe.errors import InputError, IntersafeError, StorageError
 
 if TYPE_CHECKING:
@@ -264,6 +265,12 @@ def stats(
             click.echo(f"  {plain(line)}".rstrip())
     if path:
         click.echo(f"wrote {path}", err=True)
+
+
+# --- releases --------------------------------------------------------------------------------------------------------
+
+for published in (package, push, pull, diff):
+    main.add_command(published)
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ IntersafeError
 ├── SeedsExhausted    the jobs are used up before `n` dialogues were kept           exit 3, resumable
 ├── ServiceGone       a model's service stayed away longer than the patience        exit 4, resumable
 ├── StorageError      the run directory cannot be written (disk full, read-only)    exit 4, resumable
+├── of release/       VersionTaken, TagConflict 3, RemoteChanged 4, AccessRefused 5, NetworkGaveUp 6
 └── JobEnded          this one job ends here; the run goes on
     ├── JobRejected   the method or a gate turned the dialogue down
     └── CallFailed    one call failed for good: refused by the server, blocked, never parseable
