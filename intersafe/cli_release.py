@@ -4,6 +4,7 @@ Exit codes: 0 done or done before, 2 bad input, 3 the tag names other content, 4
 5 no right to do that, 6 the network gave up (safe to run again).
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from intersafe.release.push import Outcome
 
 
+def _finite(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise InputError(f"{value} is no number to reckon with", at=f"--{option.name}", remedy="give a plain number")
+    return value
+
+
 @click.command()
 @click.argument("run", metavar="RUN")
 @click.option("--version", metavar="X.Y.Z", help="Default: 1.0.0, or the next minor version after the newest release.")
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--test-share",
     type=click.FloatRange(0, 0.5),
+    callback=_finite,
     help="Share of the seeds in the split `test`. Default: that of the release before, or 0.05.",
 )
 @click.option("--max-shard-size", metavar="SIZE", default="300MB", show_default=True, help="Texts and images together.")
@@ -68,7 +76,8 @@ _endpoint = click.option(
 _no_xet = click.option("--no-xet", is_flag=True, help="Move large files over plain HTTP, without hf_xet.")
 _deadline = click.option(
     "--deadline",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=30 * 86_400),
+    callback=_finite,
     default=3 * 3600.0,
     show_default=True,
     help="Seconds after which it gives up; a second run goes on.",

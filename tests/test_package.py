@@ -24,6 +24,7 @@ from msgspec import structs
 
 from intersafe.errors import InputError
 from intersafe.generate import generate_dialogues
+from intersafe.release.card import KEEP, KEEP_END
 from intersafe.release.manifest import MANIFEST, Version, read_manifest, sha256_of, write_manifest
 from intersafe.release.package import Options, Packaged, VersionTaken, package, parse_size
 from intersafe.release.rows import COLUMNS, bare, refusal_row, split_of
@@ -629,3 +630,19 @@ def test_the_row_version_of_every_row_is_checked(run: Run) -> None:
     row = rows(run.path / "dialogues.jsonl")[0] | {"v": 1}
     (run.path / "dialogues.jsonl").write_bytes(msgspec.json.encode(row) + b"\n")
     assert "row version" in refusal(lambda: package(run, PARTS))
+
+
+def test_seeds_that_were_held_out_stay_held_out(tmp_path: Path) -> None:
+    run = grown(tmp_path / "run", 20)
+    package(run, Options(test_share=0.3))
+    assert "below the 0.3" in refusal(lambda: package(run, Options(test_share=0.1)))
+    assert [path.name for path in (run.path / "release").iterdir() if path.name[0] != "."] == ["1.0.0"]
+
+
+def test_a_card_with_torn_markers_is_left_as_it_is(tmp_path: Path) -> None:
+    run = grown(tmp_path / "run", 20)
+    card = package(run, Options()).path / "README.md"
+    card.write_text(card.read_text().replace(KEEP, f"{KEEP}\nwritten by a person").replace(KEEP_END, ""))
+    before = card.read_text()
+    assert "torn" in refusal(lambda: package(run, Options()))
+    assert card.read_text() == before

@@ -15,7 +15,9 @@ import msgspec
 import pytest
 
 from intersafe.release.card import KEEP, KEEP_END
-from intersafe.release.manifest import check_files, read_manifest
+from intersafe.release.manifest import check_files, read_manifest, write_manifest
+from intersafe.release.staged import open_release
+from tests.makers import refusal
 from tests.releases import Bench, Done, bench, copy_of, fault, make_release, refused, rows, shards_of
 from tests.servers.hub_state import Entry, Fault
 
@@ -463,3 +465,13 @@ def test_receipts_hold_no_key(lfs: Bench, one: Path, repo: str) -> None:
     (receipt,) = one.parent.glob("*.receipt.json")
     assert b"hf_" not in receipt.read_bytes()
     assert msgspec.json.decode(receipt.read_bytes())["repo"] == repo
+
+
+def test_a_manifest_that_denies_what_it_names_is_not_pushed(tmp_path: Path) -> None:
+    denied = make_release(tmp_path, "1.0.0", [rows("a")], models={"judge": "scripted:demo"}, scripted=False)
+    assert "denies" in refusal(lambda: open_release(denied, allow_scripted=True))
+    full = make_release(tmp_path, "2.0.0", [rows("a")])
+    manifest = read_manifest(full)
+    unsafe = tuple(msgspec.structs.replace(shard, config="dialogues_unsafe") for shard in manifest.shards)
+    write_manifest(full, msgspec.structs.replace(manifest, shards=unsafe))
+    assert "denies" in refusal(lambda: open_release(full))

@@ -20,7 +20,7 @@ from msgspec import structs
 from intersafe.errors import InputError, IntersafeError, StorageError
 from intersafe.files import write_whole
 from intersafe.images import ImageStore
-from intersafe.release.card import CARD, CHANGELOG, PLACEHOLDER, card_files, changelog, kept_text
+from intersafe.release.card import CARD, CHANGELOG, KEEP, KEEP_END, PLACEHOLDER, card_files, changelog, kept_text
 from intersafe.release.counts import Tally, figures_of, licenses_of
 from intersafe.release.manifest import (
     MANIFEST,
@@ -99,7 +99,7 @@ def address(folder: Path, repo_id: str, kept: str | None = None) -> Manifest:
     `kept` is the text between the card's markers, None for what stands there; the same arguments give the same bytes.
     """
     manifest = read_manifest(folder)
-    kept = kept_text(_text(folder / CARD)) if kept is None else kept
+    kept = _kept(folder / CARD) if kept is None else kept
     files = card_files(manifest, repo_id, kept) | {CHANGELOG: _text(folder / CHANGELOG).encode()}
     return _lay_files(folder, manifest, files)
 
@@ -162,10 +162,24 @@ def _base(options: Options, there: Mapping[Version, Path]) -> Path | None:
     return base
 
 
+def _kept(card: Path) -> str:
+    """What a person wrote into a card; `InputError` where torn markers do not tell what it is."""
+    text = _text(card)
+    if text.count(KEEP) > 1 or text.count(KEEP_END) > 1 or text.count(KEEP) != text.count(KEEP_END):
+        raise InputError("the markers around the kept text are torn", at=card, remedy=f"write both once, {KEEP} first")
+    return kept_text(text)
+
+
 def _test_share(options: Options, before: Manifest | None) -> float:
-    if options.test_share is not None:
-        return options.test_share
     share = before.counts.get("test_share", TEST_SHARE) if before else TEST_SHARE
+    if options.test_share is not None:
+        if before and options.test_share < share:
+            raise InputError(
+                f"{options.test_share:g} is below the {share:g} of {before.version}",
+                at="--test-share",
+                remedy="seeds that were held out would be trained on; leave it as it is or raise it",
+            )
+        return options.test_share
     return float(share)
 
 
@@ -232,7 +246,7 @@ def _build(run: Run, draft: Manifest, targets: Sequence[Target], staging: Path, 
         size, rows = path.stat().st_size, len(target.rows)
         shards.append(Shard(target.path, sha256_of(path), size, target.config, target.split, rows))
     manifest = structs.replace(draft, shards=tuple(shards))
-    kept = kept_text(_text(base / CARD)) if base else ""
+    kept = _kept(base / CARD) if base else ""
     earlier = _text(base / CHANGELOG) if base else ""
     files = card_files(manifest, PLACEHOLDER, kept) | {CHANGELOG: changelog(manifest, earlier).encode()}
     manifest = _lay_files(staging, manifest, files)

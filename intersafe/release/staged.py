@@ -28,6 +28,7 @@ from intersafe.release.manifest import (
     parse_version,
     read_manifest,
 )
+from intersafe.release.rows import UNSAFE
 
 DATA = "data/"
 AGAIN = "package the run again"
@@ -100,6 +101,10 @@ def open_release(folder: Path, *, allow_scripted: bool = False) -> Release:
         raise InputError("names a file twice, itself, or no shard", at=folder / MANIFEST, remedy=AGAIN)
     rewritten = tuple(file for file in manifest.files if file.path not in (CARD, CROISSANT))
     check_files(folder, structs.replace(manifest, files=rewritten))
+    unsafe = any(shard.config == UNSAFE for shard in manifest.shards)
+    scripted = any("scripted:" in model for model in manifest.models.values())
+    if (unsafe and not manifest.includes_unsafe) or (scripted and not manifest.scripted):
+        raise InputError("its manifest denies what it names itself", at=folder / MANIFEST, remedy=AGAIN)
     if manifest.scripted and not allow_scripted:
         raise InputError("a script played the models", at=folder, remedy="give --allow-scripted to publish it anyway")
     _check_license(folder, manifest)
