@@ -56,7 +56,7 @@ READS_duckdb := duckdb
 	touch $@
 
 test-loads: .venv/ready-test $(LOADS:%=.venv-loads/%/ready)
-	$(BIN)/python -m pytest -m loads tests/test_loads_everywhere.py tests/test_round_trip.py
+	$(BIN)/python -m pytest -m loads tests/test_loads_everywhere.py
 
 bench: .venv/ready-bench
 	$(BIN)/python bench/client.py

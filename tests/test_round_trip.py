@@ -1,22 +1,17 @@
-"""From a run to the Hub and back into `datasets`, twice: every row of both versions, of the second only what is new.
-
-make test-loads
-"""
+"""From a run to the Hub and back into `datasets`: every row of two versions, and only new shards are sent again."""
 
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from intersafe.release.package import Options, package
 from tests.load_release import summary
-from tests.makers import REPOSITORY
 from tests.packages import grown, rows_of
 from tests.releases import REPO, bench, shards_of
-
-pytestmark = pytest.mark.loads
 
 READ = """
 import json, sys
@@ -35,9 +30,7 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
 def test_both_versions_load_row_by_row_and_the_second_sends_new_shards_alone(xet: bool, tmp_path: Path) -> None:
-    python = REPOSITORY / ".venv-loads" / "datasets-5" / "bin/python"
-    if not python.exists():
-        pytest.skip("needs environments of its own: make test-loads")
+    pytest.importorskip("datasets")
     first = package(grown(tmp_path / "run", 150), Options(test_share=0.2)).path
     second = package(grown(tmp_path / "run", 165), Options(test_share=0.2)).path
     with bench(tmp_path / "hub", xet=xet) as hub:
@@ -54,7 +47,7 @@ def test_both_versions_load_row_by_row_and_the_second_sends_new_shards_alone(xet
         env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
         env |= {"HF_ENDPOINT": hub.hub.hub_url, "HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_TELEMETRY": "1"}
         env |= {} if xet else {"HF_HUB_DISABLE_XET": "1"}
-        words = [str(python), "-c", READ, str(Path(__file__).parent), REPO]
+        words = [sys.executable, "-c", READ, str(Path(__file__).parent), REPO]
         read = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
         assert read.returncode == 0, read.stderr[-2000:]
         assert hub.hub.unknown == []
