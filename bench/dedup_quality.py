@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from intersafe.gate_settings import DuplicateSettings
 from intersafe.gates.dedup import DuplicateIndex, shingles
 from intersafe.records import Check, Dialogue, Message, Plan, Provenance, Seed, Turn, Verdict
-from intersafe.settings import DuplicateSettings
 
 Messages = list[str]
 SHINGLES = (("word", 1), ("word", 2), ("word", 3), ("char", 4), ("char", 5), ("char", 7), ("char", 9))

@@ -11,17 +11,13 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from intersafe.cli_inputs import pipeline_option, prompts, recipe_of, seeds
 from intersafe.cli_release import diff, package, pull, push
 from intersafe.errors import InputError, IntersafeError, StorageError
-
-if TYPE_CHECKING:
-    from intersafe.settings import Recipe
-
-HERE = Path("pipelines/demo.yaml")
 
 
 class _Group(click.Group):
@@ -62,15 +58,9 @@ def main() -> None:
 
 # --- generate --------------------------------------------------------------------------------------------------------
 
-_pipeline = click.option(
-    "--pipeline",
-    type=click.Path(path_type=Path),
-    help="Recipe file. Default: pipelines/demo.yaml here, or else the one that ships with intersafe.",
-)
-
 
 @main.command()
-@_pipeline
+@pipeline_option
 @click.option("--n", type=click.IntRange(1, 10**9), help="Dialogues to keep; exact. Default: the recipe's n.")
 @click.option(
     "--run", metavar="NAME|PATH", help="Where it goes; a bare name lives in outputs/. Default: recipe's name."
@@ -114,7 +104,7 @@ def generate(
     from intersafe.recipe import override
 
     recipe = override(
-        _recipe(pipeline),
+        recipe_of(pipeline),
         victims=victims,
         seeds=tuple(str(path.resolve()) for path in seeds),
         no_refusals=no_refusals,
@@ -127,15 +117,6 @@ def generate(
     made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display_for(sys.stderr))
     print_funnel(made)
     click.echo(f"\n{made.path / 'dialogues.jsonl'}")
-
-
-def _recipe(pipeline: Path | None) -> "Recipe":
-    from intersafe.files import bundled
-    from intersafe.recipe import load_recipe
-
-    if pipeline is None:
-        pipeline = HERE if HERE.exists() else bundled("pipelines/demo.yaml")
-    return load_recipe(pipeline)
 
 
 @main.command()
@@ -157,7 +138,7 @@ def regate(run: str, pipeline: Path, out: str | None) -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        made = gate_again(run, _recipe(pipeline), out, lambda text: click.echo(text, err=True))
+        made = gate_again(run, recipe_of(pipeline), out, lambda text: click.echo(text, err=True))
     except KeyboardInterrupt:
         click.echo("intersafe: stopped; nothing was written", err=True)
         raise SystemExit(130) from None
@@ -267,131 +248,10 @@ def stats(
         click.echo(f"wrote {path}", err=True)
 
 
-# --- releases --------------------------------------------------------------------------------------------------------
+# --- of other rooms ---------------------------------------------------------------------------------------------------
 
-for published in (package, push, pull, diff):
-    main.add_command(published)
-
-
-# --- seeds -----------------------------------------------------------------------------------------------------------
-
-
-@main.group()
-def seeds() -> None:
-    """Check and import seed files."""
-
-
-@seeds.command("check")
-@click.argument("path", type=click.Path(path_type=Path))
-def seeds_check(path: Path) -> None:
-    """Validate a seed file and its images; count what is excluded."""
-    from intersafe.runs import count
-    from intersafe.shown import plain
-    from intersafe.stages.seeding import load_seeds
-
-    found = load_seeds([path])
-    with_image = sum(seed.image is not None for seed in found.seeds)
-    click.echo(f"{path}: {len(found.seeds)} seeds, {with_image} with an image, {len(found.excluded)} excluded")
-    for title, values in (
-        ("category", (seed.category for seed in found.seeds)),
-        ("source", (plain(f"{seed.source} ({seed.license})") for seed in found.seeds)),
-    ):
-        for name, number in count(values).items():
-            click.echo(f"{number:>8} {title} {name}")
-    for excluded in found.excluded:
-        click.echo(f"excluded by rule: {excluded}")
-
-
-@seeds.group("import")
-def seeds_import() -> None:
-    """Turn a public benchmark that you have into a seed file."""
-
-
-@seeds_import.command("figstep")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("seeds/figstep"), show_default=True)
-def import_figstep(path: Path, out: Path) -> None:
-    """FigStep (SafeBench or SafeBench-Tiny): the CSV and the images beside it."""
-    from intersafe.stages.seeding import import_figstep as figstep
-
-    done = figstep(path, out)
-    images = f"{done.with_images} with an image" + (f", {done.missing_images} missing" if done.missing_images else "")
-    click.echo(f"{out / 'seeds.jsonl'}: {done.written} seeds, {images}, {done.excluded} excluded by rule")
-
-
-# --- prompts ---------------------------------------------------------------------------------------------------------
-
-
-@main.group()
-def prompts() -> None:
-    """List, lint and render the prompt files."""
-
-
-@prompts.command("list")
-@_pipeline
-def prompts_list(pipeline: Path | None) -> None:
-    """Every prompt file: its role, hash and the variables that it is offered (* = it uses them)."""
-    from intersafe.templates import load_prompts, needed_by
-
-    recipe = _recipe(pipeline)
-    found = load_prompts(Path(recipe.prompts), None, needed_by(recipe))
-    for name, prompt in found.prompts.items():
-        blocks = ", ".join(prompt.role.blocks)
-        click.echo(f"{click.style(name, bold=True)}   {prompt.sha256[:12]}   blocks: {blocks}")
-        if name.startswith("attacker/"):
-            click.echo(f"    {prompt.render('summary', {})}")
-        for variable, meaning in prompt.role.variables.items():
-            click.echo(f"    {'*' if variable in prompt.uses else ' '} {variable:<17} {meaning}")
-    for family in found.rubrics:
-        name = f"judge/rubrics/{family}"
-        click.echo(f"{click.style(name, bold=True)}   {found.hashes[name + '.md'][:12]}   plain text")
-
-
-@prompts.command("lint")
-@_pipeline
-def prompts_lint(pipeline: Path | None) -> None:
-    """Check every prompt file; one line for each problem with file, line and remedy."""
-    from intersafe.templates import check_refusals, lint_prompts, load_prompts, needed_by
-
-    recipe = _recipe(pipeline)
-    root, needed = Path(recipe.prompts), needed_by(recipe)
-    problems = list(lint_prompts(root, needed))
-    for problem in problems:
-        click.echo(str(problem), err=True)
-    if problems:
-        raise InputError(f"{len(problems)} problem" + ("s" if len(problems) > 1 else ""), at=root)
-    found = load_prompts(root, None, needed)
-    if recipe.refusals:
-        check_refusals(recipe.refusals, found)
-    click.echo(f"{root}: {len(found.hashes)} files, all well")
-
-
-@prompts.command("render")
-@click.argument("name", metavar="NAME")
-@_pipeline
-@click.option("--seed", "seed_id", metavar="ID", required=True, help="Id of a seed of the recipe.")
-@click.option(
-    "--turn", type=click.IntRange(min=1), default=1, show_default=True, help="Which turn, or step of the plan."
-)
-def prompts_render(name: str, pipeline: Path | None, seed_id: str, turn: int) -> None:
-    """Print the messages that would be sent for NAME (judge/turn, attacker/role_play, ...) and one seed.
-
-    The talk before TURN is grown by the scripted cast; everything else is as in a real run of the recipe.
-    """
-    from intersafe.rehearsal import rehearse
-    from intersafe.shown import plain
-
-    call = rehearse(_recipe(pipeline), name.removesuffix(".md"), seed_id, turn)
-    for message in call.messages:
-        click.echo(click.style(f"--- {message.role}", bold=True))
-        for reference in message.images:
-            click.echo(f"[image {reference}]")
-        click.echo(plain(message.text))
-    if call.schema:
-        import msgspec
-
-        click.echo(click.style("--- response_format", bold=True))
-        click.echo(msgspec.json.format(msgspec.json.encode(call.schema.schema)).decode())
+for command in (package, push, pull, diff, seeds, prompts):
+    main.add_command(command)
 
 
 # --- init ------------------------------------------------------------------------------------------------------------

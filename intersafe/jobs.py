@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from intersafe.errors import InputError
 from intersafe.records import Job, RefusalJob, Seed
-from intersafe.settings import Images, Recipe, RefusalGroup, Refusals, Turns, nearest
+from intersafe.sections import nearest
+from intersafe.settings import Images, Recipe, RefusalGroup, Refusals, Turns
 from intersafe.taxonomy import CATEGORIES
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from intersafe.conductor import AnyJob, Outcome
+from intersafe.gate_settings import RuleSettings
 from intersafe.gates.chain import Chain
 from intersafe.gates.refusals import DuplicateQuestions, check_refusal
 from intersafe.gates.rules import check_excluded, check_rules
@@ -18,7 +19,7 @@ from intersafe.models.cast import Company, JobCast
 from intersafe.prepare import provenance_of
 from intersafe.records import Check, Dialogue, Job, Provenance, Reason, RefusalJob, RefusalSample, Turn
 from intersafe.runs import Manifest
-from intersafe.settings import Recipe, Refusals, RuleSettings
+from intersafe.settings import Recipe, Refusals
 from intersafe.stages.cleaning import clean
 from intersafe.stages.conversing import converse, said_in
 from intersafe.stages.judging import check_dialogue

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import zip_longest
 
+from intersafe.gate_settings import RuleSettings
 from intersafe.records import Plan, Reason
-from intersafe.settings import RuleSettings
 
 _LEAST_GOAL = 12
 """A goal or step that folds to fewer characters is found in honest messages by chance."""

@@ -17,7 +17,8 @@ from intersafe.jobs import seeds_by_group
 from intersafe.models import check_cast
 from intersafe.records import Job, Provenance, RefusalJob, Seed, to_row
 from intersafe.runs import Manifest, Run, differences
-from intersafe.settings import Member, Model, Painter, Recipe, nearest
+from intersafe.sections import nearest
+from intersafe.settings import Member, Model, Painter, Recipe
 from intersafe.stages.seeding import Seeds, load_seeds
 from intersafe.taxonomy import BY_NAME
 from intersafe.templates import Prompts, check_refusals, load_prompts, needed_by

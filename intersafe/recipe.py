@@ -15,18 +15,9 @@ import yaml
 
 from intersafe.errors import InputError
 from intersafe.files import read_yaml
-from intersafe.settings import (
-    BACKENDS,
-    OPENAI_URL,
-    PAINTERS,
-    Member,
-    Model,
-    Painter,
-    Recipe,
-    Section,
-    nearest,
-    parse_spec,
-)
+from intersafe.sections import Section, nearest
+from intersafe.settings import Member, Model, Painter, Recipe
+from intersafe.specs import BACKENDS, OPENAI_URL, PAINTERS, parse_spec
 
 # --- reading -------------------------------------------------------------------------------------------------------
 

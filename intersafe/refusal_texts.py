@@ -12,9 +12,9 @@ import yaml
 
 from intersafe.errors import InputError
 from intersafe.files import read_yaml
+from intersafe.gate_settings import RuleSettings
 from intersafe.messages import fold, image_leak, is_blank
 from intersafe.records import Reason
-from intersafe.settings import RuleSettings
 
 TEMPLATES = "refusal/templates.yaml"
 """Where the standardised refusals lie in the prompt folder."""

@@ -19,6 +19,7 @@ from msgspec import structs
 
 from intersafe.errors import InputError, JobEnded
 from intersafe.files import write_whole
+from intersafe.gate_settings import RuleSettings
 from intersafe.gates.chain import Chain
 from intersafe.jobs import jobs, refusal_jobs, seeds_by_group
 from intersafe.journal import Entry, lines_of
@@ -29,7 +30,7 @@ from intersafe.prepare import provenance_of, values_of
 from intersafe.records import Dialogue, Ended, Job, Reason, RefusalJob, RefusalSample
 from intersafe.rehearsal import NOT_PAID, Replay
 from intersafe.runs import Funnel, Manifest, Run, differences, outcome_row, run_path
-from intersafe.settings import Recipe, RuleSettings
+from intersafe.settings import Recipe
 from intersafe.stages.seeding import load_seeds
 
 

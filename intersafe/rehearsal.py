@@ -25,17 +25,8 @@ from intersafe.models.scripted_painter import ScriptedPainter
 from intersafe.prepare import provenance_of
 from intersafe.records import Job, Provenance, RefusalJob
 from intersafe.runs import Run
-from intersafe.settings import (
-    Cast,
-    CleanSettings,
-    Member,
-    Painter,
-    Recipe,
-    RefusalGroup,
-    Refusals,
-    RespondSettings,
-    nearest,
-)
+from intersafe.sections import nearest
+from intersafe.settings import Cast, CleanSettings, Member, Painter, Recipe, RefusalGroup, Refusals, RespondSettings
 from intersafe.stages.seeding import Seeds, load_seeds
 from intersafe.templates import load_prompts, needed_by
 

@@ -4,41 +4,27 @@ What decides the outcome of a run (`outcome`) is digested and held against a run
 (`limits`, URLs, key names, `n`) is not.
 """
 
-import difflib
-import functools
 import hashlib
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from intersafe.errors import InputError
-
-BACKENDS = ("scripted", "openai")
-PAINTERS = ("scripted", "openai", "diffusers")
-OPENAI_URL = "https://api.openai.com/v1"
-
-# Upper bounds keep every number finite and exact in JSON, as which a run keeps its recipe.
-Natural = Annotated[int, Meta(ge=0, le=10**9)]
-Positive = Annotated[int, Meta(ge=1, le=10**9)]
-Parallel = Annotated[int, Meta(ge=1, le=65_536)]
-Share = Annotated[float, Meta(gt=0, le=1)]
-Score = Annotated[int, Meta(ge=0, le=10)]
+from intersafe.gate_settings import DuplicateSettings, Gates
+from intersafe.sections import Dollars, Natural, Parallel, Positive, Score, Section, Share
+from intersafe.specs import PAINTERS, Spec, parse_spec
 
 
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of a recipe: unknown keys are errors."""
+class Price(Section, frozen=True):
+    """What a model costs, in USD."""
 
-
-class Spec(NamedTuple):
-    """`backend:model[@url[,url...]]` taken apart."""
-
-    backend: str
-    model: str
-    urls: tuple[str, ...]
+    prompt: Dollars = 0.0
+    """For a million prompt tokens."""
+    completion: Dollars = 0.0
+    """For a million completion tokens."""
+    call: Dollars = 0.0
+    """For one call, a picture say."""
 
 
 class Model(Section, frozen=True):
@@ -52,7 +38,13 @@ class Model(Section, frozen=True):
     """Name of the environment variable with the API key; never the key."""
     concurrency: Parallel = 256
     """Most calls in flight to this model; the limiter stays below it when the server says 429."""
-    extra: dict[str, Any] = {}
+    rpm: Positive | None = None
+    """Requests a minute that the account may send; null: no such limit."""
+    tpm: Positive | None = None
+    """Tokens a minute, prompt and completion together; null: no such limit."""
+    price: Price | None = None
+    """What it costs; a model on your own machines has none, or one of zeros."""
+    extra: dict[str, Any] = msgspec.field(default_factory=dict)
     """More fields for the request body, for example `chat_template_kwargs`."""
 
     @property
@@ -75,6 +67,8 @@ class Member(Model, frozen=True):
     max_tokens: Positive = 1024
     json_schema: bool = True
     """False for servers that know no `response_format`: the prompt alone asks for JSON."""
+    batch: bool = False
+    """Through the provider's batch endpoint: half the price, and an answer within a day instead of at once."""
     send_images: Literal["data", "file", "uuid"] = "data"
     """As data URIs; as `file://` paths that the server can read; or once as a data URI, then by vLLM's `uuid`."""
 
@@ -191,89 +185,6 @@ class TwinSettings(Section, frozen=True):
     """Twins for each accepted dialogue."""
 
 
-class RuleSettings(Section, frozen=True):
-    """What a curator may change about the rules."""
-
-    overlap: Share = 0.9
-    """Two user messages repeat each other when their word sets share this much (words in both / words in either)."""
-    overlap_words: Positive = 6
-    """Messages with fewer different words than this repeat each other only when they are equal."""
-    script: Literal["latin", "any"] = "latin"
-    """The script that the talk is expected in; `any` switches the rule off. A script is not a language."""
-    script_share: Share = 0.8
-    """The least share of a message's letters that belong to the script."""
-    description_words: Annotated[int, Meta(ge=3, le=100)] = 8
-    """A user message that shares a run of so many words with what the painter was told gives it away."""
-    image_phrases: tuple[str, ...] = (
-        "image description:",
-        "image prompt:",
-        "picture description:",
-        "description of the image:",
-        "prompt for the image:",
-        "[image:",
-        "[image description",
-        "[image of",
-        "<image:",
-    )
-    """Anywhere in a user message these show that the painter's text leaked. Case, quotes and spacing are ignored."""
-    image_openings: tuple[str, ...] = (
-        "generate an image of",
-        "create an image of",
-        "draw an image of",
-        "generate a picture of",
-        "create a picture of",
-    )
-    """The same, but only where a user message opens with them."""
-
-
-class DuplicateSettings(Section, frozen=True):
-    """When two dialogues count as the same: MinHash over the user's side of the talk."""
-
-    threshold: Share = 0.6
-    """Estimated Jaccard similarity of the two users' sides, from which on a dialogue is a near-duplicate."""
-    unit: Literal["word", "char"] = "char"
-    """What a shingle is made of; `char` forgives typing errors and suits scripts without spaces."""
-    size: Annotated[int, Meta(ge=1, le=32)] = 5
-    """Units in a shingle."""
-    permutations: Annotated[int, Meta(ge=32, le=1024, multiple_of=32)] = 128
-    """Values in a signature: more of them estimate closer (standard error up to 0.5 / sqrt) and cost 4 bytes each."""
-
-
-class ImageSettings(Section, frozen=True):
-    """Similar images within one dialogue."""
-
-    distance: Annotated[int, Meta(ge=0, le=64)] = 4
-    """Perceptual hashes (64 bits) at most this far apart count as the same picture."""
-
-
-class CoverageSettings(Section, frozen=True):
-    """Quotas: how far one value of an axis may run ahead of its share of what was accepted.
-
-    `even` gives every value of the run the same share, a mapping names shares (those of one axis sum to 1), null leaves
-    the axis alone.
-    """
-
-    category: Literal["even"] | dict[str, Share] | None = "even"
-    strategy: Literal["even"] | dict[str, Share] | None = None
-    victim: Literal["even"] | dict[str, Share] | None = None
-    """By model identity, `openai:model`."""
-    turns: Literal["even"] | dict[str, Share] | None = None
-    """By number of turns."""
-    tolerance: Annotated[float, Meta(ge=0, le=1e9)] = 0.10
-    """Share of its share that a value may have on top of it."""
-    slack: Annotated[float, Meta(ge=1, le=1e9)] = 5.0
-    """Dialogues on top of that, so that the first few of a run are not held to a share."""
-
-
-class Gates(Section, frozen=True):
-    """The gates in the order in which they decide; `null` switches one off."""
-
-    rules: RuleSettings | None = RuleSettings()
-    images: ImageSettings | None = ImageSettings()
-    coverage: CoverageSettings | None = CoverageSettings()
-    duplicates: DuplicateSettings | None = DuplicateSettings()
-
-
 class RefusalGroup(Section, frozen=True):
     """One group of the refusal VQA."""
 
@@ -314,6 +225,12 @@ class Limits(Section, frozen=True):
     """Tries of one call in all against a passing fault; 429 and 503 do not count."""
     patience: Annotated[float, Meta(ge=0, le=1e9)] = 600.0
     """Seconds that a service may stay away before the run ends, resumable."""
+    max_tokens: Annotated[int, Meta(ge=1, le=10**15)] | None = None
+    """Tokens of the whole run, prompt and completion of all models together, at which it stops; null: no limit."""
+    max_cost: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    """USD for the whole run at which it stops; every model that is asked over a network needs a `price`."""
+    max_time: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    """Seconds after which a command stops; the same command goes on for as long again."""
 
 
 class Recipe(Section, frozen=True):
@@ -369,51 +286,7 @@ def digest_of(outcome: dict[str, Any]) -> str:
 
 def _outcome_of(member: Model) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(member)
-    for name in ("key", "concurrency", "revision", "send_images", "timeout"):
+    for name in ("key", "concurrency", "revision", "send_images", "timeout", "rpm", "tpm", "price", "batch"):
         plain.pop(name, None)
     plain["model"] = member.identity
     return plain
-
-
-_ADDRESS = re.compile(r"@(?=http|localhost|[^@]*[:/])")
-"""An `@` with an address behind it; any other belongs to the model's name."""
-
-
-@functools.lru_cache
-def parse_spec(text: str, backends: tuple[str, ...] = BACKENDS) -> Spec:
-    """`backend:model[@url[,url...]]`; `InputError` for an unknown backend, no model, or a URL that is none."""
-    backend, colon, rest = text.partition(":")
-    if backend not in backends or not colon:
-        raise InputError(
-            f"model spec {text!r}: unknown backend {backend!r}" + nearest(backend, backends),
-            remedy="write backend:model[@url], for example openai:my-model@http://localhost:8000/v1",
-        )
-    model, *address = _ADDRESS.split(rest, maxsplit=1)
-    urls = tuple(url.rstrip("/") for url in address[0].split(",")) if address else ()
-    if any("@" in url for url in urls):  # not echoed: it may be a password
-        raise InputError(f"model spec of {model!r}: an @ inside a URL", remedy="a secret goes into the `key` variable")
-    if not model or "://" in model or not model.isprintable() or " " in model:
-        raise InputError(f"model spec {text!r}: {model!r} is no model's name", remedy="write backend:model[@url]")
-    if backend != "openai" and urls:
-        raise InputError(f"model spec {text!r}: a {backend} model has no URL", remedy="drop what follows the @")
-    for url in urls:
-        if not _is_base_url(url):
-            raise InputError(f"model spec {text!r}: {url!r} is not a URL", remedy="write http(s)://host[:port][/path]")
-    return Spec(backend, model, urls or ((OPENAI_URL,) if backend == "openai" else ()))
-
-
-def _is_base_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-    return usable and url.isprintable() and not set(url) & set(" ?#")
-
-
-def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
-    """`, did you mean 'x'?`, or what is known where that is a short list."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f", did you mean {close[0]!r}?"
-    return f", known: {', '.join(known)}" if len(known) <= 20 else ""

@@ -21,7 +21,8 @@ from intersafe.errors import InputError
 from intersafe.files import read_small
 from intersafe.prompt_roles import PROMPTS, STRATEGY, Role
 from intersafe.refusal_texts import TEMPLATES, read_templates
-from intersafe.settings import Recipe, Refusals, nearest
+from intersafe.sections import nearest
+from intersafe.settings import Recipe, Refusals
 from intersafe.taxonomy import Family
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(

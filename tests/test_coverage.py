@@ -13,12 +13,13 @@ from msgspec import structs
 from intersafe.conductor import FAILURES, FULL, HOPELESS, LOST, Drought
 from intersafe.errors import InputError, SeedsExhausted, ServiceGone
 from intersafe.files import bundled
+from intersafe.gate_settings import CoverageSettings, Gates
 from intersafe.generate import generate_dialogues
 from intersafe.prepare import prepare
 from intersafe.recipe import load_recipe, override
 from intersafe.records import Ended
 from intersafe.runs import Run
-from intersafe.settings import CoverageSettings, Gates, Recipe, Turns
+from intersafe.settings import Recipe, Turns
 from intersafe.taxonomy import CATEGORIES
 from intersafe.templates import load_prompts
 from tests.makers import cli, demo, digest, journal_keys, refusal, rows

@@ -15,11 +15,12 @@ import msgspec
 import pytest
 from PIL import Image
 
+from intersafe.gate_settings import Gates
 from intersafe.generate import generate_dialogues
 from intersafe.records import Dialogue
 from intersafe.rehearsal import calls_of
 from intersafe.runs import Run
-from intersafe.settings import Gates, Recipe, Turns
+from intersafe.settings import Recipe, Turns
 from intersafe.stages.seeding import import_figstep
 from tests.makers import SHARED, cli, demo
 from tests.servers import running_vlm

@@ -21,13 +21,14 @@ from msgspec import structs
 
 from intersafe.conductor import FAILURES
 from intersafe.errors import SeedsExhausted, ServiceGone
+from intersafe.gate_settings import Gates, RuleSettings
 from intersafe.generate import generate_dialogues
 from intersafe.images import ImageStore, distance
 from intersafe.jobs import jobs
 from intersafe.messages import fold, message_problem, regularise, repeats_description
 from intersafe.records import Plan
 from intersafe.runs import Run
-from intersafe.settings import ConverseSettings, Gates, Painter, RuleSettings
+from intersafe.settings import ConverseSettings, Painter
 from tests.makers import digest, journal_keys, rows, started
 from tests.servers.fault_server import Answer, Request, error, raw
 from tests.servers.scripted_server import Body, asks_for, images_of, text_of

@@ -14,7 +14,8 @@ from intersafe.errors import InputError
 from intersafe.files import bundled
 from intersafe.jobs import seeds_by_group
 from intersafe.recipe import load_recipe, override
-from intersafe.settings import Limits, Member, Recipe, Turns, parse_spec
+from intersafe.settings import Limits, Member, Recipe, Turns
+from intersafe.specs import parse_spec
 from intersafe.stages.seeding import load_seeds
 
 BASE: dict[str, Any] = {

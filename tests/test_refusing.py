@@ -14,6 +14,7 @@ import pytest
 
 from intersafe.errors import JobEnded, JobRejected
 from intersafe.files import bundled
+from intersafe.gate_settings import DuplicateSettings
 from intersafe.gates.refusals import DuplicateQuestions, check_refusal
 from intersafe.images import ImageStore, read_image
 from intersafe.jobs import refusal_job_count, refusal_jobs, seeds_by_group
@@ -31,7 +32,7 @@ from intersafe.records import (
     from_row,
     to_row,
 )
-from intersafe.settings import Cast, DuplicateSettings, Limits, Member, Painter, Recipe, RefusalGroup, Refusals
+from intersafe.settings import Cast, Limits, Member, Painter, Recipe, RefusalGroup, Refusals
 from intersafe.stages.refusing import RefusalDraft, refuse
 from intersafe.stages.seeding import load_seeds
 from intersafe.templates import check_refusals, lint_prompts, load_prompts

@@ -12,11 +12,12 @@ from msgspec import structs
 
 from intersafe.errors import InputError
 from intersafe.files import bundled
+from intersafe.gate_settings import CoverageSettings, DuplicateSettings, Gates, RuleSettings
 from intersafe.generate import generate_dialogues
 from intersafe.recipe import load_recipe, override
 from intersafe.regate import regate
 from intersafe.runs import Run, lock
-from intersafe.settings import CoverageSettings, DuplicateSettings, Gates, Recipe, RuleSettings
+from intersafe.settings import Recipe
 from tests.makers import OUTCOMES, cli, digest, journal_keys, refusal, rows, started
 from tests.servers.scripted_server import scripted_server
 

@@ -11,11 +11,12 @@ import pytest
 from aiohttp import web
 
 from intersafe.errors import JobRejected
+from intersafe.gate_settings import RuleSettings
 from intersafe.gates.rules import check_rules
 from intersafe.images import ImageStore
 from intersafe.models.scripted import PLACEHOLDER
 from intersafe.records import Dialogue, Job
-from intersafe.settings import ConverseSettings, RuleSettings
+from intersafe.settings import ConverseSettings
 from intersafe.stages.judging import check_dialogue
 from intersafe.stages.twinning import UNSCORED, Twin, make_twin
 from tests.casting import (

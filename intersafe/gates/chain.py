@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from intersafe.gate_settings import Gates
 from intersafe.gates import Gate
 from intersafe.gates.dedup import DuplicateIndex, similar_images
 from intersafe.gates.quota import Quota
 from intersafe.gates.rules import check_excluded, check_rules
 from intersafe.records import Dialogue, Job, Reason
-from intersafe.settings import Gates
 
 
 class Chain:

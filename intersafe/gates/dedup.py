@@ -9,9 +9,9 @@ from itertools import combinations
 
 from rensa import RMinHash, RMinHashLSH
 
+from intersafe.gate_settings import DuplicateSettings
 from intersafe.messages import fold
 from intersafe.records import Dialogue, Reason
-from intersafe.settings import DuplicateSettings
 
 _SEED = 1
 _LEAST_RECALL = 0.95

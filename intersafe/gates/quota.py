@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from intersafe.gate_settings import CoverageSettings
 from intersafe.records import Dialogue, Job, Reason
-from intersafe.settings import CoverageSettings
 
 AXES = ("category", "strategy", "victim", "turns")
 

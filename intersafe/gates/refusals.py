@@ -1,10 +1,10 @@
 """The gates of the refusal VQA: what a rule can see in a finished sample, and near-duplicate questions of a group."""
 
+from intersafe.gate_settings import DuplicateSettings
 from intersafe.gates.dedup import TextIndex
 from intersafe.messages import fold, is_blank
 from intersafe.records import Reason, RefusalSample
 from intersafe.refusal_texts import answer_problem, question_problem
-from intersafe.settings import DuplicateSettings
 from intersafe.taxonomy import excluded_together
 
 _LEAST_DESCRIPTION = 12

@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable
 from itertools import combinations
 
+from intersafe.gate_settings import RuleSettings
 from intersafe.messages import fold, fold_steps, image_leak, is_blank, plan_leak, repeats_description, same
 from intersafe.records import Dialogue, Reason
-from intersafe.settings import RuleSettings
 from intersafe.taxonomy import excluded_together
 
 _LEAST_LETTERS = 20

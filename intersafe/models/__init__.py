@@ -118,7 +118,8 @@ def open_models(cast: Cast, limits: Limits, images: ImageStore, say: Callable[[s
 
 def _same(member: Member) -> str:
     """Equal for members that can share one model; the lowest of their `concurrency` holds."""
-    return f"{member.model} {member.revision} {member.key} {member.json_schema} {member.send_images} {member.extra}"
+    apart = (member.revision, member.key, member.json_schema, member.send_images, member.batch, member.extra)
+    return f"{member.model} {apart}"
 
 
 def _open(

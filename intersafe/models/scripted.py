@@ -39,7 +39,7 @@ from intersafe.models.phrases import (
     TIMES,
 )
 from intersafe.models.refusal_phrases import ALTERNATIVES, ASKS, BLUNT, DECLINED, DETAIL, GIVES_IN, HARMS, VAGUE
-from intersafe.settings import nearest
+from intersafe.sections import nearest
 
 PLACEHOLDER = "[scripted placeholder for an unsafe reply]"
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from intersafe.errors import InputError
 from intersafe.models import Call, Painted
 from intersafe.models.phrases import STOP_WORDS
-from intersafe.settings import nearest
+from intersafe.sections import nearest
 
 LONGEST_EDGE = 96
 """Pixels; a larger size is scaled down to it."""

@@ -10,7 +10,8 @@ import msgspec
 from intersafe.errors import CallFailed, InputError
 from intersafe.loops import run_anywhere
 from intersafe.models.http import Question, Service
-from intersafe.settings import Limits, Model, parse_spec
+from intersafe.settings import Limits, Model
+from intersafe.specs import parse_spec
 
 LIMITS = Limits(timeout=60, patience=30, retries=3)
 """A report costs little to ask for again, so it waits less than a run does."""

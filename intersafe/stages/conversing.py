@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from intersafe.errors import CallFailed, JobRejected
+from intersafe.gate_settings import RuleSettings
 from intersafe.messages import message_problem, regularise, repeats_description
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.records import ImageOrigin, Job, Message, Plan, PrunedTurn, Reason, Turn, transcript
 from intersafe.replies import MessageAnswer
-from intersafe.settings import ConverseSettings, RuleSettings
+from intersafe.settings import ConverseSettings
 from intersafe.stages.judging import concern_of, judge_turn, seed_images
 from intersafe.stages.painting import paint
 from intersafe.taxonomy import excluded_together
