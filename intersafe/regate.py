@@ -6,7 +6,6 @@ twice. The old run stays as it is: it is only read.
 """
 
 import contextlib
-import fcntl
 import heapq
 import os
 import shutil
@@ -23,13 +22,15 @@ from intersafe.gate_settings import RuleSettings
 from intersafe.gates.chain import Chain
 from intersafe.jobs import jobs, refusal_jobs, seeds_by_group
 from intersafe.journal import Entry, lines_of
-from intersafe.lines import RefusalLine, check_twin, grow_dialogue, grow_refusal
+from intersafe.lines import RefusalLine, Stages, check_twin, grow_dialogue, grow_refusal
+from intersafe.locks import unwritten
 from intersafe.loops import run_anywhere
 from intersafe.models.cast import JobCast
+from intersafe.outcomes import outcome_row
 from intersafe.prepare import provenance_of, values_of
 from intersafe.records import Dialogue, Ended, Job, Reason, RefusalJob, RefusalSample
 from intersafe.rehearsal import NOT_PAID, Replay
-from intersafe.runs import Funnel, Manifest, Run, differences, outcome_row, run_path
+from intersafe.runs import Funnel, Manifest, Run, differences, run_path
 from intersafe.settings import Recipe
 from intersafe.stages.seeding import load_seeds
 
@@ -49,37 +50,16 @@ def regate(
         raise InputError("is there already", at=path, remedy="name another --out")
     if path.resolve().is_relative_to(old.path.resolve()):
         raise InputError("lies in the run that is only read", at=path, remedy="name another --out")
-    with _unwritten(old.path):
-        staging = path.with_name(f".{path.name}.regating")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        try:
-            _fill(old, recipe, staging)
-            staging.rename(path)
-        finally:
+    staging = path.with_name(f".{path.name}.regating")
+    try:
+        with unwritten(old.path):
             shutil.rmtree(staging, ignore_errors=True)
-    return Run(path)
-
-
-@contextlib.contextmanager
-def _unwritten(root: Path) -> Iterator[None]:
-    """Keeps others from writing the run meanwhile, or `InputError`; needs no right to write and makes no file."""
-    try:
-        handle = os.open(root / ".lock", os.O_RDONLY)
-    except OSError:
-        yield  # copied without its lock: nobody has begun to write it
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError("another process is writing this run", at=root, remedy="wait for it") from None
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
+            staging.mkdir(parents=True)
+            _fill(old, recipe, staging)
+        staging.rename(path)
     finally:
-        os.close(handle)
+        shutil.rmtree(staging, ignore_errors=True)
+    return Run(path)
 
 
 def _other_changes(old: Run, recipe: Recipe) -> str:
@@ -114,7 +94,7 @@ def _fill(old: Run, recipe: Recipe, path: Path) -> None:
             shutil.copytree(old.path / name, path / name)
     _link(old.path / "images", path / "images")
     shutil.copy(old.path / "seeds.jsonl", path / "seeds.jsonl")
-    chain = Chain(recipe.gates, values_of(recipe, old.seeds()), replay.images.perceptual_hash)
+    chain = Chain(recipe.gates, values_of(recipe, old.seeds()), replay.images.perceptual_hash, path)
     kept = _regate_dialogues(old, replay, chain, path)
     _regate_refusals(old, replay, recipe, manifest, path)
     _regate_twins(old, kept, recipe.gates.rules, path)
@@ -183,7 +163,7 @@ def _regate_refusals(old: Run, replay: Replay, recipe: Recipe, manifest: Manifes
     """
     if recipe.refusals is None:
         return
-    line = RefusalLine(recipe, manifest, replay.company({}))
+    line = RefusalLine(recipe, Stages(recipe, manifest, replay.company({})))
     lost = {row.job for row in old.ended("refusals") if (row.stage, row.reason) == ("gates", "near_duplicate")}
     paid = _Paid(old.path, lost, "refusals")
     found = _refusal_jobs(old, recipe, lost)

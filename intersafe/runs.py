@@ -1,20 +1,17 @@
 """The run directory: written whole or not at all, resumable after any kill, read by everything that comes later.
 
-    recipe.json         resolved recipe, digests of recipe, prompts and seeds, versions     written first
-    seeds.jsonl         the seeds as they were used, images by reference
-    prompts/  images/   the prompt files and images used
-    journal/<writer>.jsonl      one line for each model reply, append only
-    dialogues.jsonl     accepted, in job order          rejected.jsonl  failed.jsonl    the others, in job order
-    refusals.jsonl  twins.jsonl     refusal VQA and benign twins, each with its own -rejected and -failed beside it
-    summary.json        the funnels, tokens and time by role    written last: it means that the run is complete
-
-The three outcome files of a line are cut back to one common job on opening, so a kill between two of them leaves
-nothing out of order.
+recipe.json         resolved recipe, digests of recipe, prompts and seeds, versions     written first
+seeds.jsonl         the seeds as they were used, images by reference
+prompts/  images/   the prompt files and images used
+journal/<writer>.jsonl      one line for each model reply, append only
+dialogues.jsonl     accepted, in job order          rejected.jsonl  failed.jsonl    the others, in job order
+refusals.jsonl  twins.jsonl     refusal VQA and benign twins, each with its own -rejected and -failed beside it
+index/  batches/    signatures of the accepted dialogues, a cache; batches under way at a provider
+summary.json        the funnels, tokens and time by role    written last: it means that the run is complete
 """
 
 import contextlib
-import fcntl
-import os
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,16 +20,17 @@ from typing import Any
 
 import msgspec
 
-from intersafe.errors import InputError, StorageError
-from intersafe.journal import Entry, RoleTally, entries_of, heal, lines_of, tally
-from intersafe.records import Dialogue, Ended, RefusalSample, Seed, from_row, to_row
-from intersafe.settings import digest_of
+from intersafe.budget import prices_of
+from intersafe.errors import InputError
+from intersafe.journal import Entry, RoleTally, entries_of, lines_of, tally
+from intersafe.outcomes import LINES, count_sound, files_of
+from intersafe.records import Dialogue, Ended, RefusalSample, Seed, from_row
+from intersafe.settings import Price, Recipe, digest_of
 
 RUNS = Path("outputs")
 
 _BARE = re.compile(r"^[A-Za-z0-9._-]+$")
-LINES = ("", "refusals", "twins")
-"""The kinds of job, by the name that their files and journal lines carry; dialogues have the empty one."""
+_State = tuple[tuple[int, int] | None, ...]
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -116,6 +114,8 @@ class Summary(msgspec.Struct):
     excluded_seeds: int
     scripted: bool
     v: int = 1
+    prices: dict[str, Price] = {}
+    """By role, as they were charged; a role without one has no cost."""
 
 
 def run_path(run: str | Path) -> Path:
@@ -123,67 +123,6 @@ def run_path(run: str | Path) -> Path:
     if run == "":
         raise InputError("a run without a name", remedy="give its name or its path")
     return RUNS / run if isinstance(run, str) and _BARE.match(run) and run not in (".", "..") else Path(run)
-
-
-class _JobOnly(msgspec.Struct):
-    job: int
-
-
-def files_of(line: str) -> tuple[str, str, str]:
-    """Names of a line's files: the kept outcomes, the rejected and the failed jobs."""
-    return (f"{line}.jsonl", f"{line}-rejected.jsonl", f"{line}-failed.jsonl") if line else _DIALOGUE_FILES
-
-
-_DIALOGUE_FILES = ("dialogues.jsonl", "rejected.jsonl", "failed.jsonl")
-
-
-def align_outcomes(root: Path, line: str = "") -> int:
-    """Cuts a line's outcome files back to one common point; returns the first job that is not decided yet."""
-    decoder = msgspec.json.Decoder(_JobOnly)
-    places: dict[str, list[tuple[int, int]]] = {}
-    damaged: dict[str, int] = {}
-    for name in files_of(line):
-        heal(root / name)
-        places[name] = []
-        for offset, row in lines_of(root / name):
-            try:
-                job = decoder.decode(row).job
-            except msgspec.DecodeError:
-                job = -1
-            if job <= (places[name][-1][0] if places[name] else -1):
-                damaged[name] = offset  # by a power loss, say: from here on all is grown again from the journal
-                break
-            places[name].append((job, offset))
-    decided = {job for rows in places.values() for job, _ in rows}
-    first = next(job for job in range(len(decided) + 1) if job not in decided)
-    for name, rows in places.items():
-        cut = next((offset for job, offset in rows if job >= first), damaged.get(name))
-        if cut is not None:
-            os.truncate(root / name, cut)
-    return first
-
-
-def lock(root: Path) -> int:
-    """Takes the run for this process until it ends; `InputError` if another one has it, or the place holds no run."""
-    try:
-        if root.is_dir() and not (root / "recipe.json").exists() and not all(e.name[0] == "." for e in root.iterdir()):
-            raise InputError("the folder is not empty and no run", at=root, remedy="name another --run")
-        root.mkdir(parents=True, exist_ok=True)
-        handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError("not a folder", at=root, remedy="name another --run") from None
-    except OSError as error:
-        raise StorageError(f"{root}: cannot be written ({error.strerror}); mend it, or name another --run") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(
-            "another process is writing this run", at=root, remedy="wait for it, or name another --run"
-        ) from None
-    except OSError:
-        pass  # a file system without locks (some NFS and Lustre mounts): better unlocked than not at all
-    return handle
 
 
 def differences(old: Manifest, new: Manifest) -> list[str]:
@@ -232,18 +171,16 @@ class _Images(msgspec.Struct):
         return [image for turn in self.turns for image in turn.images]
 
 
-def _count_sound(path: Path) -> int:
-    """Rows of an outcome file, or -1 where one cannot be read or stands twice."""
-    decoder, last, rows = msgspec.json.Decoder(_JobOnly), -1, 0
-    for _, line in lines_of(path):
-        try:
-            job = decoder.decode(line).job
-        except msgspec.DecodeError:
-            return -1
-        if job <= last:
-            return -1
-        last, rows = job, rows + 1
-    return rows
+def _has_bytes(path: Path) -> bool:
+    return bool((_size_and_time(path) or (0, 0))[0])
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 class Run:
@@ -252,6 +189,7 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         """`InputError` if there is no run at that place."""
         self.path = run_path(path)
+        self._summary: tuple[_State, Summary | None] | None = None
         try:
             self.manifest = msgspec.json.decode((self.path / "recipe.json").read_bytes(), type=Manifest)
             if digest_of(self.manifest.recipe) != self.manifest.digest:
@@ -301,12 +239,18 @@ class Run:
     @property
     def summary(self) -> Summary | None:
         """The summary of a complete run; None while it is owed. A damaged one is owed again."""
+        state = tuple(_size_and_time(self.path / name) for name in ("summary.json", *(files_of(x)[0] for x in LINES)))
+        if self._summary is None or self._summary[0] != state:
+            self._summary = state, self._read_summary()  # a look through every outcome: once, unless a file changes
+        return self._summary[1]
+
+    def _read_summary(self) -> Summary | None:
         try:
             summary = msgspec.json.decode((self.path / "summary.json").read_bytes(), type=Summary)
+            rows = [count_sound(self.path / files_of(line)[0]) for line in LINES]
         except (OSError, msgspec.DecodeError):
             return None
         funnels = (summary.funnel, summary.refusals, summary.twins)
-        rows = [_count_sound(self.path / files_of(line)[0]) for line in LINES]
         return summary if rows == [f.accepted for f in funnels] else None  # rows were lost since: it is owed again
 
     def funnel(self, line: str = "") -> Funnel:
@@ -328,14 +272,24 @@ class Run:
         yield from self._rows(files_of(line)[0], RefusalSample if line == "refusals" else Dialogue)
 
     def roles(self) -> dict[str, RoleTally]:
-        """Calls, tokens and seconds by role, from the journals."""
+        """Calls, tokens, seconds and cost by role, from the journals."""
         if summary := self.summary:
             return summary.roles
         roles: dict[str, RoleTally] = {}
+        prices = self.prices()
         for path in sorted((self.path / "journal").glob("*.jsonl")):
             for entry in entries_of(path):
-                tally(roles, entry)
+                tally(roles, entry, prices)
         return roles
+
+    def prices(self) -> dict[str, Price]:
+        """By role, as charged: those of the last command that completed the run, or else of the one that began it."""
+        if summary := self.summary:
+            return summary.prices
+        try:
+            return prices_of(msgspec.convert(self.manifest.resolved, Recipe).cast)
+        except msgspec.ValidationError:  # by another version, with settings that this one does not know
+            return {}
 
     def entries(self, job: int, line: str = "") -> dict[str, Entry]:
         """The journal's entries of one job, by key."""
@@ -348,14 +302,17 @@ class Run:
 
     def lost_images(self) -> list[str]:
         """References that the records name and the run does not have, or has as empty files."""
-        folder = self.path / "images"
-        have = {file.name for file in folder.glob("??/*") if file.stat().st_size}
+        folder, have = self.path / "images", functools.lru_cache(65_536)(_has_bytes)
         lost: dict[str, None] = {}
         for name, kind in (("dialogues.jsonl", _Images), ("twins.jsonl", _Images), ("refusals.jsonl", _Origins)):
             decoder: msgspec.json.Decoder[_Images | _Origins] = msgspec.json.Decoder(kind)
             for _, line in lines_of(self.path / name):
                 with contextlib.suppress(msgspec.DecodeError):  # whoever reads the row says what is wrong with it
-                    lost.update(dict.fromkeys(image for image in decoder.decode(line).images if image not in have))
+                    lost.update(
+                        dict.fromkeys(
+                            image for image in decoder.decode(line).images if not have(folder / image[:2] / image)
+                        )
+                    )
         return list(lost)
 
     def image(self, reference: str) -> bytes:
@@ -368,16 +325,6 @@ class Run:
 def open_run(run: str | Path) -> Run:
     """The run of that name in `outputs/`, or at that path; `InputError` if there is none."""
     return Run(run)
-
-
-def outcome_row(outcome: Dialogue | RefusalSample | Ended, line: str = "") -> tuple[str, dict[str, Any]]:
-    """The file and the row of a decided job."""
-    kept, rejected, failed = files_of(line)
-    name = kept if not isinstance(outcome, Ended) else rejected if outcome.kind == "rejected" else failed
-    row = to_row(outcome)
-    if isinstance(outcome, Dialogue):
-        row["first_unsafe_turn"] = outcome.first_unsafe_turn  # for readers who filter rows without our types
-    return name, row
 
 
 def count(values: Iterable[str]) -> dict[str, int]:

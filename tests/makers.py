@@ -16,8 +16,8 @@ from msgspec import structs
 from intersafe.errors import InputError
 from intersafe.files import bundled
 from intersafe.gate_settings import Gates
+from intersafe.outcomes import LINES, files_of
 from intersafe.recipe import load_recipe, override
-from intersafe.runs import LINES, files_of
 from intersafe.settings import Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -21,8 +21,9 @@ from intersafe.errors import InputError, SeedsExhausted, ServiceGone, StorageErr
 from intersafe.gate_settings import Gates
 from intersafe.generate import generate_dialogues
 from intersafe.journal import GroupWriter
+from intersafe.outcomes import align_outcomes
 from intersafe.prepare import open_directory, prepare
-from intersafe.runs import Run, align_outcomes
+from intersafe.runs import Run
 from intersafe.settings import Recipe
 from tests.makers import REPOSITORY, demo, digest, hears_ctrl_c, journal_keys, rows
 from tests.servers.scripted_server import Body, asks_for, scripted_server, text_of

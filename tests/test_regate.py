@@ -1,6 +1,5 @@
 """Gating again: other gates on what a run holds, no call, the old run untouched, and a run that goes on from there."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -14,9 +13,10 @@ from intersafe.errors import InputError
 from intersafe.files import bundled
 from intersafe.gate_settings import CoverageSettings, DuplicateSettings, Gates, RuleSettings
 from intersafe.generate import generate_dialogues
+from intersafe.locks import lock
 from intersafe.recipe import load_recipe, override
 from intersafe.regate import regate
-from intersafe.runs import Run, lock
+from intersafe.runs import Run
 from intersafe.settings import Recipe
 from tests.makers import OUTCOMES, cli, digest, journal_keys, refusal, rows, started
 from tests.servers.scripted_server import scripted_server
@@ -205,7 +205,7 @@ def test_gating_twice_is_gating_once(old: Path, tmp_path: Path) -> None:
 def test_the_old_run_is_only_read(old: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(old, run)
-    (run / ".lock").unlink()
+    (run / ".lock").unlink(missing_ok=True)
     before = everything_in(run)
     for folder in (run, *(p for p in run.rglob("*") if p.is_dir())):
         folder.chmod(0o555)
@@ -312,7 +312,7 @@ def test_what_cannot_be_gated_is_said_in_one_line_and_nothing_is_written(old: Pa
     assert "lies in the run" in refusal(lambda: regate(old, recipe, old / "images" / "new"))
     held = lock(old)
     assert "another process" in refusal(lambda: regate(old, recipe, tmp_path / "new"))
-    os.close(held)
+    held.release()
     unknown = gated(recipe, coverage=CoverageSettings(strategy={"role_pla": 1.0}))
     assert "did you mean 'role_play'" in refusal(lambda: regate(old, unknown, tmp_path / "new"))
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -18,6 +18,7 @@ import pytest
 
 from intersafe.errors import ServiceGone
 from intersafe.journal import Entry
+from intersafe.outcomes import outcome_row
 from intersafe.records import (
     Aligned,
     Check,
@@ -40,7 +41,7 @@ from intersafe.report.embedding import Embedder, open_embedder
 from intersafe.report.figures import Stats
 from intersafe.report.stats import stats_of
 from intersafe.report.table import sections
-from intersafe.runs import Funnel, Manifest, Run, Summary, outcome_row
+from intersafe.runs import Funnel, Manifest, Run, Summary
 from intersafe.settings import Limits, digest_of
 from tests.makers import cli, refusal
 from tests.servers.fault_server import Answer, FaultServer, Request, error, raw, reply

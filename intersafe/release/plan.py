@@ -13,6 +13,7 @@ import msgspec
 from intersafe.errors import InputError
 from intersafe.images import ImageStore
 from intersafe.journal import lines_of
+from intersafe.outcomes import files_of
 from intersafe.records import Dialogue, RefusalSample, from_row
 from intersafe.release.counts import Tally
 from intersafe.release.manifest import Manifest, Shard, sha256_of
@@ -30,7 +31,7 @@ from intersafe.release.rows import (
     twin_row,
 )
 from intersafe.release.shards import read_rows
-from intersafe.runs import Run, files_of
+from intersafe.runs import Run
 
 SHARD_ROWS = 5_000
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from intersafe.errors import InputError
+from intersafe.outcomes import LINES
 from intersafe.records import Dialogue, RefusalSample
-from intersafe.report.cost import Price, check_roles, costs_of
+from intersafe.report.cost import check_roles, costs_of
 from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_bleu, tokens_of, vendi_score
 from intersafe.report.embedding import Embedder
 from intersafe.report.figures import (
@@ -35,7 +36,8 @@ from intersafe.report.figures import (
     ranked,
 )
 from intersafe.report.published import Compared, compare
-from intersafe.runs import LINES, Run
+from intersafe.runs import Run
+from intersafe.settings import Price
 
 SAMPLE = 200
 
