@@ -282,10 +282,18 @@ def test_a_passing_fault_is_tried_again_and_told_to_nobody(fault: Answer) -> Non
     assert said == []
 
 
-def test_a_stalled_answer_is_a_passing_fault() -> None:
-    with FaultServer(in_turn(STALL, reply())) as server:
+@pytest.mark.parametrize("fault", [STALL, raw(reply("a" * 4000).body, how="trickle")], ids=["stall", "trickle"])
+def test_an_answer_that_stalls_or_never_ends_is_a_passing_fault(fault: Answer) -> None:
+    with FaultServer(in_turn(fault, reply())) as server:
         assert ask_once(server, limits=Limits(timeout=0.3)).text == "ok"
     assert len(server.requests) == 2
+
+
+def test_an_answer_of_five_megabytes_is_an_answer() -> None:
+    text = "five megabytes " * 350_000
+    with FaultServer(lambda _: reply(text)) as server:
+        assert ask_once(server).text == text
+    assert len(server.requests) == 1
 
 
 def poisoned(fault: Answer) -> Callable[[Request], Answer]:
@@ -355,7 +363,7 @@ def in_seconds() -> str:
 
 
 def as_date() -> str:
-    return email.utils.formatdate(time.time() + 3, usegmt=True)  # whole seconds: at least two of the three are left
+    return email.utils.formatdate(time.time() + 2, usegmt=True)  # by the server's `Date`, to the second
 
 
 @pytest.mark.parametrize("retry_after", [in_seconds, as_date])
@@ -379,6 +387,108 @@ def test_a_retry_after_that_says_nothing_neither_fails_nor_hammers(nonsense: str
         assert ask_once(server).text == "ok"
     gaps = [b.at - a.at for a, b in itertools.pairwise(server.requests)]
     assert sum(gaps) > 0.25
+
+
+SPENT = error(429, "You exceeded your current quota", code="insufficient_quota")
+
+
+@pytest.mark.parametrize(
+    "overload",
+    [
+        error(429, "Rate limit reached on tokens per min (TPM): Limit 300000. Please try again in 600ms."),
+        error(429, "Please retry after 1 second"),
+        error(429, retry_after_ms="600"),
+        error(429, x_ratelimit_remaining_requests="0", x_ratelimit_reset_requests="600ms"),
+        Answer(429, b'[{"error": {"code": 429, "details": [{"retryDelay": "0.6s"}]}}]'),
+    ],
+)
+def test_a_pause_that_is_named_in_another_way_is_honoured_for_all_new_calls(overload: Answer) -> None:
+    async def main() -> None:
+        async with opened(server, concurrency=1, limits=Limits(retries=1)) as ask:
+            await asyncio.gather(*(ask() for _ in range(4)))
+
+    with FaultServer(in_turn(overload, reply())) as server:
+        asyncio.run(main())
+    assert len(server.requests) == 5
+    assert server.requests[1].at - server.requests[0].at > 0.5
+
+
+def test_an_account_that_is_used_up_is_no_overload_but_a_bill_to_settle() -> None:
+    said: list[str] = []
+
+    async def main() -> None:
+        async with opened(server, said=said, limits=Limits(patience=0.3)) as ask:
+            results = await asyncio.gather(*(ask(str(i)) for i in range(8)), return_exceptions=True)
+            assert {type(result) for result in results} == {ServiceGone}
+            assert "settle that with the account" in str(results[0])
+
+    with FaultServer(lambda _: SPENT) as server:
+        asyncio.run(main())
+    assert len(said) == 1
+    assert "exceeded your current quota" in said[0]
+    assert len(server.asked) == 8, "one request each, and no more"
+
+
+def test_a_call_that_asks_for_more_than_a_minute_has_fails_at_once_and_stops_nobody() -> None:
+    large = error(429, "Request too large on tokens per min (TPM): Limit 30000, Requested 45000.", code="rate_limit")
+
+    async def main() -> None:
+        async with opened(server) as ask:
+            assert (await failure(ask("poison"))).reason == "bad_request"
+            assert (await ask()).text == "ok"
+            assert ask.said == []
+
+    with FaultServer(poisoned(large)) as server:
+        asyncio.run(main())
+    assert len(server.requests) == 2
+
+
+def test_a_limit_that_a_429_names_holds_from_then_on_and_is_told_once() -> None:
+    named = error(429, "Rate limit reached on requests per min (RPM): Limit 120, Used 120. Please try again in 1ms.")
+
+    async def main() -> None:
+        async with opened(server) as ask:
+            await asyncio.gather(*(ask(str(i)) for i in range(6)))
+            assert [text.partition(" allows ")[2] for text in ask.said] == [
+                "120 requests a minute, which holds from now on; `rpm` in the recipe sets it"
+            ]
+
+    with FaultServer(lambda request: named if request.number < 3 else reply()) as server:
+        asyncio.run(main())
+    later = [request.at for request in server.requests[6:]]
+    assert len(server.served) == 6
+    assert all(b - a > 0.4 for a, b in itertools.pairwise(later[2:])), "two at once, then one each half a second"
+
+
+def test_the_lowest_quota_of_members_that_share_a_model_holds_over_all_replicas(tmp_path: Path) -> None:
+    async def main() -> None:
+        url = f"openai:m@{one.url},{other.url}"
+        attacker, victim = Member(model=url, rpm=120), Member(model=url, rpm=6000)
+        cast = Cast(attacker=attacker, victims=(victim,), judge=Member(model=url))
+        models = open_models(cast, Limits(), ImageStore(tmp_path), lambda _: None)
+        await asyncio.gather(*(models[role].answer(call(role, str(i))) for role in models for i in range(2)))
+        await asyncio.gather(*(model.aclose() for model in set(models.values())))
+
+    with FaultServer() as one, FaultServer() as other:
+        asyncio.run(main())
+        sent = sorted(request.at for request in one.requests + other.requests)
+    assert len(sent) == 6
+    assert sent[-1] - sent[0] > 1.7, "two at once, then one each half a second"
+
+
+@pytest.mark.parametrize(("tokens", "calls"), [("estimated", 5), ("used", 16)])
+def test_tokens_a_minute_are_kept_to(tokens: str, calls: int) -> None:
+    """About 63 tokens a call by estimate, of which 100 a second may go; 18 by the usage that comes back, if it does."""
+    silent = raw(b'{"choices": [{"message": {"content": "x"}}]}')
+
+    async def main() -> None:
+        async with opened(server, tpm=6000) as ask:
+            await asyncio.gather(*(ask(str(i)) for i in range(calls)))
+
+    with FaultServer(lambda _: silent if tokens == "estimated" else reply()) as server:
+        asyncio.run(main())
+    assert len(server.requests) == calls
+    assert server.requests[-1].at - server.requests[0].at > 1.2
 
 
 def test_calls_settle_near_the_capacity_of_a_server_and_all_finish() -> None:
@@ -413,7 +523,7 @@ def test_time_outs_lower_the_limit_until_a_slow_server_keeps_up() -> None:
         asyncio.run(main())
     later = server.requests[len(server.requests) // 2 :]
     assert server.most_in_flight == 100
-    assert max(request.in_flight for request in later) <= 40
+    assert max(request.in_flight for request in later) <= 64
     assert len(server.requests) < 2 * 400
 
 
@@ -552,7 +662,7 @@ def test_in_an_outage_one_scout_asks_for_all_and_calls_are_not_repeated() -> Non
 
     with FaultServer(lambda _: error(500)) as server:
         asyncio.run(main())
-    assert len(server.asked) == 20 * 2
+    assert 20 <= len(server.asked) <= 20 * 2
     assert len(server.requests) - len(server.asked) < 12
 
 
@@ -575,6 +685,23 @@ def test_patience_ends_in_service_gone_with_server_and_remedy(port: str) -> None
     assert "\n" not in str(gone)
     if port == "no such model":
         assert "the model's name 'some/model'" in str(gone)
+
+
+@pytest.mark.parametrize("fault", [error(401), error(404), SPENT, error(500)])
+def test_a_fault_in_the_middle_of_a_run_is_waited_out_and_every_call_is_answered_once(fault: Answer) -> None:
+    """From the first word to the user on the server answers again."""
+    said: list[str] = []
+
+    async def main() -> None:
+        async with opened(server, said=said, concurrency=4, limits=Limits(retries=2)) as ask:
+            replies = await asyncio.gather(*(ask(str(i)) for i in range(60)))
+            assert [reply.text for reply in replies] == ["ok"] * 60
+
+    with FaultServer(lambda _: reply() if len(server.served) < 20 or said else fault) as server:
+        asyncio.run(main())
+    assert sorted(int(request.text) for request in server.served if not request.is_scout) == list(range(60))
+    assert len(server.requests) <= 60 + 16, "those in flight until the first scout is back, and the scouts"
+    assert len(said) == 2
 
 
 def test_a_redirect_is_not_followed_and_named() -> None:
@@ -684,26 +811,6 @@ def test_a_job_stays_on_one_replica_and_jobs_spread_over_all() -> None:
     assert first == second, "the order of the URLs must not matter"
     assert sum(len(texts) for texts in first) == len(jobs)
     assert all(len(texts) > 8 for texts in first)
-
-
-def test_a_replica_that_is_away_neither_stops_the_others_nor_hides_behind_them() -> None:
-    """Its own calls fail nowhere and end in `ServiceGone`, however well the other replica does."""
-
-    async def main() -> None:
-        async with opened(well, ill, limits=Limits(patience=2, retries=2)) as ask:
-            tasks = [asyncio.create_task(ask(str(i), str(i))) for i in range(400)]
-            done, _ = await asyncio.wait(tasks, timeout=1)
-            assert len(done) > 100
-            assert {task.result().text for task in done} == {"ok"}
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-            gone = [str(result) for result in results if isinstance(result, ServiceGone)]
-            assert len(gone) == 400 - len(done)
-            assert ill.url in gone[0]
-            assert well.url not in gone[0]
-            assert len(ask.said) == 1
-
-    with FaultServer() as well, FaultServer(lambda _: error(502)) as ill:
-        asyncio.run(main())
 
 
 def test_members_with_the_same_settings_share_one_limit(tmp_path: Path) -> None:

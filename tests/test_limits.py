@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import random
 import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ class _NeverWaits(selectors.SelectSelector):
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """What the coroutine returns, in time that jumps; a deadlock fails at once."""
+    random.seed(1)  # the jitter of the pauses
 
     async def bounded() -> T:
         return await asyncio.wait_for(main, 1_000_000)
@@ -45,12 +47,13 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 class Capacity:
-    """A server that takes `most` requests at once for a second each, and turns the others down at once."""
+    """A server that takes `most` requests at once for about a second each, and turns the others down at once."""
 
-    def __init__(self, most: int, retry_after: float = 0.0) -> None:
+    def __init__(self, most: int, retry_after: float = 0.0, *, varied: bool = False) -> None:
         self.most, self.retry_after, self.busy = most, retry_after, 0
         self.served, self.refused = 0, 0
         self.loads: list[int] = []
+        self._random = random.Random(7) if varied else None
 
     async def request(self) -> bool:
         if self.busy >= self.most:
@@ -58,7 +61,7 @@ class Capacity:
             return False
         self.busy += 1
         self.loads.append(self.busy)
-        await asyncio.sleep(1)
+        await asyncio.sleep(self._random.expovariate(1) if self._random else 1)
         self.busy -= 1
         self.served += 1
         return True
@@ -80,26 +83,85 @@ async def call(limiter: Limiter, server: Capacity, absence: Absence) -> None:
             limiter.release()
 
 
-@pytest.mark.parametrize("capacity", [1, 5, 40])
-@pytest.mark.parametrize("most", [64, 1000])
-def test_the_limit_settles_near_the_capacity_of_the_server(capacity: int, most: int) -> None:
-    async def main() -> tuple[Capacity, float]:
-        server, limiter, absence = Capacity(capacity), Limiter(most), Absence(1e9)
-        began = asyncio.get_running_loop().time()
-        waiting = iter(range(100 * capacity))
+class Load:
+    """So many callers that ask a server again and again; `over` tells how it did in a stretch of time."""
 
-        async def worker() -> None:
-            for _ in waiting:
+    def __init__(self, limiter: Limiter, server: Capacity, callers: int = 200) -> None:
+        self.limiter, self.server = limiter, server
+        absence = Absence(1e9)
+
+        async def caller() -> None:
+            while True:
                 await call(limiter, server, absence)
 
-        await asyncio.gather(*(worker() for _ in range(200)))
-        return server, asyncio.get_running_loop().time() - began
+        self._tasks = [asyncio.create_task(caller()) for _ in range(callers)]
 
-    server, seconds = run(main())
-    assert server.served == 100 * capacity
-    assert seconds < 100 / 0.7, "less than 70 % of what the server can do"
-    assert max(server.loads) == capacity
-    assert server.refused < server.served * 0.7 + 200
+    async def over(self, seconds: float) -> tuple[float, float]:
+        """Answers as a share of what the server can do, and refusals as a share of all requests."""
+        served, refused = self.server.served, self.server.refused
+        await asyncio.sleep(seconds)
+        served, refused = self.server.served - served, self.server.refused - refused
+        return served / (seconds * self.server.most), refused / (served + refused)
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        assert self.limiter.in_flight == 0
+
+
+@pytest.mark.parametrize("varied", [False, True])
+@pytest.mark.parametrize("capacity", [1, 2, 5, 64])
+@pytest.mark.parametrize("most", [100, 1000])
+def test_the_limit_finds_the_capacity_of_the_server_and_holds_it(capacity: int, most: int, varied: bool) -> None:
+    async def main() -> tuple[tuple[float, float], tuple[float, float]]:
+        load = Load(Limiter(most), Capacity(capacity, varied=varied), 110)
+        first = await load.over(60)
+        later = await load.over(400)
+        await load.stop()
+        return first, later
+
+    (early, _), (share, refused) = run(main())
+    assert early > 0.75
+    assert share > 0.9
+    assert refused < 0.03
+
+
+@pytest.mark.parametrize(("before", "after"), [(32, 64), (64, 32), (8, 80), (80, 8)])
+def test_the_limit_follows_a_capacity_that_changes(before: int, after: int) -> None:
+    async def main() -> tuple[float, float]:
+        server = Capacity(before)
+        load = Load(Limiter(256), server)
+        await load.over(300)
+        server.most = after
+        await load.over(60)
+        result = await load.over(200)
+        await load.stop()
+        return result
+
+    share, refused = run(main())
+    assert share > 0.9
+    assert refused < 0.02
+
+
+def test_a_server_that_was_out_is_soon_given_again_what_it_took_before() -> None:
+    """Refusals of everything, as of a server that starts again, say nothing about its capacity."""
+
+    async def main() -> tuple[float, int]:
+        server = Capacity(64)
+        load = Load(Limiter(256), server)
+        await load.over(100)
+        server.most = 0
+        await asyncio.sleep(120)
+        lowest, server.most = load.limiter.limit, 64
+        await asyncio.sleep(31)  # the longest pause
+        share, _ = await load.over(20)
+        await load.stop()
+        return share, lowest
+
+    share, lowest = run(main())
+    assert lowest < 8
+    assert share > 0.85
 
 
 def test_a_burst_of_rejections_lowers_the_limit_once_and_pauses_once() -> None:
@@ -131,20 +193,68 @@ def test_the_limit_falls_below_what_is_in_flight_and_not_below_a_ceiling_that_no
     assert run(main()) == 6
 
 
-def test_successes_raise_the_limit_by_one_a_round_and_never_over_the_ceiling() -> None:
-    async def main() -> list[int]:
-        limiter = Limiter(8)
-        starts = [await limiter.acquire() for _ in range(8)]
+def test_a_ceiling_that_is_refused_twice_is_kept_to_for_a_while_and_then_tried_again() -> None:
+    async def main() -> tuple[list[int], list[int]]:
+        limiter = Limiter(100)
+        starts = [await limiter.acquire() for _ in range(41)]
+        histories: list[list[int]] = []
+        for _ in range(2):
+            await asyncio.sleep(1)
+            limiter.overloaded(asyncio.get_running_loop().time())
+            limits = []
+            for _ in range(40 * (4 if not histories else 60)):
+                limiter.succeeded()
+                limits.append(limiter.limit)
+            histories.append(limits)
+        assert len(starts) == limiter.in_flight
+        return histories[0], histories[1]
+
+    first, second = run(main())
+    assert 30 <= first[0] < 33
+    assert first[60] >= 40, "back at once, since nothing is known but one refusal"
+    assert first[-1] > 41
+    assert second[250:400] == [40] * 150
+    assert 80 < second[-1] < 85, "twice what is in flight: the rest would be a guess"
+    for history in (first, second):
+        assert all(a <= b for a, b in itertools.pairwise(history))
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.01, 40), (0.08, 15)])
+def test_refusals_by_chance_do_not_bring_the_limit_down_to_nothing(share: float, least: int) -> None:
+    async def main() -> float:
+        chance, limiter, absence = random.Random(3), Limiter(64), Absence(1e9)
+        server, loads = Capacity(1000), list[int]()
+
+        async def caller() -> None:
+            while True:
+                server.most = 0 if chance.random() < share else 1000
+                loads.append(server.busy)
+                await call(limiter, server, absence)
+
+        tasks = [asyncio.create_task(caller()) for _ in range(64)]
+        await asyncio.sleep(400)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return sum(loads[len(loads) // 2 :]) / (len(loads) - len(loads) // 2)
+
+    average = run(main())
+    assert average > least
+
+
+def test_successes_of_a_server_that_is_hardly_asked_raise_nothing() -> None:
+    async def main() -> int:
+        limiter = Limiter(100)
+        starts = [await limiter.acquire() for _ in range(40)]
         await asyncio.sleep(1)
         limiter.overloaded(starts[0])
-        limits = [limiter.limit]
-        for successes in (7, 200):
-            for _ in range(successes):
-                limiter.succeeded()
-            limits.append(limiter.limit)
-        return limits
+        for _ in range(38):
+            limiter.release()
+        for _ in range(1000):
+            limiter.succeeded()
+        return limiter.limit
 
-    assert run(main()) == [6, 7, 8]
+    assert run(main()) == 30
 
 
 def test_places_go_to_those_who_wait_in_the_order_in_which_they_came() -> None:

@@ -7,73 +7,39 @@
 | 400 413 415 422 and other 4xx                            | this call failed for good                               |
 | 429 503 529                                              | the limiter slows down; it is not counted as a try      |
 | 408 409 425, other 5xx, time-out, cut or unreadable body | tried again, `limits.retries` times in all, at least 2  |
-| no connection, 3xx 401 402 403 404 405 407               | the service is away                                     |
+| no connection, 3xx 401 402 403 404 405 407, unpaid bills | the service is away                                     |
 
 Before a call's last try, and whenever the service is away, one small question scouts for all calls that wait. If it is
-answered at once the fault lies with the call, which gets its last try and then failed for good. If not, the run says so
-and waits; the tries begin anew when the service is back, or `ServiceGone` ends the run when the patience is used up.
+answered at once the fault lies with the call, which gets its last try and then failed for good. If not, the replica is
+out (`models/replicas.py`): its calls begin anew at another one, or wait where there is none, until one is back or
+`ServiceGone` ends the run when the patience is used up.
 
 aiohttp speaks HTTP; what the openai SDK would cost is in docs/performance.md. Keys never enter a message.
 """
 
 import asyncio
 import contextlib
-import hashlib
-import math
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import aiohttp
-import msgspec
-from aiohttp.helpers import get_env_proxy_for_url
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
-from yarl import URL
 
-from intersafe.errors import CallFailed, InputError, ServiceGone
-from intersafe.models.limits import Absence, Limiter, seconds_of
+from intersafe.errors import CallFailed, InputError
+from intersafe.models.faults import FILTERED as FILTERED
+from intersafe.models.faults import Away, Fault, Moved, Overloaded, TooSlow, raise_for, remedy_for
+from intersafe.models.faults import Passing as Passing
+from intersafe.models.faults import error_of as error_of
+from intersafe.models.limits import TurnedAway
+from intersafe.models.quotas import Quota
+from intersafe.models.replicas import Replica, Replicas
 from intersafe.settings import Limits, Model
 
-LONG_PAUSE = 5.0
-"""Seconds of overload from which on the user is told."""
-
-_FILTERED = ("content_filter", "content_policy_violation", "data_inspection_failed", "moderation_blocked")
-_OVERLOADED = (429, 503, 529)
-_PASSING = (408, 409, 425)
-_AWAY = (401, 402, 403, 404, 405, 407)
 UPLOADS = 8
 """Large bodies on their way to one service at once: what waits for an answer holds no images in memory."""
 _LARGE = 2**20  # bytes from which on a body is sent in pieces and let go of
-
-
-class _Fault(Exception):
-    """No reply came, and the call may be tried again; `status` is 0 where no HTTP answer came."""
-
-    def __init__(self, what: str, status: int = 0) -> None:
-        super().__init__(what)
-        self.status, self.sent = status, 0.0
-
-
-class Passing(_Fault):
-    """Worth another try at once; a reader raises it where a 200 cannot be read."""
-
-
-class _TooSlow(Passing):
-    """No answer in time: like a packet that is lost, it speaks of overload."""
-
-
-class _Away(_Fault):
-    """Nobody there, or nobody who answers to us."""
-
-
-class _Overloaded(_Fault):
-    """Too many requests; `retry_after` in seconds, 0 where the server does not say."""
-
-    def __init__(self, what: str, status: int, retry_after: float) -> None:
-        super().__init__(what, status)
-        self.retry_after = retry_after
-
 
 A = TypeVar("A")
 
@@ -92,24 +58,21 @@ class Question(Generic[A]):
     """The outcome of a body over the cap; a passing fault where there is none."""
     amend: Callable[[], bool] = lambda: False
     """Asked after an answer of 4xx or 5xx: True if the body is now another one, to be sent at once, once."""
+    at: Callable[[str], None] | None = None
+    """Told the replica's URL before each body is made."""
+    tokens: Callable[[], int] = lambda: 0
+    """About how many tokens it will cost; asked where a quota of them holds."""
+    used: Callable[[A], int] = lambda _: 0
+    """The tokens that an outcome cost; 0 where the server does not say."""
 
 
-@dataclass
-class _Replica:
-    """One URL: how many calls it takes, and whether it is there."""
+class ReplicaState(NamedTuple):
+    """One replica, for who looks on."""
 
     url: str
-    address: URL
-    proxy: dict[str, Any]
-    limiter: Limiter
-    absence: Absence
-    scouting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    unanswered: float = float("-inf")
-    """When the last scout that got no answer was sent."""
-    said: bool = False
-    """True if the user was told of its absence."""
-    gone: str = ""
-    """Why it was given up."""
+    is_in: bool
+    limit: int
+    in_flight: int
 
 
 class Service:
@@ -124,12 +87,25 @@ class Service:
         *,
         scout: Question[Any],
         max_body: int,
+        waiting: dict[str, str] | None = None,
     ) -> None:
-        """POSTs to `<url><route>`; `say` is told when it goes away or comes back, `max_body` is in bytes."""
+        """POSTs to `<url><route>`; `say` is told when it goes away or comes back, `waiting` holds it that long.
+
+        `max_body` is in bytes.
+        """
         self._model, self._limits, self._say, self._scout, self._max_body = model, limits, say, scout, max_body
-        urls = model.spec.urls
-        share = math.ceil(model.concurrency / len(urls))
-        self._replicas = [_open_replica(url, route, share, limits.patience) for url in urls]
+        self._group = Replicas(
+            model.spec.urls,
+            route,
+            model.concurrency,
+            limits.patience,
+            self._scout_at,
+            name=model.identity,
+            say=say,
+            remedy=lambda fault: remedy_for(fault, model),
+            waiting=waiting,
+        )
+        self._quota = Quota(model.rpm, model.tpm)
         self._key = os.environ.get(model.key, "").strip() if model.key else ""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         self._session = aiohttp.ClientSession(
@@ -148,72 +124,113 @@ class Service:
 
     async def aclose(self) -> None:
         """Closes the connections."""
+        await self._group.aclose()
         await self._session.close()
 
-    def url_of(self, job: str) -> str:
-        """The replica that answers this job."""
-        return self._replica(job).url
+    def states(self) -> list[ReplicaState]:
+        """How each replica does now."""
+        return [ReplicaState(r.url, not r.out, r.limiter.limit, r.limiter.in_flight) for r in self._group.all]
 
     async def ask(self, job: str, question: Question[A]) -> A:
         """The outcome; waits out overload and outages, tries again what passes."""
-        replica = self._replica(job)
-        last = False
+        # By whether it was a passing fault: the replica that answered others right after one. A fault of the other sort
+        # says nothing about this one: after a lapse of the key a single 500 is still the first of its tries.
+        suspected: dict[bool, Replica] = {}
+        moves = 0
         while True:
+            replica = self._group.place(job)
+            if replica is None:
+                await self._group.wait()
+                moves = 0
+                continue
+            last = replica is suspected.get(True)
+            # A call may be what makes one replica after the other hang.
+            stays = replica in suspected.values() or moves >= len(self._group)
             try:
                 if last:
-                    return await self._ask(replica, question)
-                outcome: A = await self._retrying(self._ask, replica, question)
+                    return await self._ask(replica, question, stays)
+                outcome: A = await self._retrying(self._ask, replica, question, stays)
                 return outcome
-            except _Fault as error:
-                if last and (error.status or isinstance(error, Passing)):
-                    word = "server_error" if isinstance(error, Passing) else "bad_request"
+            except Moved:
+                moves += 1
+            except Fault as error:
+                passing = isinstance(error, Passing)
+                if replica is suspected.get(passing) and not replica.out and (error.status or passing):
+                    word = "server_error" if passing else "bad_request"
                     raise CallFailed("endpoint", word, str(error)) from None
-                last = await self._answers_others(replica, error)
-
-    def _replica(self, job: str) -> _Replica:
-        if len(self._replicas) == 1:
-            return self._replicas[0]
-        return max(self._replicas, key=lambda r: hashlib.blake2b(f"{r.url} {job}".encode(), digest_size=8).digest())
+                if await self._answers_others(replica, error):
+                    suspected[passing] = replica
+                else:
+                    suspected = {}
+                    moves += 1
 
     def _only_last_try_left(self, state: RetryCallState) -> bool:
-        replica: _Replica = state.args[0]
+        replica: Replica = state.args[0]
         return state.attempt_number >= self._limits.retries - 1 or replica.absence.seconds >= self._limits.patience
 
-    async def _ask(self, replica: _Replica, question: Question[A]) -> A:
-        """One try, in which neither overload counts nor what the question amends."""
+    async def _ask(self, replica: Replica, question: Question[A], stays: bool) -> A:
+        """One try, in which neither overload counts nor what the question amends; `Moved` if the replica goes out."""
         while True:
-            sent = await replica.limiter.acquire()
+            if replica.out and not stays:
+                raise Moved
             try:
-                outcome = await self._post(replica, question)
-            except _Overloaded as error:
-                error.sent = sent
-                replica.limiter.overloaded(sent)
-                self._pause(replica, error, error.retry_after)
+                sent = await replica.limiter.acquire()
+            except TurnedAway:
+                await self._group.wait()
                 continue
-            except _Fault as error:
+            counted = 0.0
+            try:
+                if self._quota.is_bound:
+                    counted = await self._quota.acquire(question.tokens())
+                    sent = asyncio.get_running_loop().time()
+                    if replica.out and not stays:
+                        raise Moved
+                outcome = await self._post(replica, question)
+            except Overloaded as error:
+                error.sent = sent
+                self._quota.settle(counted, 0, 0)
+                self._adopt(replica, error)
+                self._group.overloaded(replica, error)
+                continue
+            except Fault as error:
                 if error.status and question.amend():
                     continue
                 error.sent = sent
                 replica.absence.begin()
-                if isinstance(error, _TooSlow):
-                    replica.limiter.overloaded(sent)
+                if isinstance(error, TooSlow):
+                    replica.limiter.overloaded(sent, is_late=True)
+                    if not stays and self._group.is_hanging(replica, error):
+                        raise Moved from None
                 raise
             except CallFailed:
-                self._note_answer(replica, sent)
+                self._group.answered(replica, sent)
                 if question.amend():
                     continue
                 raise
             finally:
                 replica.limiter.release()
-            self._note_answer(replica, sent)
+            self._group.answered(replica, sent)
+            if counted and (used := question.used(outcome)):
+                self._quota.settle(counted, used, question.tokens())
             return outcome
+
+    def _adopt(self, replica: Replica, fault: Overloaded) -> None:
+        """Keeps to the limits that a 429 names from then on."""
+        rpm, tpm = fault.words.rpm, fault.words.tpm
+        if self._quota.narrow(rpm, tpm):
+            named = [f"{most:,} {what} a minute" for most, what in ((rpm, "requests"), (tpm, "tokens")) if most]
+            fields = " and ".join(f"`{name}`" for most, name in ((rpm, "rpm"), (tpm, "tpm")) if most)
+            where = f"{self._model.identity} at {replica.url}"
+            self._say(f"{where} allows {' and '.join(named)}, which holds from now on; {fields} in the recipe sets it")
 
     # --- one request -------------------------------------------------------------------------------------------------
 
-    async def _post(self, replica: _Replica, question: Question[A]) -> A:
+    async def _post(self, replica: Replica, question: Question[A]) -> A:
         await self._uploads.acquire()
         uploaded = _Once(self._uploads.release)
         try:
+            if question.at:
+                question.at(replica.url)
             headers, body = _upload(question.body(), uploaded)
             async with self._session.post(
                 replica.address, data=body, headers=headers, allow_redirects=False, **replica.proxy
@@ -225,9 +242,9 @@ class Service:
                     return question.blocked(self._filtered(response.status, response.headers, answer or b""))
         except aiohttp.ClientConnectorError as error:
             why = self.clean(error.os_error.strerror or str(error.os_error) or "unknown host")
-            raise _Away(f"no connection ({why})") from None
+            raise Away(f"no connection ({why})") from None
         except TimeoutError as error:
-            raise _TooSlow(str(error) or f"no answer within {self._limits.timeout:g} s") from None
+            raise TooSlow(str(error) or f"no answer within {self._limits.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise Passing(self.clean(f"{type(error).__name__} {error}".strip())) from None
         finally:
@@ -239,19 +256,12 @@ class Service:
 
     def _filtered(self, status: int, headers: Mapping[str, str], data: bytes) -> str:
         """The words of a filter that stopped the call; any other answer but 200 is an exception of the table."""
-        message, code = _error_of(data)
+        message, code = error_of(data)
         if 300 <= status < 400:
             message = f"redirects to {headers.get('Location', 'nowhere')}"
         what = self.clean(f"HTTP {status} {message}".strip())
-        if status == 400 and code in _FILTERED:
-            return what
-        if status in _OVERLOADED:
-            raise _Overloaded(what, status, seconds_of(headers.get("Retry-After", "")))
-        if status in _AWAY or status < 400:
-            raise _Away(what, status)
-        if status in _PASSING or status >= 500:
-            raise Passing(what, status)
-        raise CallFailed("endpoint", "bad_request", what)
+        raise_for(status, headers, data, what, code)
+        return what
 
     def clean(self, text: str) -> str:
         """One printable line of at most 300 characters, without the key."""
@@ -261,72 +271,35 @@ class Service:
 
     # --- outages -----------------------------------------------------------------------------------------------------
 
-    async def _answers_others(self, replica: _Replica, fault: _Fault) -> bool:
-        """True if the replica answers right after the fault, False if that took a wait; or `ServiceGone`."""
+    async def _answers_others(self, replica: Replica, fault: Fault) -> bool:
+        """True if the replica answers right after the fault; it is out, or has been, where it does not."""
         async with replica.scouting:
-            while replica.absence.answered <= fault.sent:
-                if replica.gone:
-                    raise ServiceGone(replica.gone)
+            if replica.absence.answered <= fault.sent and not replica.out:
                 try:
-                    await self._ask(replica, self._scout)
-                except CallFailed:
-                    continue  # an answer all the same, and noted as one
-                except _Fault as error:
+                    await self._scout_through_overload(replica)
+                except Fault as error:
                     replica.unanswered = error.sent
-                    self._pause(replica, error)
-            return replica.unanswered < fault.sent
+                    self._group.lost(replica, error)
+            return not replica.out and replica.unanswered < fault.sent
 
-    def _pause(self, replica: _Replica, fault: _Fault, least: float = 0.0) -> None:
-        """Holds all new calls to the replica back for a while, at least so many seconds; or `ServiceGone`."""
-        absence = replica.absence
-        absence.begin()
-        where, remedy = f"{self._model.identity} at {replica.url}", self._remedy(fault)
-        if absence.is_over_patience(fault.sent):
-            replica.gone = (
-                f"{where} stayed away for {absence.seconds:.0f} s ({fault}); "
-                f"{remedy}, then run the same command again: nothing is lost"
-            )
-            raise ServiceGone(replica.gone)
-        pause = absence.pause(fault.sent, least)
-        replica.limiter.hold(pause)
-        if not replica.said and (not isinstance(fault, _Overloaded) or absence.seconds + pause >= LONG_PAUSE):
-            replica.said = True
-            self._say(
-                f"{where}: {fault}; {remedy}; "
-                f"waiting up to {self._limits.patience:.0f} s, Ctrl-C stops and keeps everything"
-            )
+    async def _scout_through_overload(self, replica: Replica) -> None:
+        try:
+            await self._scout_at(replica)
+        except Overloaded:
+            with contextlib.suppress(CallFailed, Moved):  # an answer all the same; or the replica is out by now
+                await self._ask(replica, self._scout, False)
 
-    def _note_answer(self, replica: _Replica, sent: float) -> None:
-        replica.limiter.succeeded()
-        lasted = replica.absence.end(sent)
-        if replica.said:
-            replica.said = False
-            self._say(f"{self._model.identity} at {replica.url} is back after {lasted:.0f} s")
-
-    def _remedy(self, fault: _Fault) -> str:
-        if fault.status in (401, 403):
-            key = self._model.key
-            return f"is the key in {key} right?" if key else "name the variable of the key (`key:` in the recipe)"
-        if isinstance(fault, _Overloaded):
-            return "lower the member's `concurrency`"
-        if isinstance(fault, _TooSlow):
-            return "bring it back, or lower `concurrency` or raise `timeout`"
-        if fault.status in (402, 407):
-            return "settle that with the account or the proxy"
-        name = self._model.spec.model
-        return f"check the URL and the model's name {name!r}" if 0 < fault.status < 500 else "bring it back"
-
-
-def _open_replica(url: str, route: str, most: int, patience: float) -> _Replica:
-    try:
-        address = URL(f"{url}{route}")
-    except ValueError as error:
-        raise InputError(f"{url!r} is not a URL: {error}", remedy="mend it in the recipe") from None
-    proxy: dict[str, Any] = {}
-    # Once here: `trust_env` would ask the environment and .netrc again for each request, in a thread.
-    with contextlib.suppress(LookupError):
-        proxy["proxy"], proxy["proxy_auth"] = get_env_proxy_for_url(address)
-    return _Replica(url, address, proxy, Limiter(most), Absence(patience))
+    async def _scout_at(self, replica: Replica) -> None:
+        """The small question past the limiter, whose places may be those of requests that hang."""
+        sent = asyncio.get_running_loop().time()
+        try:
+            await self._post(replica, self._scout)
+        except (CallFailed, InputError):
+            pass
+        except Fault as error:
+            error.sent = sent
+            raise
+        self._group.answered(replica, sent)
 
 
 class _Once:
@@ -369,15 +342,3 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes | None:
         if size > most:
             return None
     return b"".join(chunks)
-
-
-def _error_of(data: bytes) -> tuple[str, str]:
-    """The server's own words and code, from the usual places of an error body."""
-    try:
-        body = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return data[:20_000].decode("utf-8", "replace"), ""
-    error = body.get("error", body) if isinstance(body, dict) else body
-    if not isinstance(error, dict):
-        return str(error), ""
-    return str(error.get("message", error)), str(error.get("code", ""))

@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 
 from intersafe.models import Call, Painted
-from intersafe.models.http import Passing, Question, Service
+from intersafe.models.faults import Passing
+from intersafe.models.http import Question, Service
 from intersafe.settings import Limits, Painter
 
 MAX_BODY = 48 * 2**20
@@ -40,8 +41,10 @@ _DECODER = msgspec.json.Decoder(_Images)
 class ImagesEndpoint:
     """One text-to-image model behind one or several URLs."""
 
-    def __init__(self, painter: Painter, limits: Limits, say: Callable[[str], None]) -> None:
-        """`say` is told when the service goes away or comes back."""
+    def __init__(
+        self, painter: Painter, limits: Limits, say: Callable[[str], None], waiting: dict[str, str] | None = None
+    ) -> None:
+        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away."""
         self.identity = painter.identity
         self._painter = painter
         hasty = painter if painter.steps is None else msgspec.structs.replace(painter, steps=1)
@@ -51,6 +54,7 @@ class ImagesEndpoint:
             "/images/generations",
             msgspec.structs.replace(limits, timeout=painter.timeout),
             say,
+            waiting=waiting,
             scout=Question(lambda: small, self._painted, _blocked, _too_long),
             max_body=MAX_BODY,
         )

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from aiohttp import web
 
-How = Literal["whole", "reset", "stall", "cut", "last"]
+How = Literal["whole", "reset", "stall", "cut", "last", "trickle"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Answer:
     delay: float = 0.0
     """Seconds of work before it answers."""
     how: How = "whole"
-    """`reset` sends a TCP reset, `stall` nothing until the server stops, `cut` half of the body and a reset; `last`
-    answers and refuses every connection from then on."""
+    """`reset` sends a TCP reset, `stall` nothing until the server stops, `cut` half of the body and a reset, `trickle`
+    a byte every 20 ms; `last` answers and refuses every connection from then on."""
 
 
 Script = Callable[[Request], Answer]
@@ -207,6 +207,8 @@ class FaultServer:
         if answer.how == "stall":
             assert self._stopping is not None
             await self._stopping.wait()
+        if answer.how == "trickle":
+            return await self._trickle(answer, request)
         if answer.how == "cut":
             response = web.StreamResponse(headers={"Content-Length": str(len(answer.body))})
             await response.prepare(request)
@@ -217,6 +219,17 @@ class FaultServer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             request.transport.abort()
         return _whole(answer)
+
+    async def _trickle(self, answer: Answer, request: web.Request) -> web.StreamResponse:
+        assert self._stopping is not None
+        response = web.StreamResponse(headers={"Content-Length": str(len(answer.body))})
+        await response.prepare(request)
+        for i in range(len(answer.body)):
+            if self._stopping.is_set():
+                break
+            await response.write(answer.body[i : i + 1])
+            await asyncio.sleep(0.02)
+        return response
 
 
 def _whole(answer: Answer, *, close: bool = False) -> web.Response:
