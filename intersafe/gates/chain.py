@@ -1,10 +1,11 @@
 """The gates of a recipe as one: the same for a run that grows and for one that is gated again."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from intersafe.gate_settings import Gates
 from intersafe.gates import Gate
-from intersafe.gates.dedup import DuplicateIndex, similar_images
+from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, similar_images
 from intersafe.gates.quota import Quota
 from intersafe.gates.rules import check_excluded, check_rules
 from intersafe.records import Dialogue, Job, Reason
@@ -14,12 +15,20 @@ class Chain:
     """Asks every gate in order; the first that objects gives the reason."""
 
     def __init__(
-        self, settings: Gates, values: Mapping[str, Sequence[str]], perceptual_hash: Callable[[str], int]
+        self,
+        settings: Gates,
+        values: Mapping[str, Sequence[str]],
+        perceptual_hash: Callable[[str], int],
+        root: Path | None = None,
     ) -> None:
-        """`values`: what the run's jobs can have on each axis; `perceptual_hash`: 64 bits of an image by reference."""
+        """`values`: what the run's jobs can have on each axis; `perceptual_hash`: 64 bits of an image by reference.
+
+        `root` is the run's folder, for what is worth keeping until it is resumed; nothing there changes a decision.
+        """
         self._settings, self._hash = settings, perceptual_hash
         self.quota = Quota(settings.coverage, values) if settings.coverage else None
-        duplicates = DuplicateIndex(settings.duplicates) if settings.duplicates else None
+        kept = root / SIGNATURES if root else None
+        duplicates = DuplicateIndex(settings.duplicates, kept) if settings.duplicates else None
         # The quotas speak first: what they turn down was perhaps never grown, so that no other gate could speak.
         self._first: list[Gate] = [self.quota] if self.quota else []
         self._last: list[Gate] = [duplicates] if duplicates else []

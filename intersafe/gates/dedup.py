@@ -1,74 +1,116 @@
 """Finds dialogues that ask nearly the same as one accepted before, and dialogues that show the same image twice.
 
-Text: MinHash signatures of the user's side (Broder 1997) in a banded index, by rensa. The defaults are chosen by
-`bench/dedup_quality.py`; figures and limits are in `docs/gates.md`.
+Text: MinHash signatures of the user's side (Broder 1997) by rensa, in a banded index. The defaults are chosen by
+`bench/dedup_quality.py`, what a million dialogues cost is measured by `bench/dedup_scale.py`; figures and limits are in
+`docs/gates.md`.
 """
 
+import unicodedata
+from array import array
 from collections.abc import Iterable, Sequence
-from itertools import combinations
+from importlib.metadata import version
+from itertools import chain, combinations
+from pathlib import Path
 
-from rensa import RMinHash, RMinHashLSH
+import msgspec
+from rensa import RMinHash
 
 from intersafe.gate_settings import DuplicateSettings
+from intersafe.gates.banded import BandedSignatures
+from intersafe.gates.signature_file import SignatureFile
 from intersafe.messages import fold
 from intersafe.records import Dialogue, Reason
 
+SIGNATURES = "index/duplicates.bin"
+"""Where a run keeps the signatures of its accepted dialogues."""
 _SEED = 1
 _LEAST_RECALL = 0.95
 
 
 class TextIndex:
-    """Sets of texts by name, searchable for the nearest."""
+    """Sets of texts by name, searchable for near-duplicates."""
 
     def __init__(self, settings: DuplicateSettings) -> None:
-        self._settings = settings
-        self._names: list[str] = []
-        self._signatures: list[RMinHash] = []
+        self._settings, self._names = settings, list[str]()
         bands = bands_for(settings.threshold, settings.permutations)
-        self._bands = RMinHashLSH(settings.threshold, settings.permutations, bands)
+        counts = range(settings.permutations + 1)
+        least = next(count for count in counts if count / settings.permutations >= settings.threshold)
+        self._signatures = BandedSignatures(settings.permutations, bands, least)
 
-    def add(self, name: str, texts: Iterable[str]) -> None:
-        """Remembers the texts under that name."""
-        signature = self._signature(texts)
-        self._bands.insert(len(self._names), signature)
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str, signature: bytes) -> None:
+        """Remembers the texts with that signature under that name."""
+        self._signatures.add(signature)
         self._names.append(name)
-        self._signatures.append(signature)
 
-    def nearest(self, texts: Iterable[str]) -> tuple[str, float] | None:
-        """Name and estimated similarity (0 to 1) of the nearest candidate, the earliest of equals; None without one."""
-        signature = self._signature(texts)
-        candidates = sorted(set(self._bands.query(signature)))
-        if not candidates:
-            return None
-        # `max` keeps the first of equals, which with sorted keys does not depend on the order the index answers in.
-        best = max(candidates, key=lambda key: signature.jaccard(self._signatures[key]))
-        return self._names[best], signature.jaccard(self._signatures[best])
+    def nearest(self, signature: bytes) -> tuple[str, float] | None:
+        """Name and estimated similarity of the nearest at the threshold or above, the earliest of equals; or None."""
+        found = self._signatures.nearest(signature)
+        return (self._names[found[0] - 1], found[1] / self._settings.permutations) if found else None
 
-    def _signature(self, texts: Iterable[str]) -> RMinHash:
-        signature = RMinHash(self._settings.permutations, _SEED)
-        # A signature is a minimum over the shingles: the order of a set, which differs by process, does not matter.
-        signature.update(list(text_shingles(texts, self._settings)))
-        return signature
+    def candidates(self, signature: bytes) -> int:
+        """How many texts a search has to look at."""
+        return len(self._signatures.candidates(signature))
 
 
 class DuplicateIndex:
     """The user's sides of all accepted dialogues, searchable for a near-duplicate."""
 
-    def __init__(self, settings: DuplicateSettings) -> None:
-        self._threshold, self._index = settings.threshold, TextIndex(settings)
+    def __init__(self, settings: DuplicateSettings, file: Path | None = None) -> None:
+        """`file` keeps signatures from one process to the next; without it they are made again, to the same effect."""
+        self._settings, self._index = settings, TextIndex(settings)
+        self._file = SignatureFile(file, _made_by(settings), 4 * settings.permutations) if file else None
+        self._last: tuple[Dialogue, bytes] | None = None
 
     def check(self, dialogue: Dialogue) -> Reason | None:
         """`near_duplicate` with the id of the most similar accepted dialogue, or None."""
         found = self.nearest(dialogue)
-        return Reason("near_duplicate", found[0]) if found and found[1] >= self._threshold else None
+        return Reason("near_duplicate", found[0]) if found else None
 
     def add(self, dialogue: Dialogue) -> None:
         """Remembers an accepted dialogue."""
-        self._index.add(dialogue.id, _asked(dialogue))
+        self._index.add(dialogue.id, self._kept(dialogue) if self._file else self._signature(dialogue))
 
     def nearest(self, dialogue: Dialogue) -> tuple[str, float] | None:
-        """Id and estimated similarity (0 to 1) of the nearest candidate, the earliest of equals; None without one."""
-        return self._index.nearest(_asked(dialogue))
+        """Id and estimated similarity of the nearest at the threshold or above, the earliest of equals; or None."""
+        return self._index.nearest(self._signature(dialogue))
+
+    def candidates(self, dialogue: Dialogue) -> int:
+        """How many accepted dialogues `check` has to look at."""
+        return self._index.candidates(self._signature(dialogue))
+
+    def _signature(self, dialogue: Dialogue) -> bytes:
+        # Who is accepted was checked just before: one signature serves both.
+        if self._last is None or self._last[0] is not dialogue:
+            self._last = dialogue, signature_of(_asked(dialogue), self._settings)
+        return self._last[1]
+
+    def _kept(self, dialogue: Dialogue) -> bytes:
+        """The signature from the file, or made and put there."""
+        assert self._file
+        place, row = len(self._index), msgspec.json.encode((dialogue.id, _asked(dialogue)))
+        if (signature := self._file.get(place, row)) is None:
+            signature = self._signature(dialogue)
+            self._file.put(place, row, signature)
+        return signature
+
+
+def signature_of(texts: Iterable[str], settings: DuplicateSettings) -> bytes:
+    """The MinHash signature of the texts: `permutations` values of 4 bytes."""
+    signature = RMinHash(settings.permutations, _SEED)
+    # A minimum over the shingles: neither their order nor how often one comes matters.
+    signature.update(list(chain.from_iterable(_runs(fold(text), settings) for text in texts)))
+    return array("I", signature.digest()).tobytes()
+
+
+def _made_by(settings: DuplicateSettings) -> bytes:
+    """All that decides what a signature is, by name where it has one and by what it does to a text in any case."""
+    texts = ("The \uff26irst, \u201cstra\xdfe\u201d: 3.5 \u20ac!", "\xc7a va? \u0418\u0306 e\u0301\u200b \u4e2d\u6587")
+    probe = signature_of(texts, settings)
+    named = (settings, version("rensa"), RMinHash.ALGORITHM_VERSION, unicodedata.unidata_version)
+    return msgspec.json.encode(named) + probe
 
 
 def shingles(dialogue: Dialogue, settings: DuplicateSettings) -> set[str]:
@@ -82,15 +124,15 @@ def _asked(dialogue: Dialogue) -> list[str]:
 
 def text_shingles(texts: Iterable[str], settings: DuplicateSettings) -> set[str]:
     """The overlapping runs of `size` words or characters of the texts, none across two of them."""
+    return {run for text in texts for run in _runs(fold(text), settings)}
+
+
+def _runs(text: str, settings: DuplicateSettings) -> Iterable[str]:
     size = settings.size
-    found: set[str] = set()
-    for text in map(fold, texts):
-        if settings.unit == "word":
-            words = text.split()
-            found.update(" ".join(words[i : i + size]) for i in range(max(len(words) - size, 0) + 1))
-        else:
-            found.update([text[i : i + size] for i in range(max(len(text) - size, 0) + 1)])
-    return found
+    if settings.unit == "word":
+        words = text.split()
+        return [" ".join(words[i : i + size]) for i in range(max(len(words) - size, 0) + 1)]
+    return [text[i : i + size] for i in range(max(len(text) - size, 0) + 1)]
 
 
 def bands_for(threshold: float, permutations: int) -> int:

@@ -1,7 +1,7 @@
 """The gates of the refusal VQA: what a rule can see in a finished sample, and near-duplicate questions of a group."""
 
 from intersafe.gate_settings import DuplicateSettings
-from intersafe.gates.dedup import TextIndex
+from intersafe.gates.dedup import TextIndex, signature_of
 from intersafe.messages import fold, is_blank
 from intersafe.records import Reason, RefusalSample
 from intersafe.refusal_texts import answer_problem, question_problem
@@ -39,10 +39,10 @@ class DuplicateQuestions:
     def check(self, sample: RefusalSample) -> Reason | None:
         """`near_duplicate` with the id of the most similar accepted sample of the group, or None."""
         index = self._groups.get(sample.group)
-        found = index.nearest([sample.question]) if index else None
-        return Reason("near_duplicate", found[0]) if found and found[1] >= self._settings.threshold else None
+        found = index.nearest(signature_of([sample.question], self._settings)) if index else None
+        return Reason("near_duplicate", found[0]) if found else None
 
     def add(self, sample: RefusalSample) -> None:
         """Remembers an accepted sample."""
         index = self._groups.setdefault(sample.group, TextIndex(self._settings))
-        index.add(sample.id, [sample.question])
+        index.add(sample.id, signature_of([sample.question], self._settings))
