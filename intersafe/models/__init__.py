@@ -8,6 +8,7 @@ bytes when it sends them.
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -104,26 +105,74 @@ class PaintModel(Protocol):
         ...
 
 
-def open_models(cast: Cast, limits: Limits, images: ImageStore, say: Callable[[str], None]) -> dict[str, ChatModel]:
-    """One model for each member of the cast; members with the same settings share one. Needs a running event loop."""
+def open_models(
+    cast: Cast,
+    limits: Limits,
+    images: ImageStore,
+    say: Callable[[str], None],
+    folder: Path | None = None,
+    waiting: dict[str, str] | None = None,
+) -> dict[str, ChatModel]:
+    """One model for each member of the cast; members with the same settings share one. Needs a running event loop.
+
+    `folder` keeps the batches of members with `batch: true`; no other process may use it. `waiting` holds why a service
+    is away for as long as it is.
+    """
     shared: dict[str, ChatModel] = {}
-    least: dict[str, int] = {}
-    for member in cast.members.values():
-        least[_same(member)] = min(member.concurrency, least.get(_same(member), member.concurrency))
+    members = list(cast.members.values())
+    _open_batch_models(cast, limits, images, say, folder, shared)
     return {
-        role: _open(structs.replace(member, concurrency=least[_same(member)]), limits, images, say, shared)
+        role: _open(_within_limits_of_all(member, members), limits, images, say, shared, waiting)
         for role, member in cast.members.items()
     }
 
 
+def _open_batch_models(
+    cast: Cast,
+    limits: Limits,
+    images: ImageStore,
+    say: Callable[[str], None],
+    folder: Path | None,
+    shared: dict[str, ChatModel],
+) -> None:
+    """Opens the members with `batch: true`, and says what an earlier process left in the folder for nobody."""
+    members = [member for member in cast.members.values() if member.batch]
+    if folder is None and members:
+        raise InputError("`batch: true` needs a run directory to keep its batches in", remedy="drop it here")
+    if folder is None or not (members or folder.exists()):
+        return
+    from intersafe.models.batch import Lanes
+
+    lanes = Lanes(folder, limits, say)
+    for member in members:
+        shared.setdefault(_same(member), lanes.open(member, images))
+    lanes.begin()
+
+
+def _within_limits_of_all(member: Member, members: list[Member]) -> Member:
+    """The member with the lowest `concurrency`, `rpm` and `tpm` of those that share its model."""
+    same = [other for other in members if _same(other) == _same(member)]
+    return structs.replace(
+        member,
+        concurrency=min(other.concurrency for other in same),
+        rpm=min((other.rpm for other in same if other.rpm), default=None),
+        tpm=min((other.tpm for other in same if other.tpm), default=None),
+    )
+
+
 def _same(member: Member) -> str:
-    """Equal for members that can share one model; the lowest of their `concurrency` holds."""
+    """Equal for members that can share one model."""
     apart = (member.revision, member.key, member.json_schema, member.send_images, member.batch, member.extra)
     return f"{member.model} {apart}"
 
 
 def _open(
-    member: Member, limits: Limits, images: ImageStore, say: Callable[[str], None], shared: dict[str, ChatModel]
+    member: Member,
+    limits: Limits,
+    images: ImageStore,
+    say: Callable[[str], None],
+    shared: dict[str, ChatModel],
+    waiting: dict[str, str] | None,
 ) -> ChatModel:
     backend = member.spec.backend
     same = _same(member)
@@ -135,11 +184,13 @@ def _open(
         else:
             from intersafe.models.endpoint import EndpointModel
 
-            shared[same] = EndpointModel(member, limits, images, say)
+            shared[same] = EndpointModel(member, limits, images, say, waiting)
     return shared[same]
 
 
-def open_painter(painter: Painter, limits: Limits, say: Callable[[str], None]) -> PaintModel:
+def open_painter(
+    painter: Painter, limits: Limits, say: Callable[[str], None], waiting: dict[str, str] | None = None
+) -> PaintModel:
     """The painter of a cast; `say` is told when its service goes away or comes back. Needs a running event loop."""
     backend, name, _ = painter.spec
     if backend == "scripted":
@@ -152,7 +203,7 @@ def open_painter(painter: Painter, limits: Limits, say: Callable[[str], None]) -
         return DiffusersPainter(painter)
     from intersafe.models.painter import ImagesEndpoint
 
-    return ImagesEndpoint(painter, limits, say)
+    return ImagesEndpoint(painter, limits, say, waiting)
 
 
 def check_cast(cast: Cast) -> None:

@@ -12,13 +12,16 @@ import msgspec
 
 from intersafe.images import ImageStore
 from intersafe.models import Call, Reply
-from intersafe.models.http import Passing, Question, Service
+from intersafe.models.faults import Passing
+from intersafe.models.http import Question, ReplicaState, Service
 from intersafe.records import Finish, Message
 from intersafe.settings import Limits, Member
 
 MAX_BODY = 16 * 2**20
 REMEMBERED = 1024
 """Images that a replica is taken to remember; a dialogue needs its own few for as long as it is talked."""
+IMAGE_TOKENS = 800
+"""An image, until usage tells: about a square of 800 pixels to Qwen2.5-VL."""
 
 _FINISH: dict[str, Finish] = {
     **dict.fromkeys(
@@ -58,8 +61,15 @@ Part = dict[str, Any]
 class EndpointModel:
     """One chat model behind one or several URLs."""
 
-    def __init__(self, member: Member, limits: Limits, images: ImageStore, say: Callable[[str], None]) -> None:
-        """`say` is told when the service goes away or comes back."""
+    def __init__(
+        self,
+        member: Member,
+        limits: Limits,
+        images: ImageStore,
+        say: Callable[[str], None],
+        waiting: dict[str, str] | None = None,
+    ) -> None:
+        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away."""
         self.identity = member.identity
         self._member, self._images = member, images
         self._known: dict[str, dict[str, None]] = {url: {} for url in member.spec.urls}
@@ -70,7 +80,8 @@ class EndpointModel:
             "/chat/completions",
             limits,
             say,
-            scout=Question(lambda: small, _reply, _blocked),
+            waiting=waiting,
+            scout=Question(lambda: small, read_reply, _blocked),
             max_body=MAX_BODY,
         )
 
@@ -78,17 +89,34 @@ class EndpointModel:
         """Closes the connections."""
         await self._service.aclose()
 
+    def states(self) -> list[ReplicaState]:
+        """How each replica does now."""
+        return self._service.states()
+
     async def answer(self, call: Call) -> Reply:
         """The reply; waits out overload and outages, tries again what passes."""
         if self._member.send_images == "uuid":
             return await self._answer_by_uuid(call)
         part = self._as_file if self._member.send_images == "file" else self._as_data
-        return await self._service.ask(call.job, Question(lambda: self._body(call, part), _reply, _blocked))
+        return await self._service.ask(
+            call.job,
+            Question(
+                lambda: chat_body(self._member, call, part),
+                read_reply,
+                _blocked,
+                tokens=lambda: _about(call),
+                used=_used,
+            ),
+        )
 
     async def _answer_by_uuid(self, call: Call) -> Reply:
-        known = self._known[self._service.url_of(call.job)]
+        known: dict[str, None] = {}
         refs = dict.fromkeys(ref for message in call.messages for ref in message.images)
         whole, omitted = False, False
+
+        def at(url: str) -> None:
+            nonlocal known, omitted
+            known, omitted = self._known[url], False
 
         def part(ref: str) -> Part:
             nonlocal omitted
@@ -98,7 +126,7 @@ class EndpointModel:
             return {"type": "image_url", "image_url": None, "uuid": ref.partition(".")[0]}
 
         def read(data: bytes) -> Reply:
-            reply = _reply(data)
+            reply = read_reply(data)
             for ref in refs:
                 known.pop(ref, None)
                 known[ref] = None
@@ -116,32 +144,50 @@ class EndpointModel:
                 known.pop(ref, None)
             return True
 
-        return await self._service.ask(call.job, Question(lambda: self._body(call, part), read, _blocked, amend=amend))
+        return await self._service.ask(
+            call.job,
+            Question(
+                lambda: chat_body(self._member, call, part),
+                read,
+                _blocked,
+                amend=amend,
+                at=at,
+                tokens=lambda: _about(call),
+                used=_used,
+            ),
+        )
 
     # --- what is sent ------------------------------------------------------------------------------------------------
 
-    def _body(self, call: Call, part: Callable[[str], Part]) -> bytes:
-        sampling = call.sampling
-        body: dict[str, Any] = {
-            "model": self._member.spec.model,
-            "messages": [_message(message, part) for message in call.messages],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-            "seed": sampling.seed,
-        }
-        if call.schema and self._member.json_schema:
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": call.schema.name, "schema": call.schema.schema},
-            }
-        return msgspec.json.encode(body | self._member.extra)
-
     def _as_data(self, ref: str) -> Part:
-        return {"type": "image_url", "image_url": {"url": self._images.data_uri(ref)}}
+        return as_data(self._images, ref)
 
     def _as_file(self, ref: str) -> Part:
         return {"type": "image_url", "image_url": {"url": self._images.path(ref).absolute().as_uri()}}
+
+
+def chat_body(member: Member, call: Call, part: Callable[[str], Part]) -> bytes:
+    """The body of a request; `part` makes the part of a message out of an image's reference."""
+    sampling = call.sampling
+    body: dict[str, Any] = {
+        "model": member.spec.model,
+        "messages": [_message(message, part) for message in call.messages],
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "seed": sampling.seed,
+    }
+    if call.schema and member.json_schema:
+        body["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": call.schema.name, "schema": call.schema.schema},
+        }
+    return msgspec.json.encode(body | member.extra)
+
+
+def as_data(images: ImageStore, ref: str) -> Part:
+    """An image as a data URI."""
+    return {"type": "image_url", "image_url": {"url": images.data_uri(ref)}}
 
 
 def _message(message: Message, part: Callable[[str], Part]) -> dict[str, Any]:
@@ -153,6 +199,17 @@ def _message(message: Message, part: Callable[[str], Part]) -> dict[str, Any]:
     }
 
 
+def _about(call: Call) -> int:
+    """Tokens that a call may cost: four characters make one, an answer takes half of its room."""
+    characters = sum(len(message.text) for message in call.messages)
+    images = sum(len(message.images) for message in call.messages)
+    return characters // 4 + IMAGE_TOKENS * images + call.sampling.max_tokens // 2
+
+
+def _used(reply: Reply) -> int:
+    return sum(reply.tokens)
+
+
 # --- what comes back -------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +217,8 @@ def _blocked(_: str) -> Reply:
     return Reply("", "blocked")
 
 
-def _reply(data: bytes) -> Reply:
+def read_reply(data: bytes) -> Reply:
+    """The reply in the body of a 200; `Passing` where there is none."""
     try:
         completion = _DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
