@@ -2,8 +2,9 @@
 
     python bench/client.py [--calls 4000] [--rounds 5] [--profile]
 
-The server is a process of its own, pinned to another core. All paths take turns in one run, so what disturbs the
-machine disturbs all of them; the tables show medians. Rows of the openai SDK need the extra `bench`.
+The server is a process of its own, pinned to another core (`bench/server.py`). All paths take turns in one run, so what
+disturbs the machine disturbs all of them; the tables show medians. Rows of the openai SDK and of uvloop need the extra
+`bench`.
 """
 
 import argparse
@@ -13,21 +14,20 @@ import cProfile
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pstats
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
-from aiohttp import web
+from server import LATENCY, SLOTS, serving
+from work import CORES, demo_recipe
 
 from intersafe.files import bundled
 from intersafe.generate import generate_dialogues
@@ -36,92 +36,20 @@ from intersafe.journal import GroupWriter, Journal
 from intersafe.models import Call, Sampling
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.endpoint import EndpointModel
-from intersafe.models.scripted import ScriptedModel
-from intersafe.recipe import load_recipe, override
+from intersafe.recipe import load_recipe
 from intersafe.records import Job, Message, Seed
-from intersafe.replies import Schema
 from intersafe.settings import Cast, Limits, Member
 from intersafe.templates import load_prompts
 
-SLOTS = 64
-LATENCY = 0.1
 AT_ONCE = (64, 96)
-CORES = sorted(os.sched_getaffinity(0))
 MESSAGES = tuple(
     Message("user" if i % 2 else "system" if i == 0 else "assistant", f"{i} " + "word " * 204) for i in range(6)
 )
-TEXT = "A reply of some length. " * 40
 
 Ask = Callable[[int], Awaitable[object]]
 """One call, given its number."""
 Path_ = Callable[[str], contextlib.AbstractAsyncContextManager[Ask]]
 """A way to make calls to the server at a base URL."""
-
-
-# --- the server ------------------------------------------------------------------------------------------------------
-
-
-def serve(latency: float) -> None:
-    """Answers `fixed` with the same bytes each time and the scripted models as themselves; prints its base URL.
-
-    With a latency, in seconds, it works on `SLOTS` requests at once and lets the others wait.
-    """
-    os.sched_setaffinity(0, {CORES[-1]})
-    slots = asyncio.Semaphore(SLOTS)
-    models = {name: ScriptedModel(name) for name in ("demo", "careful", "eager")}
-    fixed = _completion(TEXT, "stop")
-
-    async def chat(request: web.Request) -> web.Response:
-        body = json.loads(await request.read())
-        if latency:
-            async with slots:
-                await asyncio.sleep(latency)
-        data = fixed if body["model"] == "fixed" else await _scripted(models[body["model"]], body)
-        return web.Response(body=data, content_type="application/json")
-
-    async def main() -> None:
-        app = web.Application(client_max_size=2**26)
-        app.router.add_post("/v1/chat/completions", chat)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
-        print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
-        await asyncio.Event().wait()
-
-    asyncio.run(main())
-
-
-async def _scripted(model: ScriptedModel, body: dict[str, Any]) -> bytes:
-    form = body.get("response_format")
-    schema = Schema(form["json_schema"]["name"], form["json_schema"]["schema"]) if form else None
-    messages = []
-    for message in body["messages"]:
-        parts = message["content"]
-        text = parts if isinstance(parts, str) else "".join(part.get("text", "") for part in parts)
-        messages.append(Message(message["role"], text))
-    sampling = Sampling(body["temperature"], body["top_p"], body["max_tokens"], body["seed"])
-    reply = await model.answer(Call("http", "", tuple(messages), sampling, schema, "", 0))
-    return _completion(reply.text, reply.finish)
-
-
-def _completion(text: str, finish: str) -> bytes:
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
-    usage = {"prompt_tokens": 1500, "completion_tokens": 200, "total_tokens": 1700}
-    fields = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "fixed"}
-    return msgspec.json.encode({**fields, "choices": [choice], "usage": usage})
-
-
-@contextlib.contextmanager
-def serving(latency: float) -> Iterator[str]:
-    """The base URL of a server in a process of its own."""
-    command = [sys.executable, __file__, "--serve", str(latency)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            yield server.stdout.readline().strip()
-        finally:
-            server.kill()
 
 
 # --- the paths -------------------------------------------------------------------------------------------------------
@@ -201,7 +129,8 @@ async def openai_create(url: str) -> AsyncIterator[Ask]:
         yield lambda number: create(**_body(number))
 
 
-PATHS: dict[str, Path_] = {"bare aiohttp loop": bare, "`EndpointModel.answer`": endpoint, "`JobCast.ask`": cast}
+BARE = "bare aiohttp loop"
+PATHS: dict[str, Path_] = {BARE: bare, "`EndpointModel.answer`": endpoint, "`JobCast.ask`": cast}
 SDK: dict[str, Path_] = {"openai `client.post`": openai_post, "openai `chat.completions.create`": openai_create}
 GENERATE = "`generate`, everything"
 
@@ -251,19 +180,25 @@ def measure(path: Path_, url: str, calls: int, at_once: int = SLOTS) -> Cost:
 
 
 def measure_generate(url: str, n: int, at_once: int = SLOTS) -> Cost:
-    """A whole run of `n` dialogues, from the recipe to the summary, with the scripted cast behind HTTP."""
-    recipe = override(
-        load_recipe(bundled("pipelines/demo.yaml")),
-        attacker=f"openai:demo@{url}",
-        judge=f"openai:demo@{url}",
-        victims=(f"openai:careful@{url}", f"openai:eager@{url}"),
-        concurrency=at_once,
-    )
+    """A whole run of `n` dialogues, from the recipe to the summary, with the scripted cast behind HTTP; no painter."""
     with tempfile.TemporaryDirectory() as folder:
         cpu, wall = time.process_time(), time.perf_counter()
-        run = generate_dialogues(recipe, run=Path(folder) / "run", n=n)
+        recipe = load_recipe(demo_recipe(Path(folder) / "bench.yaml", url=url))
+        limits = msgspec.structs.replace(recipe.limits, concurrency=at_once)
+        run = generate_dialogues(msgspec.structs.replace(recipe, limits=limits), run=Path(folder) / "run", n=n)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         return Cost(sum(tally.calls for tally in run.roles().values()), cpu, wall)
+
+
+def on_uvloop(once: Callable[[], Cost]) -> Cost:
+    """The same on uvloop's event loop."""
+    import uvloop
+
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    try:
+        return once()
+    finally:
+        asyncio.set_event_loop_policy(None)
 
 
 def rounds(measures: Mapping[str, Callable[[], Cost]], count: int) -> dict[str, list[Cost]]:
@@ -282,11 +217,15 @@ def _median(costs: Sequence[Cost], what: str) -> float:
 
 def print_costs(paths: dict[str, Path_], options: argparse.Namespace) -> None:
     """The first table: no latency, so CPU decides."""
-    with serving(0) as url:
+    with serving() as server:
+        url = server.url
         measures = {name: functools.partial(measure, path, url, options.calls) for name, path in paths.items()}
         measures[GENERATE] = functools.partial(measure_generate, url, options.dialogues)
+        if importlib.util.find_spec("uvloop"):
+            for name in (BARE, GENERATE):
+                measures[f"{name}, on uvloop"] = functools.partial(on_uvloop, measures[name])
         costs = rounds(measures, options.rounds)
-    base = _median(costs["bare aiohttp loop"], "ms")
+    base = _median(costs[BARE], "ms")
     print("| path | CPU ms a call (median, range) | ratio to bare | calls/s |")
     print("|---|---|---|---|")
     for name, row in sorted(costs.items(), key=lambda item: _median(item[1], "ms")):
@@ -300,7 +239,8 @@ def print_shares(paths: dict[str, Path_], options: argparse.Namespace) -> None:
     ceiling = SLOTS / LATENCY
     shares: dict[str, list[float]] = {name: [] for name in (*paths, GENERATE)}
     for at_once in AT_ONCE:
-        with serving(LATENCY) as url:
+        with serving(LATENCY) as server:
+            url = server.url
             measures = {
                 name: functools.partial(measure, path, url, options.calls, at_once) for name, path in paths.items()
             }
@@ -313,12 +253,45 @@ def print_shares(paths: dict[str, Path_], options: argparse.Namespace) -> None:
         print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
 
 
-def print_profile(url: str, calls: int) -> None:
-    """Where `JobCast.ask` and a whole run spend their time, by own time."""
-    for work in (functools.partial(measure, cast, url, calls), functools.partial(measure_generate, url, 200)):
-        profile = cProfile.Profile()
-        profile.runcall(work)
-        pstats.Stats(profile).sort_stats("tottime").print_stats(35)
+def print_profile(calls: int, dialogues: int) -> None:
+    """Where a whole run spends its time, by place and by function; the profiler's own cost is scaled out."""
+    with serving() as server:
+        plain = measure_generate(server.url, dialogues)
+        profile = cProfile.Profile(time.process_time)
+        profile.runcall(measure_generate, server.url, dialogues)
+        stats = pstats.Stats(profile)
+        places = _by_place(stats)
+        scale = plain.ms / sum(places.values())
+        print(f"`generate`, {plain.calls:,} calls, {plain.ms:.3f} ms of CPU a call\n\n| place | ms a call |\n|---|---|")
+        for place, seconds in sorted(places.items(), key=lambda item: -item[1])[:16]:
+            print(f"| {place} | {seconds * scale:.3f} |")
+        print()
+        stats.sort_stats("tottime").print_stats(25)
+        profile = cProfile.Profile(time.process_time)
+        profile.runcall(measure, cast, server.url, calls)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(15)
+
+
+def _by_place(stats: pstats.Stats) -> dict[str, float]:
+    """Own seconds by library or by module of ours; what is written in C counts for those who call it."""
+    places: dict[str, float] = {}
+    entries: Any = vars(stats)["stats"]
+    for (file, _, _), (_, _, own, _, callers) in entries.items():
+        if file != "~":
+            places[_place(file)] = places.get(_place(file), 0.0) + own
+            continue
+        for (caller, _, _), (_, _, part, _) in callers.items():
+            places[_place(caller)] = places.get(_place(caller), 0.0) + part
+    return places
+
+
+def _place(file: str) -> str:
+    parts = Path(file).parts
+    if "site-packages" in parts:
+        return parts[parts.index("site-packages") + 1]
+    if "intersafe" in parts[:-1]:
+        return "/".join(parts[len(parts) - parts[::-1].index("intersafe") - 1 :])
+    return "asyncio" if "asyncio" in parts else parts[-1]
 
 
 def main() -> None:
@@ -327,15 +300,11 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=4000, help="calls a round and path (4000)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds without latency; three with (5)")
     parser.add_argument("--dialogues", type=int, default=200, help="dialogues of a run of generate (200)")
-    parser.add_argument("--profile", action="store_true", help="profile `JobCast.ask` and `generate` instead")
-    parser.add_argument("--serve", type=float, metavar="LATENCY", help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help="profile `generate` and `JobCast.ask` instead")
     options = parser.parse_args()
-    if options.serve is not None:
-        return serve(options.serve)
     os.sched_setaffinity(0, {CORES[0]})
     if options.profile:
-        with serving(0) as url:
-            return print_profile(url, options.calls)
+        return print_profile(options.calls, options.dialogues)
     has_sdk = importlib.util.find_spec("openai") is not None
     paths = PATHS | (SDK if has_sdk else {})
     names = ("aiohttp", "msgspec", "tenacity", *(("openai",) if has_sdk else ()))

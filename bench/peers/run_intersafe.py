@@ -1,0 +1,50 @@
+"""The work with intersafe's own layers: limiter, retries, call key, image store, journal with fsync, resume."""
+
+import asyncio
+from pathlib import Path
+
+from asked import read_work
+
+from intersafe.files import bundled
+from intersafe.images import ImageStore, read_image
+from intersafe.journal import GroupWriter, Journal
+from intersafe.models.cast import Company, JobCast
+from intersafe.models.endpoint import EndpointModel
+from intersafe.records import Job, Message, Seed
+from intersafe.settings import Cast, Limits, Member
+from intersafe.templates import load_prompts
+
+
+async def main() -> None:
+    """All calls, so many jobs at once; what an earlier start has paid for comes from its journal."""
+    work = read_work()
+    member = Member(model=f"openai:fixed@{work.url}")
+    members = Cast(attacker=member, victims=(member,), judge=member)
+    images = ImageStore(work.folder / "images")
+    model = EndpointModel(member, Limits(concurrency=work.at_once), images, print)
+    prompts = load_prompts(bundled("prompts"), ["decomposition"])
+    seed = Seed("s", "query", "privacy", "bench", "CC0-1.0")
+    writer = GroupWriter(work.folder)
+    journal = Journal(writer)
+    journal.load(work.folder / "journal", {})
+    company = Company(members, dict.fromkeys(members.members, model), prompts, journal)
+    numbers = iter(range(work.calls))
+    stored: dict[Path, str] = {}
+
+    async def worker() -> None:
+        for number in numbers:
+            path = work.image(number)
+            if path is not None and path not in stored:
+                stored[path] = images.put(read_image(path))
+            message = Message("user", work.text(number), (stored[path],) if path else ())
+            job = Job(number, f"job-{number}", seed, "decomposition", 0, 0, 1, 0, number)
+            assert (await JobCast(company, job).ask("judge", "judge/turn", (message,))).text
+
+    try:
+        await asyncio.gather(*(worker() for _ in range(work.at_once)))
+    finally:
+        await model.aclose()
+        await writer.close()
+
+
+asyncio.run(main())
