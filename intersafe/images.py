@@ -8,7 +8,6 @@ its bytes, so its reference `<sha256>.<ext>` does not depend on the version of P
 
 import base64
 import contextlib
-import functools
 import hashlib
 import io
 import re
@@ -28,6 +27,8 @@ from intersafe.files import write_whole
 MAX_PIXELS = 40_000_000
 MAX_BYTES = 20 * 2**20
 MAX_EDGE = 2048
+REMEMBERED = 65_536
+"""Perceptual hashes kept in memory."""
 
 _NAMES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 _SUFFIXES = {"png": (".png",), "jpg": (".jpg", ".jpeg", ".jpe", ".jfif"), "webp": (".webp",)}
@@ -287,6 +288,24 @@ def normalise(
 def read_image(path: Path, *, at: object = None) -> Normalised:
     """The normalised image of a file; raises `InputError` naming `at`, or the path where it is not given."""
     at = path if at is None else at
+    return normalise(_bytes_of(path, at), at=at)
+
+
+def reference_of(path: Path, known: dict[str, str], *, at: object = None) -> str:
+    """The reference of a file's image, normalised unless `known` has it by the sha256 of the file; it is noted there.
+
+    Raises as `read_image` does.
+    """
+    at = path if at is None else at
+    data = _bytes_of(path, at)
+    source = hashlib.sha256(data).hexdigest()
+    if source not in known:
+        known[source] = normalise(data, at=at).ref
+    return known[source]
+
+
+def _bytes_of(path: Path, at: object) -> bytes:
+    """The bytes of a file that is named after what it holds."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -299,7 +318,7 @@ def read_image(path: Path, *, at: object = None) -> Normalised:
     kind = _kind(data, at)
     if path.suffix.lower() not in _SUFFIXES[kind]:
         raise _bad(at, f"the bytes are {_NAMES[kind]}, the name is `{path.name}`", f"name it `{path.stem}.{kind}`")
-    return normalise(data, at=at)
+    return data
 
 
 # --- store -----------------------------------------------------------------------------------------------------------
@@ -313,7 +332,7 @@ class ImageStore:
         self.root = root
         self._room, self._held, self._lock = cache_bytes, 0, threading.Lock()
         self._uris: dict[str, str] = {}
-        self._hash = functools.lru_cache(maxsize=65_536)(lambda ref: dhash(self.read(ref)))
+        self._hashes: dict[str, int] = {}
 
     def path(self, ref: str) -> Path:
         """Where the file of a reference lies, there or not; `InputError` for anything but a reference."""
@@ -366,7 +385,18 @@ class ImageStore:
 
     def perceptual_hash(self, ref: str) -> int:
         """`dhash` of a reference, remembered; raises like `read`."""
-        return self._hash(ref)
+        found = self._hashes.get(ref)
+        if found is None:
+            found = dhash(self.read(ref))
+            self.remember(ref, found)
+        return found
+
+    def remember(self, ref: str, found: int) -> None:
+        """The `dhash` of a reference, found here or by another process."""
+        with self._lock:
+            self._hashes[ref] = found
+            if len(self._hashes) > REMEMBERED:
+                del self._hashes[next(iter(self._hashes))]
 
 
 def dhash(data: bytes) -> int:

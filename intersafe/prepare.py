@@ -38,13 +38,24 @@ class Prepared:
     values: dict[str, list[str]]
     """What the jobs can have on each axis of the quotas."""
     manifest: Manifest
+    known: dict[str, str]
+    """The reference of each seed image by the sha256 of its file."""
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Reads and checks prompts, seeds and cast; `InputError` names the first thing that is wrong."""
+KNOWN = "index/seed-images.json"
+"""Where a run keeps what its seed images were verified to be: a cache, since decoding thousands takes minutes."""
+
+
+def prepare(recipe: Recipe, run: Path | None = None) -> Prepared:
+    """Reads and checks prompts, seeds and cast; `InputError` names the first thing that is wrong.
+
+    `run`: a directory whose seed images were verified before.
+    """
+    before = _known(run) if run else {}
+    known = dict(before)
     prompts = load_prompts(Path(recipe.prompts), recipe.strategies, needed_by(recipe), alone=True)
     check_cast(recipe.cast)
-    seeds = load_seeds(recipe.seed_paths)
+    seeds = load_seeds(recipe.seed_paths, known)
     files, groups, digests, excluded = dict(seeds.files), {}, [seeds.digest], list(seeds.excluded)
     if recipe.refusals:
         check_refusals(recipe.refusals, prompts)
@@ -53,7 +64,7 @@ def prepare(recipe: Recipe) -> Prepared:
         own = {}
         for name, paths in named:
             if paths not in loaded:
-                loaded[paths] = load_seeds([Path(path) for path in paths])
+                loaded[paths] = load_seeds([Path(path) for path in paths], known)
             own[name] = loaded[paths]
         groups = seeds_by_group(recipe.refusals, seeds.seeds, {name: found.seeds for name, found in own.items()})
         for found in own.values():
@@ -71,7 +82,20 @@ def prepare(recipe: Recipe) -> Prepared:
         excluded=tuple(dict.fromkeys(excluded)),
         versions={name: importlib.metadata.version(name) for name in ("intersafe", "msgspec", "pillow", "rensa")},
     )
-    return Prepared(recipe, prompts, seeds, groups, files, values, manifest)
+    if before and run and not _is_made_from(run, manifest.seeds):  # the seeds changed, or the cache is damaged
+        return prepare(recipe)
+    return Prepared(recipe, prompts, seeds, groups, files, values, manifest, known)
+
+
+def _is_made_from(run: Path, seeds: str) -> bool:
+    return (run / "recipe.json").exists() and Run(run).manifest.seeds == seeds
+
+
+def _known(run: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode((run / KNOWN).read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.DecodeError):
+        return {}
 
 
 def values_of(recipe: Recipe, seeds: Sequence[Seed]) -> dict[str, list[str]]:
@@ -138,6 +162,19 @@ def _sampling_of(model: Model) -> dict[str, Any]:
     return {"temperature": model.temperature, "top_p": model.top_p, "max_tokens": model.max_tokens}
 
 
+def check_same(path: Path, prepared: Prepared) -> None:
+    """`InputError` where a run that is there was made from something else; reads alone."""
+    if not (path / "recipe.json").exists():
+        return
+    if changed := differences(Run(path).manifest, prepared.manifest):
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise InputError(
+            f"made from something else: {', '.join(changed[:4])}{more}",
+            at=path,
+            remedy=f"put it back, or name a new --run, with --reuse {path} to take over what was paid for",
+        )
+
+
 def open_directory(path: Path, prepared: Prepared) -> str:
     """Makes the run directory, or checks that the one that is there was made from the same things.
 
@@ -146,14 +183,7 @@ def open_directory(path: Path, prepared: Prepared) -> str:
     """
     if (path / "recipe.json").exists():
         old = Run(path).manifest
-        changed = differences(old, prepared.manifest)
-        if changed:
-            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-            raise InputError(
-                f"made from something else: {', '.join(changed[:4])}{more}",
-                at=path,
-                remedy=f"put it back, or name a new --run, with --reuse {path} to take over what was paid for",
-            )
+        check_same(path, prepared)
         _fill(path, prepared)
         newer = [f"{name} {old.versions.get(name)} -> {v}" for name, v in prepared.manifest.versions.items()]
         return ", ".join(line for line in newer if len(set(line.split()[1::2])) > 1)
@@ -180,5 +210,7 @@ def _fill(path: Path, prepared: Prepared) -> None:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise InputError("changed while it was read", at=prepared.prompts.root / name, remedy="start again")
         write_whole(path / "prompts" / name, data)
+    if prepared.known != _known(path):
+        write_whole(path / KNOWN, msgspec.json.encode(prepared.known))
     rows = b"".join(msgspec.json.encode(to_row(seed)) + b"\n" for seed in prepared.seeds.seeds)
     write_whole(path / "seeds.jsonl", rows)

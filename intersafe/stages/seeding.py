@@ -18,7 +18,7 @@ import msgspec
 from intersafe import taxonomy
 from intersafe.errors import InputError
 from intersafe.files import write_whole
-from intersafe.images import read_image
+from intersafe.images import read_image, reference_of
 from intersafe.records import Seed
 
 LONGEST_QUERY = 4_000
@@ -42,8 +42,12 @@ class Seeds(NamedTuple):
     digest: str
 
 
-def load_seeds(paths: Sequence[Path]) -> Seeds:
-    """The usable seeds of the files, verified with their images; raises `InputError` naming file and line."""
+def load_seeds(paths: Sequence[Path], known: dict[str, str] | None = None) -> Seeds:
+    """The usable seeds of the files, verified with their images; raises `InputError` naming file and line.
+
+    `known` holds the references of images that were verified before, by the sha256 of their file; new ones are added.
+    """
+    known = {} if known is None else known
     kept: list[Seed] = []
     excluded: list[str] = []
     places: dict[str, str] = {}
@@ -62,7 +66,7 @@ def load_seeds(paths: Sequence[Path]) -> Seeds:
             if seed.image is not None:
                 image = _resolve(seed.image, path, number)
                 if image not in refs:
-                    refs[image] = _verify(image, seed.image, path, number)
+                    refs[image] = _verify(image, seed.image, path, number, known)
                     files.setdefault(refs[image], image)
                 seed = msgspec.structs.replace(seed, image=refs[image])
             kept.append(seed)
@@ -169,10 +173,10 @@ def _resolve(image: str, at: Path, line: int) -> Path:
     return real
 
 
-def _verify(path: Path, name: str, at: Path, line: int) -> str:
+def _verify(path: Path, name: str, at: Path, line: int, known: dict[str, str]) -> str:
     """The reference of an image; its bytes are let go."""
     try:
-        return read_image(path, at=f"image `{name}`").ref
+        return reference_of(path, known, at=f"image `{name}`")
     except InputError as error:
         raise InputError(str(error), at=at, line=line) from error
 
@@ -218,7 +222,7 @@ def import_figstep(source: Path, out: Path) -> Imported:
     if not rows:
         raise InputError(f"no usable row ({excluded} excluded)", at=table, remedy="give FigStep's csv file")
     for row in found.values():
-        _verify(row.image, row.image.name, table, row.line)
+        _verify(row.image, row.image.name, table, row.line, {})
     lines = []
     for row in rows:
         seed = row.seed
