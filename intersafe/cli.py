@@ -2,7 +2,7 @@
 
 Each command imports its module when it runs, so that `--help` answers at once. Results go to stdout, talk to stderr.
 Exit codes: 0 done, 2 bad input (one line, nothing written), 3 seeds exhausted or version taken, 4 service gone or disk
-full (resumable), 130 stopped by Ctrl-C or SIGTERM (resumable).
+full (resumable), 5 a budget is reached (resumable), 130 stopped by Ctrl-C or SIGTERM (resumable).
 """
 
 import io
@@ -10,12 +10,14 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import click
 
-from intersafe.cli_inputs import pipeline_option, prompts, recipe_of, seeds
+from intersafe.cli_generate import estimate, generate, regate
+from intersafe.cli_inputs import prompts, seeds
 from intersafe.cli_release import diff, package, pull, push
 from intersafe.errors import InputError, IntersafeError, StorageError
 
@@ -26,6 +28,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal that knows fewer letters is no reason to stop
+        _hear_signals()
         try:
             return super().invoke(ctx)
         except IntersafeError as error:
@@ -45,6 +48,14 @@ class _Group(click.Group):
         return list(self.commands)
 
 
+def _hear_signals() -> None:
+    """SIGTERM and SIGHUP end every command as Ctrl-C does, with one line; what is ignored (`nohup`) stays ignored."""
+    if threading.current_thread() is threading.main_thread():
+        for name in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(name) is signal.SIG_DFL:
+                signal.signal(name, signal.default_int_handler)
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="intersafe")
 def main() -> None:
@@ -56,95 +67,10 @@ def main() -> None:
     """
 
 
-# --- generate --------------------------------------------------------------------------------------------------------
+# --- generate, estimate, regate -------------------------------------------------------------------------------------
 
-
-@main.command()
-@pipeline_option
-@click.option("--n", type=click.IntRange(1, 10**9), help="Dialogues to keep; exact. Default: the recipe's n.")
-@click.option(
-    "--run", metavar="NAME|PATH", help="Where it goes; a bare name lives in outputs/. Default: recipe's name."
-)
-@click.option("--attacker", metavar="SPEC", help="Model that plays the user, as backend:model[@url].")
-@click.option(
-    "--victim", "victims", metavar="SPEC", multiple=True, help="Model that answers; may be given several times."
-)
-@click.option("--judge", metavar="SPEC", help="Model that scores steps, turns and dialogues.")
-@click.option("--painter", metavar="SPEC", help="Text-to-image model that draws what the attacker describes.")
-@click.option("--responder", metavar="SPEC", help="Model that writes refusals and aligned answers.")
-@click.option("--no-refusals", is_flag=True, help="Grow dialogues alone, without the recipe's refusal samples.")
-@click.option("--seeds", type=click.Path(path_type=Path), multiple=True, help="Seed file; may be given several times.")
-@click.option(
-    "--concurrency", type=click.IntRange(min=1), help="Dialogues grown at once; changes no byte of the result."
-)
-@click.option("--seed", type=int, help="Seed of all sampling.")
-@click.option("--patience", type=click.FloatRange(min=0), help="Seconds that a model's service may stay away.")
-@click.option("--reuse", metavar="RUN", help="Take every unchanged model reply from this older run.")
-def generate(
-    pipeline: Path | None,
-    n: int | None,
-    run: str | None,
-    victims: tuple[str, ...],
-    seeds: tuple[Path, ...],
-    reuse: str | None,
-    no_refusals: bool,
-    **changes: Any,
-) -> None:
-    """Grow dialogues until N passed every gate, or go on with a run that was stopped.
-
-    \b
-    intersafe generate --n 11270                                     the scripted cast, minutes on a laptop
-    intersafe generate --pipeline pipelines/intersafe_v.yaml         the published method, on your servers
-    intersafe generate --run mine --victim openai:vlm@http://host:8000/v1     one model replaced
-
-    A model SPEC is backend:model[@url[,url]]; backends: scripted, openai (any OpenAI-compatible URL), and for the
-    painter diffusers (in process). Keys come from the environment variable that the recipe names. Refusal samples grow
-    beside the dialogues where the recipe asks for them. Ctrl-C stops cleanly; the same command goes on.
-    """
-    from intersafe.recipe import override
-
-    recipe = override(
-        recipe_of(pipeline),
-        victims=victims,
-        seeds=tuple(str(path.resolve()) for path in seeds),
-        no_refusals=no_refusals,
-        **changes,
-    )
-    from intersafe.display import display_for
-    from intersafe.generate import generate_dialogues
-    from intersafe.shown import print_funnel
-
-    made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display_for(sys.stderr))
-    print_funnel(made)
-    click.echo(f"\n{made.path / 'dialogues.jsonl'}")
-
-
-@main.command()
-@click.argument("run", metavar="RUN")
-@click.option("--pipeline", type=click.Path(path_type=Path), required=True, help="The recipe with the changed gates.")
-@click.option("--out", metavar="NAME|PATH", help="The new run. Default: RUN-regated.")
-def regate(run: str, pipeline: Path, out: str | None) -> None:
-    """Hold what RUN grew to other gates; no model is asked anything.
-
-    \b
-    intersafe regate demo --pipeline stricter.yaml --out demo2
-    intersafe generate --pipeline stricter.yaml --run demo2 --n 11270          fills up what is missing
-
-    Of the recipe only `gates` and `refusals.duplicates` are used; all else is as RUN has it. Dialogues that the old
-    gates turned down are grown again from the journal, so looser gates find them too. RUN is only read.
-    """
-    from intersafe.regate import regate as gate_again
-    from intersafe.shown import print_funnel
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        made = gate_again(run, recipe_of(pipeline), out, lambda text: click.echo(text, err=True))
-    except KeyboardInterrupt:
-        click.echo("intersafe: stopped; nothing was written", err=True)
-        raise SystemExit(130) from None
-    print_funnel(made)
-    click.echo(f"\n{made.path / 'dialogues.jsonl'}")
-    click.echo("`intersafe generate --run` with the same gates fills it up and pays for new jobs alone", err=True)
+for command in (generate, estimate, regate):
+    main.add_command(command)
 
 
 # --- show ------------------------------------------------------------------------------------------------------------
@@ -204,7 +130,7 @@ def show(run: str, which: str | None, refusal: str | None, twin: str | None, ful
     "prices",
     metavar="ROLE=IN,OUT[,CALL]",
     multiple=True,
-    help="USD per million prompt and completion tokens, and per call; may be given several times.",
+    help="USD per million prompt and completion tokens, and per call, in place of the recipe's; several times.",
 )
 def stats(
     run: str, target: str | None, sample: int, embedder: str | None, embedder_key: str, prices: tuple[str, ...]
@@ -221,7 +147,7 @@ def stats(
     import msgspec
 
     from intersafe.files import write_whole
-    from intersafe.report.cost import parse_prices
+    from intersafe.report.cost import parse_prices, with_flags
     from intersafe.report.embedding import open_embedder
     from intersafe.report.stats import file_outside, stats_of
     from intersafe.report.table import sections
@@ -230,7 +156,8 @@ def stats(
 
     if embedder_key and not embedder:
         raise InputError("a key without a model", at="--embedder-key", remedy="give --embedder too")
-    opened, priced = Run(run), parse_prices(prices)
+    opened = Run(run)
+    priced = with_flags(opened.prices(), parse_prices(prices))
     path = file_outside(opened, target) if target not in (None, "-") else None
     model = open_embedder(embedder, embedder_key, lambda text: click.echo(text, err=True)) if embedder else None
     found = stats_of(opened, sample=sample, prices=priced, embedder=model)

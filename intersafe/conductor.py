@@ -7,14 +7,16 @@ models the outcome files are the same bytes for any concurrency and any number o
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from intersafe.errors import IntersafeError, JobEnded, ServiceGone
+from intersafe.budget import Budget
+from intersafe.errors import BudgetReached, IntersafeError, JobEnded, ServiceGone
 from intersafe.journal import GroupWriter, Journal
+from intersafe.outcomes import outcome_row
 from intersafe.records import Dialogue, Ended, Job, Reason, RefusalJob, RefusalSample
-from intersafe.runs import Funnel, outcome_row
+from intersafe.runs import Funnel
 
 FAILURES = 32
 """Jobs in a row that may fail before the run stops: then the fault is not theirs."""
@@ -25,8 +27,9 @@ LOST = 200
 wanted does not come. At a yield of 5 % so many are lost in a row once in 28,000 times, at 2 % once in 57."""
 FULL = 20
 """Jobs that quotas must have turned down meanwhile: without them it is no quota that the line waits for."""
-WINDOW = 4
-"""Jobs that may be started and not yet decided, for each one that is grown at once."""
+WINDOW = 16
+"""Jobs that may be started and not yet decided, for each one that is grown at once: behind one job that hangs the
+others go on for as long as it takes to grow 16 in a row. A grown one that waits holds some 10 KB."""
 
 AnyJob = Job | RefusalJob
 Outcome = Dialogue | RefusalSample
@@ -79,6 +82,9 @@ class Progress:
     """Dialogues that were there when this process began."""
     beside: dict[str, tuple[Funnel, int]] = field(default_factory=dict)
     """The other lines: what they have kept and how much they want."""
+    budget: Budget | None = None
+    waiting: Mapping[str, str] = field(default_factory=dict)
+    """The services that are away right now, each with what it said last; there as long as the outage lasts."""
 
 
 class Display:
@@ -155,6 +161,9 @@ class Conductor:
     put_off: dict[int, AnyJob] = field(default_factory=dict)
     drained: bool = False
     """True once the queue is empty."""
+    stopped: BudgetReached | None = None
+    """Set once a worker was told that a limit is reached: no further job starts, those under way go on to their next
+    call."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -167,11 +176,14 @@ class Conductor:
 
     @property
     def over(self) -> bool:
-        """True once no further job shall start: filled, or what is still wanted does not come."""
+        """True once nothing more is decided: filled, or what is still wanted does not come."""
         return self.filled or self.drought.lasting
 
     async def work(self) -> None:
-        """Workers until the line is over or its jobs are used up; whatever ends one of them ends all."""
+        """Workers until the line is over or its jobs are used up; whatever ends one of them ends all.
+
+        `BudgetReached` alone lets the calls in flight end first, and what becomes of them is kept.
+        """
         useful = min(self.concurrency, self.jobs - self.next)
         workers = [asyncio.create_task(self._work()) for _ in range(useful)]
         try:
@@ -180,6 +192,8 @@ class Conductor:
                 finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for worker in finished:
                     worker.result()
+            if not self.over and self.stopped:
+                raise self.stopped
             if not self.over:
                 self._finish()
         finally:
@@ -189,12 +203,17 @@ class Conductor:
 
     async def _work(self) -> None:
         """One of the workers: grows job after job, each to its end before the next."""
-        while not self.over:
+        while not self.over and not self.stopped:
             if (job := await self._take()) is not None:
-                outcome = await self._attempt(job)
+                try:
+                    outcome = await self._attempt(job)
+                except BudgetReached as reached:
+                    self.stopped = reached
+                    self.changed.set()
+                    return
                 self.finished[job.index] = job, outcome
                 self._decide_ready()
-            elif self.drained and not self.put_off:
+            elif self.stopped or (self.drained and not self.put_off):
                 return
             else:
                 self.changed.clear()
@@ -202,7 +221,7 @@ class Conductor:
 
     async def _take(self) -> AnyJob | None:
         """A job that may be grown now, if there is one; others on the way to it are put off."""
-        while not self.over:
+        while not self.over and not self.stopped:
             if self.next in self.put_off:  # its turn has come, and there is room
                 return self.put_off.pop(self.next)
             if self.drained or not self._may_start():

@@ -4,13 +4,20 @@ import contextlib
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
+from intersafe.budget import clock, dollars
 from intersafe.conductor import Display, Progress
+from intersafe.settings import Limits
 
 if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
+
+
+SOME = 20
+"""Dialogues from which on the rest of a run is foretold."""
 
 
 def display_for(stream: TextIO | None) -> Display:
@@ -51,7 +58,7 @@ class PlainLines(Display):
 
 
 def line_of(progress: Progress, seconds: float) -> str:
-    """Accepted, rate, time left, rejected, in flight: in one line."""
+    """Accepted, rate, time left, rejected, tokens, cost, in flight, and who is waited for: in one line."""
     funnel = progress.funnel
     calls = sum(tally.calls for tally in progress.journal.roles.values())
     flying = sum(progress.in_flight.values())
@@ -61,10 +68,50 @@ def line_of(progress: Progress, seconds: float) -> str:
     for other, _ in progress.beside.values():
         lost.update(other.ended)
     most = f", most by {lost.most_common(1)[0][0]}" if lost.total() >= 100 else ""
+    used = "".join(f"  {word}" for word in used_of(progress))
+    away = "".join(f"  WAITING for {name}: {why}" for name, why in progress.waiting.items())
     return (
         f"{funnel.accepted:,}/{progress.n:,} accepted  {rate:.1f}/s  {left} left  {beside}"
-        f"{lost.total():,} rejected or failed{most}  {calls:,} calls  {flying} in flight"
+        f"{lost.total():,} rejected or failed{most}  {calls:,} calls{used}  {flying} in flight{away}"
     )
+
+
+def used_of(progress: Progress) -> list[str]:
+    """Tokens, cost and time: so far, of what is allowed, and in all if the rest is like what was decided so far."""
+    roles = progress.journal.roles.values()
+    tokens, usd = sum(t.prompt_tokens + t.completion_tokens for t in roles), sum(t.cost for t in roles)
+    limits = Limits()
+    if progress.budget:
+        limits, (tokens, usd) = progress.budget.limits, progress.budget.spent
+    share = share_of(progress)
+
+    def words(used: float, limit: float | None, show: Callable[[float], str], unit: str) -> str:
+        of = f" of {show(limit)}" if limit is not None else ""
+        return f"{show(used)}{of} {unit}" + (f" (about {show(used / share)} in all)" if share else "")
+
+    found = [words(tokens, limits.max_tokens, _short, "tokens")]
+    if progress.journal.prices or usd:
+        found.append(words(usd, limits.max_cost, dollars, "USD"))
+    if progress.budget and limits.max_time is not None:
+        found.append(f"{clock(progress.budget.seconds)} of {clock(limits.max_time)}")
+    return found
+
+
+def share_of(progress: Progress) -> float:
+    """How much of what is wanted was kept, this session or before; 0 while that says nothing about the rest.
+
+    Refusal samples and twins take few calls beside a dialogue, so the dialogues are what is counted.
+    """
+    accepted = progress.funnel.accepted
+    return 0.0 if accepted < min(SOME, progress.n) else min(1.0, accepted / progress.n)
+
+
+def _short(number: float) -> str:
+    """950, 12.3k, 4.56M, 1.23B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
 
 
 def _rate(progress: Progress, seconds: float) -> tuple[float, str]:
@@ -74,12 +121,11 @@ def _rate(progress: Progress, seconds: float) -> tuple[float, str]:
         return 0.0, "?"
     if progress.funnel.accepted >= progress.n and any(f.accepted < wanted for f, wanted in progress.beside.values()):
         return rate, "?"
-    left = round((progress.n - progress.funnel.accepted) / rate)
-    return rate, f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+    return rate, clock((progress.n - progress.funnel.accepted) / rate)
 
 
 class LivePanel(Display):
-    """The panel: progress, rejected by reason, calls and tokens by role."""
+    """The panel: progress, rejected by reason, what was used of what is allowed, calls by role, and what is away."""
 
     interval = 0.25
 
@@ -120,6 +166,7 @@ class LivePanel(Display):
     def _panel(self, progress: Progress) -> "Table":
         from rich.progress_bar import ProgressBar
         from rich.table import Table
+        from rich.text import Text
 
         funnel, seconds = progress.funnel, time.monotonic() - self._began
         rate, left = _rate(progress, seconds)
@@ -136,8 +183,13 @@ class LivePanel(Display):
             panel.add_row(line, f"{other.accepted:,}/{wanted:,}", bar)
         for place, number in sorted(funnel.ended.items(), key=lambda item: -item[1])[:8]:
             panel.add_row("", f"{number:,}", place)
+        for number, words in enumerate(used_of(progress)):
+            panel.add_row("" if number else "used", "", words)
         for role, tally in sorted(progress.journal.roles.items()):
             tokens = f"{tally.prompt_tokens:,} + {tally.completion_tokens:,} tokens"
             flying = f"{progress.in_flight.get(role, 0)} in flight"
-            panel.add_row(role, f"{tally.calls:,}", f"calls, {tokens}", flying)
+            cost = f"{dollars(tally.cost)} USD" if role in progress.journal.prices else ""
+            panel.add_row(role, f"{tally.calls:,}", f"calls, {tokens}", flying, cost)
+        for name, why in progress.waiting.items():
+            panel.add_row("waiting", "", Text(f"for {name}: {why}", style="bold red"))
         return panel

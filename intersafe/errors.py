@@ -5,6 +5,7 @@ IntersafeError
 ├── SeedsExhausted    the jobs are used up before `n` dialogues were kept           exit 3, resumable
 ├── ServiceGone       a model's service stayed away longer than the patience        exit 4, resumable
 ├── StorageError      the run directory cannot be written (disk full, read-only)    exit 4, resumable
+├── BudgetReached     a limit on tokens, cost or time is reached                    exit 5, resumable
 ├── of release/       VersionTaken, TagConflict 3, RemoteChanged 4, AccessRefused 5, NetworkGaveUp 6
 └── JobEnded          this one job ends here; the run goes on
     ├── JobRejected   the method or a gate turned the dialogue down
@@ -48,6 +49,12 @@ class StorageError(IntersafeError):
     """The run directory cannot be written."""
 
     exit_code = 4
+
+
+class BudgetReached(IntersafeError):
+    """A limit that the user set on tokens, cost or time is reached; what was paid for is kept."""
+
+    exit_code = 5
 
 
 class JobEnded(IntersafeError):

@@ -16,7 +16,7 @@ import yaml
 from intersafe.errors import InputError
 from intersafe.files import read_yaml
 from intersafe.sections import Section, nearest
-from intersafe.settings import Member, Model, Painter, Recipe
+from intersafe.settings import Cast, Member, Model, Painter, Price, Recipe
 from intersafe.specs import BACKENDS, OPENAI_URL, PAINTERS, parse_spec
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -145,6 +145,8 @@ def _cast_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
             _ = member.spec
         except InputError as error:
             yield f"{where}.model", error
+        if isinstance(member, Member) and member.batch and (problem := _batch_problem(member)):
+            yield f"{where}.batch", InputError(f"{where.removeprefix('$.')}: {problem[0]}", remedy=problem[1])
         for field in {"model", "messages", "prompt", "stream", "n"} & member.extra.keys():
             yield f"{where}.extra", InputError(f"extra: {field!r} is set by intersafe", remedy="drop it")
     identities = [victim.identity for victim in recipe.cast.victims]
@@ -152,6 +154,17 @@ def _cast_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
         for i, value in enumerate(values):
             if value in values[:i]:
                 yield f"$.{name}[{i}]", InputError(f"{name}: {value!r} stands twice", remedy="name each once")
+
+
+def _batch_problem(member: Member) -> tuple[str, str] | None:
+    """Why the member cannot be asked through a batch endpoint, and what to do."""
+    if not member.model.startswith("openai:"):
+        return "`batch: true` is for hosted APIs", "name an openai:model[@url], or drop `batch`"
+    if "," in member.model.partition("@")[2]:
+        return "`batch: true` with several URLs", "name the provider's one URL"
+    if member.send_images != "data":
+        return f"`batch: true` with send_images {member.send_images!r}", "a provider reads `data` alone: drop it"
+    return None
 
 
 def _line_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
@@ -198,21 +211,46 @@ def override(recipe: Recipe, **changes: Any) -> Recipe:
         cast = msgspec.structs.replace(cast, painter=_recast(painter, spec))
     if specs := changes.pop("victims", None):
         cast = msgspec.structs.replace(cast, victims=tuple(_recast(cast.victims[0], spec) for spec in specs))
-    limits = {name: changes.pop(name) for name in ("concurrency", "patience") if changes.get(name) is not None}
+    cast = _priced(cast, changes.pop("prices", None) or {})
+    limits = {name: changes.pop(name) for name in _LIMITS if changes.get(name) is not None}
     kept = {name: value for name, value in changes.items() if value not in (None, (), [])}
     return check_recipe(
         msgspec.structs.replace(recipe, cast=cast, limits=msgspec.structs.replace(recipe.limits, **limits), **kept)
     )
 
 
+_LIMITS = ("concurrency", "patience", "max_tokens", "max_cost", "max_time")
+"""The limits that have a flag."""
+
 M = TypeVar("M", bound=Model)
 
 
+def _priced(cast: Cast, prices: Mapping[str, Price]) -> Cast:
+    """The cast with these prices by role; that of `victim` holds for every victim that has none of its own."""
+    roles = sorted({name for role in cast.models for name in (role, role.partition(":")[0])})
+    for role in prices:
+        if role not in roles:
+            raise InputError(f"no role {role!r} in the cast", at="--price", remedy=f"roles: {', '.join(roles)}")
+
+    def priced(role: str, model: M) -> M:
+        price = prices.get(role) or prices.get(role.partition(":")[0])
+        return msgspec.structs.replace(model, price=price) if price else model
+
+    members = {role: priced(role, member) for role, member in cast.members.items()}
+    victims = tuple(members.pop(f"victim:{number}") for number in range(len(cast.victims)))
+    painter = priced("painter", cast.painter) if cast.painter else None
+    return msgspec.structs.replace(cast, victims=victims, painter=painter, **members)
+
+
 def _recast(member: M, spec: str) -> M:
-    """The member with another model. A key goes to the server it was meant for and to no other, so it is dropped."""
+    """The member with another model. A key goes to the server it was meant for and to no other, so it is dropped.
+
+    So is the price, which is that of the model before.
+    """
     parsed = parse_spec(spec, PAINTERS if isinstance(member, Painter) else BACKENDS)
     key = "OPENAI_API_KEY" if parsed.urls == (OPENAI_URL,) else ""
-    return msgspec.structs.replace(member, model=spec, key=key, revision="", extra={})
+    own = {"batch": False} if isinstance(member, Member) else {}  # not every server has a batch endpoint
+    return msgspec.structs.replace(member, model=spec, key=key, revision="", extra={}, price=None, **own)
 
 
 def _expand_members(raw: Any) -> None:

@@ -26,6 +26,10 @@ class Price(Section, frozen=True):
     call: Dollars = 0.0
     """For one call, a picture say."""
 
+    def of(self, tokens: tuple[int, int], calls: int = 1) -> float:
+        """USD for so many calls with that many prompt and completion tokens in all."""
+        return (tokens[0] * self.prompt + tokens[1] * self.completion) / 1e6 + calls * self.call
+
 
 class Model(Section, frozen=True):
     """A model of the cast: what it is and where."""

@@ -5,11 +5,15 @@ from typing import Any
 
 import click
 
+from intersafe.budget import clock, dollars
 from intersafe.errors import InputError
+from intersafe.estimate import Amount, Estimate
 from intersafe.images import ImageStore
+from intersafe.journal import RoleTally
 from intersafe.records import Dialogue, ImageOrigin, RefusalSample
 from intersafe.rehearsal import calls_of
 from intersafe.runs import Funnel, Run
+from intersafe.settings import Price
 
 
 def pick(run: Run, which: str | None, line: str = "") -> Any:
@@ -52,9 +56,73 @@ def print_funnel(run: Run) -> None:
         f"         unsafe in {funnel.unsafe:,} dialogues; turns {', '.join(f'{w} {s}' for w, s in share.items())}"
     )
     click.echo(f"         categories {len(counts)}, {min(counts):,} to {max(counts):,} each")
-    for role, tally in sorted(run.roles().items()):
+    _print_roles_in_all(run.roles(), summary.prices if summary else run.prices())
+
+
+def _print_roles_in_all(roles: dict[str, RoleTally], prices: dict[str, Price]) -> None:
+    """Calls and tokens by role; what they cost where prices are known."""
+    for role, tally in sorted(roles.items()):
         tokens = f"{tally.prompt_tokens:,} + {tally.completion_tokens:,} tokens"
-        click.echo(f"         {role:<12} {tally.calls:>9,} calls  {tokens}")
+        cost = f"  {dollars(tally.cost)} USD" if role in prices else ""
+        click.echo(f"         {role:<12} {tally.calls:>9,} calls  {tokens}{cost}")
+    if any(role in prices for role in roles):
+        free = [role for role in sorted(roles) if role not in prices]
+        missing = f"; {', '.join(free)} no price" if free else ""
+        click.echo(f"         cost {dollars(sum(tally.cost for tally in roles.values()))} USD{missing}")
+
+
+def print_estimate(found: Estimate) -> None:
+    """What a run will take, by role and in all; how sure that is, and what is not in it."""
+    beside = [f"{s.wanted:,} {kind}" for kind, s in found.sampled.items() if kind != "dialogues"]
+    click.echo(f"estimate for {', '.join([f'{found.n:,} dialogues', *beside])}")
+    prices = {role for role in found.roles if role not in found.unpriced}
+    click.echo(f"\n{'role':<14}{'calls':>14}{'prompt tokens':>18}{'completion':>16}{'USD':>14}{'hours':>10}")
+    for role, tally in sorted(found.roles.items()):
+        cost = dollars(tally.cost) if role in prices else "-"
+        tokens = f"{tally.prompt_tokens:>18,.0f}{tally.completion_tokens:>16,.0f}"
+        click.echo(f"{role:<14}{tally.calls:>14,.0f}{tokens}{cost:>14}{tally.seconds / 3600:>10,.2f}")
+    click.echo(f"\n{'calls':<10}{_with_error(found.calls, '{:,.0f}')}")
+    click.echo(f"{'tokens':<10}{_with_error(found.tokens, '{:,.0f}')}")
+    if prices:
+        missing = f"; {', '.join(found.unpriced)} no price" if found.unpriced else ""
+        click.echo(f"{'cost':<10}{_with_error(found.cost, '{:,.2f}')} USD{missing}")
+    else:
+        click.echo(f"{'cost':<10}no price is known: give --price ROLE=IN,OUT[,CALL], or `price` in the recipe")
+    for number, (what, seconds) in enumerate(sorted(found.times.items(), key=lambda item: -item[1])[:3]):
+        click.echo(f"{'' if number else 'time':<10}{clock(seconds)}  {what}")
+    for kind, sampled in found.sampled.items():
+        click.echo(f"{kind}: {sampled.kept} of {sampled.tried} samples kept, so about {sampled.jobs:,.0f} jobs")
+    _print_doubts(found)
+
+
+def _with_error(amount: Amount, form: str) -> str:
+    if amount.error is None:
+        return f"{form.format(amount.total)} (one sample tells no spread: raise --samples)"
+    share = amount.error / amount.total if amount.total else 0.0
+    return f"{form.format(amount.total)} ± {share:.0%}"
+
+
+def _print_doubts(found: Estimate) -> None:
+    """Limits that the run will meet, and what an estimate cannot know."""
+    cast, limits = found.recipe.cast, found.recipe.limits
+    if found.sampled["dialogues"].jobs > found.most_jobs:
+        click.echo(f"the recipe has {found.most_jobs:,} dialogue jobs: raise `samples`, or add seeds or strategies")
+    for flag, limit, whole in (
+        ("--max-tokens", limits.max_tokens, found.tokens.total),
+        ("--max-cost", limits.max_cost, found.cost.total),
+        ("--max-time", limits.max_time, found.seconds),
+    ):
+        if limit is not None and whole > limit:
+            click.echo(f"{flag} will be reached at about {limit / whole:.0%} of it")
+    if unmet := [role for role in cast.models if role not in found.roles]:
+        click.echo(f"not met by a sample: {', '.join(unmet)}; a victim is counted as another one, others not at all")
+    if batch := [role for role, member in cast.members.items() if member.batch]:
+        click.echo(f"not in the time: {', '.join(batch)}, answered in batches within a day each")
+    click.echo(
+        "± is one standard error over the samples. Not in it: calls that fail or are refused, jobs that quotas turn\n"
+        "down after they were grown, duplicates among many, and servers that answer slower when they have more to do."
+    )
+    click.echo(f"the samples are paid for: `generate --reuse {found.run}` takes them over, a second estimate is free")
 
 
 def _print_lost(funnel: Funnel, indent: str = "") -> None:

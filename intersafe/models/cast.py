@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from msgspec import structs
 
+from intersafe.budget import Budget
 from intersafe.errors import CallFailed, InputError, JobRejected
 from intersafe.images import ImageStore, distance, normalise
 from intersafe.journal import Entry
@@ -71,6 +72,8 @@ class Company:
     older_images: ImageStore | None = None
     """Where those of the older run are."""
     in_flight: Counter[str] = field(default_factory=Counter)
+    budget: Budget | None = None
+    """Asked before every call that is not in the journal."""
     members: Mapping[str, Member] = field(init=False)
     """The cast's members by role, looked up for every call."""
 
@@ -190,7 +193,9 @@ class JobCast:
 
     @contextlib.contextmanager
     def _in_flight(self, call: Call) -> Iterator[float]:
-        """Counts the call while it is under way; yields when it began."""
+        """Counts the call while it is under way; yields when it began. `BudgetReached` where it may not start."""
+        if self._company.budget:
+            self._company.budget.check()
         in_flight = self._company.in_flight
         in_flight[call.role] += 1
         try:

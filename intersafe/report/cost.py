@@ -1,23 +1,15 @@
-"""Tokens by role, and what they cost at the prices that the user gives; intersafe knows no price list."""
+"""Tokens by role, and what they cost at the prices of the recipe or the flags; intersafe knows no price list."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import msgspec
 
 from intersafe.errors import InputError
 from intersafe.journal import RoleTally
+from intersafe.settings import Price
 
 _HOW = "write ROLE=IN,OUT or ROLE=IN,OUT,CALL, for example judge=0.4,1.6 or painter=0,0,0.02"
-
-
-class Price(NamedTuple):
-    """US dollars per million prompt tokens, per million completion tokens, and per call (an image, for a painter)."""
-
-    prompt: float
-    completion: float
-    call: float = 0.0
 
 
 class RoleCost(msgspec.Struct, frozen=True):
@@ -49,11 +41,11 @@ def parse_prices(texts: Sequence[str]) -> dict[str, Price]:
             numbers = [float(amount) for amount in amounts.split(",")]
         except ValueError:
             numbers = []
-        if not role or len(numbers) not in (2, 3) or not all(0 <= number < math.inf for number in numbers):
+        if not role or len(numbers) not in (2, 3) or not all(0 <= number <= 1e6 for number in numbers):
             raise InputError(f"{text!r} is no price", at="--price", remedy=_HOW)
         if role in prices:
             raise InputError(f"two prices for {role}", at="--price", remedy="give one")
-        prices[role] = Price(*numbers)
+        prices[role] = Price(prompt=numbers[0], completion=numbers[1], call=numbers[2] if len(numbers) > 2 else 0.0)
     return prices
 
 
@@ -63,6 +55,11 @@ def check_roles(prices: Iterable[str], roles: Iterable[str]) -> None:
     for role in prices:
         if role not in known:
             raise InputError(f"no role {role!r} in this run", at="--price", remedy=f"roles: {', '.join(sorted(known))}")
+
+
+def with_flags(known: Mapping[str, Price], given: Mapping[str, Price]) -> dict[str, Price]:
+    """The prices of a run, and in their place those that flags give; `victim` stands for every victim."""
+    return {role: price for role, price in known.items() if _family(role) not in given} | dict(given)
 
 
 def costs_of(roles: Mapping[str, RoleTally], prices: Mapping[str, Price], kept: int) -> Costs:
@@ -84,6 +81,5 @@ def _family(role: str) -> str:
 def _cost(tally: RoleTally, price: Price | None) -> RoleCost:
     usd = None
     if price is not None:
-        tokens = tally.prompt_tokens * price.prompt + tally.completion_tokens * price.completion
-        usd = tokens / 1e6 + tally.calls * price.call
+        usd = price.of((tally.prompt_tokens, tally.completion_tokens), tally.calls)
     return RoleCost(tally.calls, tally.prompt_tokens, tally.completion_tokens, usd)
