@@ -8,6 +8,9 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+CLOSING = 5.0
+"""Seconds that a run has to close in before a further signal counts."""
+
 
 def run_anywhere(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Runs the coroutine to its end, beside the event loop of a notebook where there is one."""
@@ -40,26 +43,34 @@ def run_anywhere(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP stop the run as Ctrl-C does: cleanly, and as `KeyboardInterrupt`."""
+    """SIGINT, SIGTERM and SIGHUP stop the run cleanly, once, and as `KeyboardInterrupt`.
+
+    A signal that is ignored stays ignored: with `nohup` a run outlives its terminal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    terminated: list[bool] = []
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {name: handler for name, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    stopped: list[float] = []
 
     def stop() -> None:
-        terminated.append(True)
-        task.cancel()
+        # A second one at once, from a shell and from its user say, would break off what the first one closes.
+        if not stopped or loop.time() - stopped[-1] > CLOSING:
+            stopped.append(loop.time())
+            task.cancel()
 
-    for name in (signal.SIGTERM, signal.SIGHUP):
+    for name in before:
         loop.add_signal_handler(name, stop)
     try:
         yield
     except asyncio.CancelledError:
-        if terminated:
+        if stopped:
             raise KeyboardInterrupt from None
         raise
     finally:
-        for name in (signal.SIGTERM, signal.SIGHUP):
+        for name, handler in before.items():
             loop.remove_signal_handler(name)
+            signal.signal(name, handler)
