@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 N ?= 11270
 
-.PHONY: demo test test-loads test-t2i bench clean
+.PHONY: demo test test-loads test-t2i test-ray bench bench-peers bench-quick bench-soak bench-more clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("intersafe needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -40,6 +40,17 @@ $(T2I)/ready: pyproject.toml
 test-t2i: $(T2I)/ready
 	$(T2I)/bin/python -m pytest -m t2i tests/test_t2i.py
 
+# An environment of its own too: Ray is large, and most runs want none.
+RAY := .venv-ray
+$(RAY)/ready: pyproject.toml
+	$(PYTHON) -m venv $(RAY)
+	echo '*' > $(RAY)/.gitignore
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray]' 'pytest>=8.3' 'pytest-timeout>=2.3'
+	touch $@
+
+test-ray: $(RAY)/ready
+	$(RAY)/bin/python -m pytest tests/test_ray.py
+
 # A release must load where its readers are: each library in an environment of its own, as their versions exclude each other.
 LOADS := datasets-3.6 datasets-4.0 datasets-4 datasets-5 pandas polars duckdb
 READS_datasets-3.6 := 'datasets==3.6.*' pillow
@@ -58,10 +69,35 @@ READS_duckdb := duckdb
 test-loads: .venv/ready-test $(LOADS:%=.venv-loads/%/ready)
 	$(BIN)/python -m pytest -m loads tests/test_loads_everywhere.py
 
+# The other libraries, each in an environment of its own; versions whose interfaces bench/peers/ was written for.
+PEERS := datatrove curator designer distilabel
+NEEDS_datatrove := 'datatrove==0.10.*' aiofiles aiosqlite httpx orjson xxhash
+NEEDS_curator := 'bespokelabs-curator==0.1.*'
+NEEDS_designer := 'data-designer==0.9.*'
+NEEDS_distilabel := 'distilabel[openai]==1.5.*' requests
+.venv-bench/%/ready:
+	$(PYTHON) -m venv $(@D)
+	echo '*' > .venv-bench/.gitignore
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(NEEDS_$*)
+	touch $@
+
+bench-peers: $(PEERS:%=.venv-bench/%/ready)
+
 bench: .venv/ready-bench
+	$(BIN)/python bench/budgets.py
+
+bench-quick: .venv/ready-bench
+	$(BIN)/python bench/budgets.py --quick
+
+bench-soak: .venv/ready-bench
+	$(BIN)/python bench/soak.py
+
+bench-more: .venv/ready-bench
 	$(BIN)/python bench/client.py
 	$(BIN)/python bench/dedup_quality.py
+	$(BIN)/python bench/dedup_scale.py
 	$(BIN)/python bench/kills.py
+	$(BIN)/python bench/faults.py
 
 clean:
-	rm -rf .venv .venv-loads $(T2I) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-loads .venv-bench $(T2I) $(RAY) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,15 +1,17 @@
 """The lines: which stages a dialogue, a refusal sample and a benign twin go through, and the gates that decide on each.
 
-Only this room knows the order of the stages. Each line is what the conductor works on (`conductor.Line`).
+Only this room knows the order of the stages. Each line is what the conductor works on (`conductor.Line`); a *grower*
+takes its jobs through the stages, in this process (`Stages`) or in others (`farm.Farm`).
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
+from intersafe.budget import Budget
 from intersafe.conductor import AnyJob, Outcome
 from intersafe.gate_settings import RuleSettings
 from intersafe.gates.chain import Chain
@@ -106,24 +108,62 @@ def _digest(key: str, recipe: str, texts: tuple[str, ...]) -> str:
     return hashlib.blake2b(msgspec.json.encode((key, recipe, texts)), digest_size=8).hexdigest()
 
 
+class Grower(Protocol):
+    """Whatever takes a job through the stages of its line."""
+
+    @property
+    def in_flight(self) -> dict[str, int]:
+        """Calls under way by role; the same object all along."""
+        ...
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the run may use."""
+        ...
+
+    async def grow(self, line: str, job: AnyJob, original: Dialogue | None = None) -> Outcome:
+        """The outcome of a job; `JobEnded` if there is none. `original` is the dialogue that a twin belongs to."""
+        ...
+
+
+class Stages:
+    """The stages of every line, in this process."""
+
+    def __init__(self, recipe: Recipe, manifest: Manifest, company: Company) -> None:
+        self.in_flight, self.budget = company.in_flight, company.budget
+        self._recipe, self._manifest, self._company = recipe, manifest, company
+        self._provenances: dict[tuple[Any, ...], Provenance] = {}
+
+    async def grow(self, line: str, job: AnyJob, original: Dialogue | None = None) -> Outcome:
+        """The outcome of a job; `JobEnded` if there is none."""
+        cast, provenance = JobCast(self._company, job, line), self._provenance(line, job)
+        if isinstance(job, RefusalJob):
+            assert self._recipe.refusals
+            return await grow_refusal(job, cast, self._recipe.refusals, provenance)
+        if original is not None:
+            return await grow_twin(original, job, cast, self._recipe, provenance)
+        return await grow_dialogue(job, cast, self._recipe, provenance)
+
+    def _provenance(self, line: str, job: AnyJob) -> Provenance:
+        """The same object for all jobs that can have met the same models and prompts."""
+        met = (job.seed.category, job.strategy, job.victim) if isinstance(job, Job) else (job.group,)
+        place = (line, *met)
+        if place not in self._provenances:
+            self._provenances[place] = provenance_of(self._recipe, self._manifest, job, line)
+        return self._provenances[place]
+
+
 class _Line:
     """What the three lines share."""
 
     name = ""
 
-    def __init__(self, recipe: Recipe, manifest: Manifest, company: Company) -> None:
-        self._recipe, self._manifest, self._company = recipe, manifest, company
-        self._provenances: dict[tuple[Any, ...], Provenance] = {}
+    def __init__(self, recipe: Recipe, grower: Grower) -> None:
+        self._recipe, self._grower = recipe, grower
 
-    def _provenance(self, job: AnyJob) -> Provenance:
-        """The same object for all jobs that can have met the same models and prompts."""
-        place = (job.seed.category, job.strategy, job.victim) if isinstance(job, Job) else (job.group,)
-        if place not in self._provenances:
-            self._provenances[place] = provenance_of(self._recipe, self._manifest, job, self.name)
-        return self._provenances[place]
-
-    def _cast(self, job: AnyJob) -> JobCast:
-        return JobCast(self._company, job, self.name)
+    async def grow(self, job: AnyJob) -> Outcome:
+        """The outcome of a job; `JobEnded` if there is none."""
+        return await self._grower.grow(self.name, job)
 
     def skip(self, job: AnyJob, ahead: float = 0.0) -> Reason | None:
         """Every job is grown."""
@@ -133,15 +173,10 @@ class _Line:
 class Dialogues(_Line):
     """The main line."""
 
-    def __init__(self, recipe: Recipe, manifest: Manifest, company: Company, chain: Chain, n: int) -> None:
+    def __init__(self, recipe: Recipe, grower: Grower, chain: Chain, n: int) -> None:
         """`chain` decides; it has been told of what was accepted before."""
-        super().__init__(recipe, manifest, company)
+        super().__init__(recipe, grower)
         self.chain, self.wanted = chain, n
-
-    async def grow(self, job: AnyJob) -> Dialogue:
-        """A dialogue."""
-        assert isinstance(job, Job)
-        return await grow_dialogue(job, self._cast(job), self._recipe, self._provenance(job))
 
     def skip(self, job: AnyJob, ahead: float = 0.0) -> Reason | None:
         """Jobs that a quota would turn down."""
@@ -167,19 +202,14 @@ class RefusalLine(_Line):
 
     name = "refusals"
 
-    def __init__(self, recipe: Recipe, manifest: Manifest, company: Company) -> None:
-        super().__init__(recipe, manifest, company)
+    def __init__(self, recipe: Recipe, grower: Grower) -> None:
+        super().__init__(recipe, grower)
         assert recipe.refusals
         self._refusals = recipe.refusals
         self.wanted = sum(group.n for group in self._refusals.groups.values())
         self.counts: Counter[str] = Counter()
         duplicates = self._refusals.duplicates
         self._duplicates = DuplicateQuestions(duplicates) if duplicates else None
-
-    async def grow(self, job: AnyJob) -> RefusalSample:
-        """A refusal sample."""
-        assert isinstance(job, RefusalJob)
-        return await grow_refusal(job, self._cast(job), self._refusals, self._provenance(job))
 
     def skip(self, job: AnyJob, ahead: float = 0.0) -> Reason | None:
         """Jobs of a group that has all it wants."""
@@ -214,8 +244,8 @@ class Twins(_Line):
 
     name = "twins"
 
-    def __init__(self, recipe: Recipe, manifest: Manifest, company: Company, wanted: int) -> None:
-        super().__init__(recipe, manifest, company)
+    def __init__(self, recipe: Recipe, grower: Grower, wanted: int) -> None:
+        super().__init__(recipe, grower)
         self.wanted = wanted
         self._originals: dict[int, Dialogue] = {}
 
@@ -227,11 +257,9 @@ class Twins(_Line):
                 self._originals[place] = dialogue
                 yield msgspec.structs.replace(job, index=place, key=f"{dialogue.key}/twin")
 
-    async def grow(self, job: AnyJob) -> Dialogue:
+    async def grow(self, job: AnyJob) -> Outcome:
         """The twin of the job's dialogue."""
-        assert isinstance(job, Job)
-        original = self._originals.pop(job.index)
-        return await grow_twin(original, job, self._cast(job), self._recipe, self._provenance(job))
+        return await self._grower.grow(self.name, job, self._originals.pop(job.index))
 
     def check(self, outcome: Outcome) -> Reason | None:
         """The rules alone."""
