@@ -90,6 +90,7 @@ class Farm:
         `images` is told the perceptual hashes, so that the gates open no image here.
         """
         self.in_flight: Counter[str] = Counter()
+        self.waiting: dict[str, str] = {}
         """Calls under way by role, as of the last look."""
         recipe = prepared.recipe
         self._ray, self._root, self._say, self.budget = library(), path.resolve(), say, budget
@@ -346,8 +347,10 @@ class Farm:
                     setattr(whole, name, getattr(whole, name) + getattr(spent, name))
         self._journal.roles.update(roles)
         self.in_flight.clear()
+        self.waiting.clear()
         for hand in self._hands:
             self.in_flight.update(hand.seen.in_flight)
+            self.waiting.update(hand.seen.waiting)
 
 
 def _outcome_of(grown: Grown, line: str) -> Outcome:

@@ -151,8 +151,6 @@ class _Session:
     """Those of a cluster; 0 where this process grows the jobs itself."""
     lease: Lease
     began: float = field(default_factory=time.monotonic)
-    waiting: dict[str, str] = field(default_factory=dict)
-    """The services that are away, as the display shows them: told by who waits for them."""
 
     async def run(self, older: Path | None, index: ReuseIndex | None) -> None:
         """Opens what the jobs share, works on every line, and writes the summary last."""
@@ -197,13 +195,14 @@ class _Session:
             async with Farm(self.prepared, path, self.workers, journal, budget, images, say, older) as farm:
                 yield farm
             return
-        models = open_models(recipe.cast, recipe.limits, images, say, path / "batches", self.waiting)
-        painter = open_painter(recipe.cast.painter, recipe.limits, say, self.waiting) if recipe.cast.painter else None
+        waiting: dict[str, str] = {}
+        models = open_models(recipe.cast, recipe.limits, images, say, path / "batches", waiting)
+        painter = open_painter(recipe.cast.painter, recipe.limits, say, waiting) if recipe.cast.painter else None
         older_images = ImageStore(older / "images") if older else None
         company = Company(
             recipe.cast, models, self.prepared.prompts, journal, index, None, painter, images, older_images
         )
-        company.budget = budget
+        company.budget, company.waiting = budget, waiting
         try:
             yield Stages(recipe, self.prepared.manifest, company)
         finally:
@@ -233,7 +232,7 @@ class _Session:
                 f"{self.n:,} dialogues cannot come of {total:,} jobs: raise `samples`, or add seeds or strategies"
             )
         progress = Progress(self.n, total, funnel, journal, grower.in_flight, funnel.accepted)
-        progress.budget, progress.waiting = grower.budget, self.waiting
+        progress.budget, progress.waiting = grower.budget, grower.waiting
         working: list[Conductor] = [dialogues]
         funnels = [funnel, Funnel(), Funnel()]
         refusals: Conductor | None = None

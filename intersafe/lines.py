@@ -117,6 +117,11 @@ class Grower(Protocol):
         ...
 
     @property
+    def waiting(self) -> dict[str, str]:
+        """The services that are away, and why; the same object all along."""
+        ...
+
+    @property
     def budget(self) -> Budget | None:
         """What the run may use."""
         ...
@@ -130,7 +135,7 @@ class Stages:
     """The stages of every line, in this process."""
 
     def __init__(self, recipe: Recipe, manifest: Manifest, company: Company) -> None:
-        self.in_flight, self.budget = company.in_flight, company.budget
+        self.in_flight, self.waiting, self.budget = company.in_flight, company.waiting, company.budget
         self._recipe, self._manifest, self._company = recipe, manifest, company
         self._provenances: dict[tuple[Any, ...], Provenance] = {}
 

@@ -81,6 +81,8 @@ class Seen(msgspec.Struct, frozen=True):
     in_flight: dict[str, int]
     said: list[str]
     """What the user should know, since the last look."""
+    waiting: dict[str, str] = {}
+    """The services that are away from here, and why."""
 
 
 def versions_here() -> dict[str, str]:
@@ -115,6 +117,7 @@ class Worker:
         """Holds a `Setup`; nothing is opened yet."""
         self._setup = setup
         self._said: list[str] = []
+        self._waiting: dict[str, str] = {}
         self._growing: set[asyncio.Task[Any]] = set()
         self._models: list[ChatModel | PaintModel] = []
 
@@ -139,9 +142,9 @@ class Worker:
         self._writer = GroupWriter(root)
         self._journal = Journal(self._writer, setup.journal, prices)
         images = ImageStore(root / "images")
-        models = open_models(recipe.cast, recipe.limits, images, self._said.append)
+        models = open_models(recipe.cast, recipe.limits, images, self._said.append, waiting=self._waiting)
         painter = recipe.cast.painter
-        opened = open_painter(painter, recipe.limits, self._said.append) if painter else None
+        opened = open_painter(painter, recipe.limits, self._said.append, self._waiting) if painter else None
         self._models = [*set(models.values()), *([opened] if opened else [])]
         older = Path(setup.reuse) if setup.reuse else None
         self._company = Company(
@@ -190,7 +193,7 @@ class Worker:
     async def look(self) -> Seen:
         """How it is doing."""
         said, self._said[:] = list(self._said), []
-        return Seen(self._journal.roles, dict(self._company.in_flight), said)
+        return Seen(self._journal.roles, dict(self._company.in_flight), said, dict(self._waiting))
 
     async def stop(self, why: str) -> None:
         """From now on no call starts; every job that needs one ends with `BudgetReached`."""

@@ -74,6 +74,8 @@ class Company:
     in_flight: Counter[str] = field(default_factory=Counter)
     budget: Budget | None = None
     """Asked before every call that is not in the journal."""
+    waiting: dict[str, str] = field(default_factory=dict)
+    """The services that are away, and why; told by who waits for them."""
     members: Mapping[str, Member] = field(init=False)
     """The cast's members by role, looked up for every call."""
 
