@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=100_000)
     parser.add_argument("--painter", action="store_true", help="draw pictures too, as the demo does")
     parser.add_argument(
-        "--no-duplicates", action="store_true", help="without the index of duplicates, which has to grow"
+        "--no-duplicates", action="store_true", help="without the index of duplicates, to tell its share"
     )
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the run there")
     options = parser.parse_args()

@@ -90,8 +90,8 @@ class Farm:
         `images` is told the perceptual hashes, so that the gates open no image here.
         """
         self.in_flight: Counter[str] = Counter()
+        """Calls under way by role, as of the last look; and the services that workers wait for."""
         self.waiting: dict[str, str] = {}
-        """Calls under way by role, as of the last look."""
         recipe = prepared.recipe
         self._ray, self._root, self._say, self.budget = library(), path.resolve(), say, budget
         self._recipe, self._prepared, self._older = share_of(recipe, workers), prepared, older

@@ -17,12 +17,14 @@ from rensa import RMinHash
 
 from intersafe.gate_settings import DuplicateSettings
 from intersafe.gates.banded import BandedSignatures
+from intersafe.gates.scratch import Scratch
 from intersafe.gates.signature_file import SignatureFile
 from intersafe.messages import fold
 from intersafe.records import Dialogue, Reason
 
 SIGNATURES = "index/duplicates.bin"
 """Where a run keeps the signatures of its accepted dialogues."""
+_NAME = 8
 _SEED = 1
 _LEAST_RECALL = 0.95
 
@@ -30,37 +32,64 @@ _LEAST_RECALL = 0.95
 class TextIndex:
     """Sets of texts by name, searchable for near-duplicates."""
 
-    def __init__(self, settings: DuplicateSettings) -> None:
-        self._settings, self._names = settings, list[str]()
+    def __init__(self, settings: DuplicateSettings, folder: Path | None = None) -> None:
+        """With a `folder` they lie in scratch files there, which nobody else sees; otherwise in memory."""
+        self._settings, self._folder = settings, folder
+        self._names: Scratch | None = None
+        self._long_names: dict[int, str] = {}
         bands = bands_for(settings.threshold, settings.permutations)
         counts = range(settings.permutations + 1)
         least = next(count for count in counts if count / settings.permutations >= settings.threshold)
-        self._signatures = BandedSignatures(settings.permutations, bands, least)
+        self._signatures = BandedSignatures(settings.permutations, bands, least, folder)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._signatures)
 
     def add(self, name: str, signature: bytes) -> None:
         """Remembers the texts with that signature under that name."""
+        if self._names is None:
+            self._names = Scratch(self._folder)
+        number = len(self)
+        short = _bytes_of(name)
+        if not short:
+            self._long_names[number] = name
+        self._names.write(_NAME * number, short or bytes(_NAME))
         self._signatures.add(signature)
-        self._names.append(name)
 
     def nearest(self, signature: bytes) -> tuple[str, float] | None:
         """Name and estimated similarity of the nearest at the threshold or above, the earliest of equals; or None."""
         found = self._signatures.nearest(signature)
-        return (self._names[found[0] - 1], found[1] / self._settings.permutations) if found else None
+        return (self._name(found[0] - 1), found[1] / self._settings.permutations) if found else None
 
     def candidates(self, signature: bytes) -> int:
         """How many texts a search has to look at."""
         return len(self._signatures.candidates(signature))
+
+    def _name(self, number: int) -> str:
+        assert self._names
+        if number in self._long_names:
+            return self._long_names[number]
+        return self._names.read(_NAME * number, _NAME).hex()
+
+
+def _bytes_of(name: str) -> bytes:
+    """The name in 8 bytes if it is 16 hexadecimal digits, as ids are; otherwise nothing."""
+    try:
+        short = bytes.fromhex(name)
+    except ValueError:
+        return b""
+    return short if len(short) == _NAME and short.hex() == name else b""
 
 
 class DuplicateIndex:
     """The user's sides of all accepted dialogues, searchable for a near-duplicate."""
 
     def __init__(self, settings: DuplicateSettings, file: Path | None = None) -> None:
-        """`file` keeps signatures from one process to the next; without it they are made again, to the same effect."""
-        self._settings, self._index = settings, TextIndex(settings)
+        """`file` keeps signatures from one process to the next; without it they are made again, to the same effect.
+
+        What is searched lies beside it in scratch files, or in memory without it.
+        """
+        self._settings, self._index = settings, TextIndex(settings, file.parent if file else None)
         self._file = SignatureFile(file, _made_by(settings), 4 * settings.permutations) if file else None
         self._last: tuple[Dialogue, bytes] | None = None
 
