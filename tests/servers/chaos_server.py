@@ -221,6 +221,7 @@ class Chaos:
             return _reset(request)
         if kind == "stall":
             await asyncio.sleep(60)
+            return _reset(request)  # nobody waits any more: that is no answer
         if kind == "not JSON":
             return web.Response(body=b'<html>{"choices": [', content_type="application/json")
         if kind == "no choices":
