@@ -130,7 +130,7 @@ def check_prices(recipe: Recipe) -> None:
 # --- what flags say --------------------------------------------------------------------------------------------------
 
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-_TIME = re.compile(rf"(?:({_NUMBER})d)?(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s?)?")
+_TIME = re.compile(rf"(?:({_NUMBER})d)?(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s)?|({_NUMBER})")
 _CLOCK = re.compile(r"([0-9]{1,6}):([0-5][0-9]):([0-5][0-9])")
 _THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -170,7 +170,7 @@ def seconds_of(text: str) -> float:
         seconds = int(found[1]) * 3600.0 + int(found[2]) * 60 + int(found[3])
     else:
         parts = _TIME.fullmatch(text)
-        units = (86400, 3600, 60, 1)
+        units = (86400, 3600, 60, 1, 1)
         seconds = (
             sum(float(part) * unit for part, unit in zip(parts.groups(), units, strict=True) if part) if parts else 0
         )

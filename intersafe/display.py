@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SOME = 20
 """Dialogues from which on the rest of a run is foretold."""
+_CLOSED = (OSError, ValueError)  # of a stream or a terminal that was closed: no reason to stop a run
 
 
 def display_for(stream: TextIO | None) -> Display:
@@ -51,8 +52,8 @@ class PlainLines(Display):
             self.say(line_of(self._progress, time.monotonic() - self._began))
 
     def say(self, text: str) -> None:
-        """Writes one line; a stream that was closed is no reason to stop a run."""
-        with contextlib.suppress(OSError, ValueError):
+        """Writes one line."""
+        with contextlib.suppress(*_CLOSED):
             self._stream.write(f"{text}\n")
             self._stream.flush()
 
@@ -147,20 +148,22 @@ class LivePanel(Display):
     def look(self) -> None:
         """Draws the panel again."""
         if self._live and self._progress:
-            with contextlib.suppress(OSError, ValueError):  # a terminal that was closed is no reason to stop a run
+            with contextlib.suppress(*_CLOSED):
                 self._live.update(self._panel(self._progress), refresh=True)
 
     def say(self, text: str) -> None:
         """Writes a line above the panel."""
-        if self._live:
-            self._live.console.print(text, markup=False, highlight=False)
-        else:
-            self._stream.write(f"{text}\n")
+        with contextlib.suppress(*_CLOSED):
+            if self._live:
+                self._live.console.print(text, markup=False, highlight=False)
+            else:
+                self._stream.write(f"{text}\n")
 
     def end(self) -> None:
         """Leaves the last state standing."""
         if self._live:
-            self._live.stop()
+            with contextlib.suppress(*_CLOSED):
+                self._live.stop()
             self._live = None
 
     def _panel(self, progress: Progress) -> "Table":

@@ -8,8 +8,7 @@ that they belong to.
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,6 @@ from intersafe.errors import BudgetReached, InputError, SeedsExhausted, StorageE
 from intersafe.farm import Farm
 from intersafe.files import write_whole
 from intersafe.gates.chain import Chain
-from intersafe.gates.quota import value_of
 from intersafe.images import ImageStore
 from intersafe.jobs import job_count, jobs, refusal_job_count, refusal_jobs
 from intersafe.journal import GroupWriter, Journal, ReuseIndex, lines_of
@@ -37,6 +35,7 @@ from intersafe.prepare import Prepared, check_same, open_directory, prepare
 from intersafe.records import ROW_VERSION, Dialogue, Ended
 from intersafe.runs import Funnel, Run, Summary, differences, run_path
 from intersafe.settings import Recipe
+from intersafe.shortfall import how_far, losses, refusals_to_change, short_cells, what_to_change
 
 BESIDE = 8
 """One job of another line is grown for so many dialogues."""
@@ -253,20 +252,20 @@ class _Session:
                     await twins.work()
                     if not twins.filled:
                         got = f"{twins.funnel.accepted} of {twins.line.wanted} twins"
-                        self.display.say(f"{got}: every dialogue was tried ({_losses(twins.funnel.ended)})")
+                        self.display.say(f"{got}: every dialogue was tried ({losses(twins.funnel.ended)})")
         except BudgetReached as reached:
             now = (grower.budget and grower.budget.reached()) or str(reached)
-            raise BudgetReached(f"{self.path}: {_how_far(progress)} kept; {now}") from None
+            raise BudgetReached(f"{self.path}: {how_far(progress)} kept; {now}") from None
         finally:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
         writer.flush()
-        short = _short_cells(Run(self.path), chain, self.prepared, dialogues)
+        short = short_cells(Run(self.path), chain, self.prepared, dialogues)
         for cell in short:
             self.display.say(f"below its quota: {cell}")
-        missing = [] if dialogues.filled else [_what_to_change(dialogues, short)]
+        missing = [] if dialogues.filled else [what_to_change(dialogues, short)]
         if refusals is not None and not refusals.filled:
-            missing.append(_refusals_to_change(Run(self.path), recipe, refusals))
+            missing.append(refusals_to_change(Run(self.path), recipe, refusals))
         return "; and ".join(missing), funnels, short
 
     def _refusals(self, grower: Grower, writer: GroupWriter, first: int, concurrency: int) -> Conductor:
@@ -356,82 +355,3 @@ def _drought_since(last: int, ended: Iterable[Ended]) -> Drought:
         if one.job > last:
             drought.count(one)
     return drought
-
-
-# --- what is missing, in words ---------------------------------------------------------------------------------------
-
-
-def _how_far(progress: Progress) -> str:
-    beside = "".join(f", {f.accepted:,} of {wanted:,} {line}" for line, (f, wanted) in progress.beside.items())
-    return f"{progress.funnel.accepted:,} of {progress.n:,} dialogues{beside}"
-
-
-def _losses(ended: Mapping[str, int]) -> str:
-    lost = sorted(ended.items(), key=lambda item: -item[1])[:4]
-    return ", ".join(f"{number} {place}" for place, number in lost) or "none was lost"
-
-
-def _place(ended: Ended) -> str:
-    return f"{ended.kind} {ended.stage} {ended.reason}"
-
-
-def _what_to_change(conductor: Conductor, short: list[str]) -> str:
-    funnel, drought = conductor.funnel, conductor.drought
-    kept = f"{funnel.accepted} of {conductor.line.wanted} dialogues were kept ({_losses(funnel.ended)})"
-    cells = "; ".join(short[:3])
-    if drought.lasting:
-        where = f" that the quotas had room for were lost: {cells}" if cells else " were all lost"
-        return (
-            f"{kept}, and the last {drought.lost} jobs{where}; "
-            "mend what loses them, or loosen the gates, in a new --run with --reuse"
-        )
-    return (
-        f"all {conductor.jobs} jobs are used up and {kept}" + (f"; below quota: {cells}" if cells else "") + "; "
-        "raise `samples`, add seeds or strategies, or loosen the gate that rejects most, in a new --run"
-    )
-
-
-def _refusals_to_change(run: Run, recipe: Recipe, conductor: Conductor) -> str:
-    assert recipe.refusals
-    have, lost = conductor.funnel.groups, Counter[tuple[str, str]]()
-    for ended in run.ended("refusals"):
-        lost[ended.key.split("/")[1], _place(ended)] += 1
-    missing = [
-        f"{name} {have.get(name, 0)} of {group.n} ({_losses({why: n for (g, why), n in lost.items() if g == name})})"
-        for name, group in recipe.refusals.groups.items()
-        if have.get(name, 0) < group.n
-    ]
-    if conductor.drought.lasting:
-        return (
-            f"refusals: {', '.join(missing)}, the last {conductor.drought.lost} jobs with room were lost; "
-            "mend what loses them in a new --run with --reuse"
-        )
-    return (
-        f"all {conductor.jobs} jobs of the refusals are used up: {', '.join(missing)}; "
-        "raise `refusals.samples`, or add seeds to the group, in a new --run"
-    )
-
-
-def _short_cells(run: Run, chain: Chain, prepared: Prepared, dialogues: Conductor) -> list[str]:
-    """The cells below their quota, each with what was lost there; where dialogues are missing, those waited for too."""
-    if chain.quota is None:
-        return []
-    short = chain.quota.short()
-    named = {(axis, value) for axis, value, _, _ in short}
-    short += [] if dialogues.filled else [cell for cell in chain.quota.awaited() if cell[:2] not in named]
-    if not short:
-        return []
-    ended = {one.job: _place(one) for one in run.ended()}
-    lost: dict[tuple[str, str], Counter[str]] = {(axis, value): Counter() for axis, value, _, _ in short}
-    decided = dict.fromkeys(lost, 0)
-    recipe, victims = prepared.recipe, prepared.values["victim"]
-    for job in islice(jobs(recipe, prepared.seeds.seeds), dialogues.funnel.jobs):
-        for axis, value in lost:
-            if value_of(job, axis, victims) == value:
-                decided[axis, value] += 1
-                if job.index in ended:
-                    lost[axis, value][ended[job.index]] += 1
-    return [
-        f"{axis} {value} {count} of {need} (of {decided[axis, value]} jobs: {_losses(lost[axis, value])})"
-        for axis, value, count, need in short
-    ]

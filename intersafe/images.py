@@ -363,6 +363,9 @@ class ImageStore:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
+            if not self.root.parent.is_dir():
+                gone = "is gone: was it moved or deleted? put it back, or go on with it where it is now"
+                raise StorageError(f"{self.root.parent} {gone}") from None
             raise _bad(path, "the image is missing from the store", "restore the folder of images") from None
         except OSError as error:
             raise StorageError(f"{path}: cannot be read ({error.strerror})") from error

@@ -162,6 +162,8 @@ def _take(root: Path, temporary: Path, owner: Owner, file: int, data: bytes) -> 
         if not chain:
             if (made := _create(root / NAME, temporary, file, data)) is not None and _is_mine(root, data):
                 return made, ""
+            if (root / NAME).is_symlink():
+                raise InputError("a link to nowhere", at=root / NAME, remedy="delete it")
             continue
         last = chain[-1]
         _refuse_if_alive(root, last, _now(file))

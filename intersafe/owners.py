@@ -59,8 +59,10 @@ class Found(NamedTuple):
 
     @property
     def nonce(self) -> str:
-        """The owner's, or one made of the bytes."""
-        return self.owner.nonce if self.owner else hashlib.sha256(self.data).hexdigest()[:32]
+        """The owner's, or one made of the file: of several that were left empty each has its own."""
+        if self.owner:
+            return self.owner.nonce
+        return hashlib.sha256(self.path.name.encode() + self.data).hexdigest()[:32]
 
     @property
     def beat(self) -> float:

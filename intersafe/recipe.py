@@ -69,6 +69,8 @@ def _misfit(error: msgspec.ValidationError, at: object, lines: Mapping[str, int]
     remedy = next((hint for start, hint in _HINTS.items() if start in what), "docs/recipes.md lists the keys")
     if remedy in _HINTS.values():
         what = "not of the right form"
+    if what.startswith(("Expected `int", "Expected `float")) and what.endswith("got `str`"):
+        remedy = "write a plain number: no unit, no exponent, no quotes"
     options = _options_at(where)
     if options and what.startswith("Invalid enum value"):
         what, remedy = what.lower(), f"one of {', '.join(map(str, options))}"

@@ -20,7 +20,7 @@ from intersafe.files import bundled
 from intersafe.generate import generate_dialogues
 from intersafe.models import batch, batch_api
 from intersafe.recipe import load_recipe, override
-from intersafe.settings import Limits, Member, Recipe
+from intersafe.settings import Limits, Member, Recipe, Turns
 from tests.makers import demo, digest, journal_keys, refusal, rows
 from tests.servers.batch_server import KEY, Line, Provider, batch_server, fingerprint, problem
 from tests.servers.scripted_server import Body, asks_for, scripted_server
@@ -59,7 +59,7 @@ def through(url: str, *, batch: bool = True, limits: Limits | None = None, **mem
     recipe = demo()
     cast = structs.replace(recipe.cast, attacker=asked, judge=asked)
     limits = limits or Limits(concurrency=N, patience=5)
-    return override(structs.replace(recipe, cast=cast, limits=limits))
+    return override(structs.replace(recipe, cast=cast, limits=limits, turns=Turns(2, 2, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,7 @@ prompts: {prompts}
 strategies: [decomposition, role_play, scenario_framing, topic_shift, purpose_reversal]
 n: 6
 samples: 6
+turns: {{min: 2, mean: 2, max: 2}}
 limits: {{concurrency: 6, patience: 5}}
 """
 SETTINGS = [f"batch.{name} = {value}" for name, value in PACE.items()]
@@ -226,6 +227,20 @@ def test_a_lost_answer_makes_no_second_batch(step: str, direct: Path, tmp_path: 
     assert dialogues(tmp_path / "run") == dialogues(direct)
     assert set(provider.seen.values()) == {1}
     assert len(set(nonces)) == len(nonces)
+
+
+def test_a_batch_that_a_list_names_late_is_not_made_again(direct: Path, tmp_path: Path) -> None:
+    def late(now: str, provider: Provider) -> web.Response | None:
+        if now == "list" and provider.steps["list"] == 1:
+            return web.json_response({"object": "list", "data": [], "has_more": False})
+        return at("created", 4, 502)(now, provider)  # type: ignore[no-any-return]
+
+    with batch_server(late) as provider:
+        generate_dialogues(through(provider.url), run=tmp_path / "run", n=N)
+    assert dialogues(tmp_path / "run") == dialogues(direct)
+    assert provider.steps["list"] > 1
+    assert set(provider.seen.values()) == {1}
+    assert not provider.orphans
 
 
 @pytest.mark.parametrize("end", ["expired", "cancelled", "failed"])

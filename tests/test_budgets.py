@@ -1,6 +1,7 @@
 """Budgets: a limit that is reached stops a run cleanly, keeps what was paid for, and changes no byte of the result."""
 
 import asyncio
+import errno
 import io
 import signal
 import threading
@@ -308,7 +309,7 @@ def test_limits_are_read_as_people_write_them(flag: str, text: str, value: float
     [
         *(("max_tokens", text) for text in ("", "0", "-5", "1.5", "2X", "nan", "1e400", "9999999B", "٣")),
         *(("max_cost", text) for text in ("", "0", "-1", "nan", "inf", "50 USD", "1e10")),
-        *(("max_time", text) for text in ("", "0", "-1", "7:30", "1:99:00", "1x", "nan", "s", "99999999d")),
+        *(("max_time", text) for text in ("", "0", "-1", "7:30", "1:99:00", "1x", "1h30", "nan", "s", "99999999d")),
     ],
 )
 def test_limits_that_are_none_are_refused(flag: str, text: str) -> None:
@@ -335,6 +336,28 @@ def test_the_display_shows_what_is_used_allowed_and_waited_for(
     assert "HTTP 503 busy" in during
     waiting.clear()
     assert "503" not in shown(kind, progress)
+
+
+class Terminal(io.StringIO):
+    """A terminal that is closed at some moment."""
+
+    is_gone = False
+
+    def write(self, text: str) -> int:
+        if self.is_gone:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("kind", [PlainLines, LivePanel])
+def test_a_terminal_that_was_closed_stops_no_run(kind: type[PlainLines | LivePanel], tmp_path: Path) -> None:
+    terminal = Terminal()
+    display = kind(terminal)
+    display.begin(Progress(200, 300, Funnel(), Journal(GroupWriter(tmp_path)), {}))
+    terminal.is_gone = True
+    display.look()
+    display.say("judge at http://h/v1 is back after 3 s")
+    display.end()
 
 
 def shown(kind: type[PlainLines | LivePanel], progress: Progress) -> str:

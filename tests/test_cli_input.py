@@ -138,6 +138,11 @@ BAD: dict[str, tuple[tuple[str, ...], Files, str]] = {
     ),
     "spec of no backend": ((*GENERATE, "--attacker", "openia:m"), recipe(), "did you mean 'openai'?"),
     "spec empty": ((*GENERATE, "--victim", ""), recipe(), "unknown backend ''"),
+    "a time with a unit": (
+        GENERATE,
+        recipe(new="limits: {max_time: 8h}\n"),
+        "r.yaml:9: limits.max_time: Expected `float | null`, got `str`; write a plain number",
+    ),
     "patience no number": ((*GENERATE, "--patience", "nan"), recipe(), "limits.patience: Expected"),
     "image truncated": (GENERATE, pictured("a.png", PNG[:100]), "s.jsonl:1: image `a.png`: the image is truncated"),
     "image oversized": (GENERATE, pictured("a.png", PNG + bytes(21 * 2**20)), "more than 20,971,520 bytes"),

@@ -16,12 +16,12 @@ from intersafe.settings import Limits, Price
 from tests.makers import cli, demo, journal_keys, whole_demo
 from tests.servers.scripted_server import scripted_server
 
-N = 1000
+N = 400
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """What the demo recipe takes for 1,000 dialogues and 500 refusals."""
+    """What the demo recipe takes for 400 dialogues and 500 refusals."""
     return generate_dialogues(whole_demo(), run=tmp_path_factory.mktemp("real") / "run", n=N)
 
 
@@ -30,7 +30,7 @@ def tokens(tally: RoleTally) -> float:
     return tally.prompt_tokens + tally.completion_tokens
 
 
-def test_eight_samples_foretell_a_thousand_dialogues(real: Run, tmp_path: Path) -> None:
+def test_eight_samples_foretell_some_hundred_dialogues(real: Run, tmp_path: Path) -> None:
     found = estimate_run(whole_demo(), n=N, run=tmp_path / "estimate")
     took = real.roles()
     calls, used = sum(tally.calls for tally in took.values()), sum(tokens(tally) for tally in took.values())

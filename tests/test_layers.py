@@ -15,8 +15,8 @@ FLOORS: dict[str, int] = {
     "journal": 1, "messages": 1, "refusal_texts": 1, "outcomes": 1, "owners": 1, "locks": 1, "runs": 1, "jobs": 1,
     "models": 2,
     "stages": 3, "gates": 3,
-    "prepare": 4, "conductor": 4, "loops": 4, "lines": 4, "worker": 4, "cluster": 4, "farm": 4, "generate": 4,
-    "estimate": 4, "rehearsal": 4, "regate": 4, "report": 4, "release": 4,
+    "prepare": 4, "conductor": 4, "shortfall": 4, "loops": 4, "lines": 4, "worker": 4, "cluster": 4, "farm": 4,
+    "generate": 4, "estimate": 4, "rehearsal": 4, "regate": 4, "report": 4, "release": 4,
     "cli": 5, "cli_generate": 5, "cli_inputs": 5, "cli_release": 5, "display": 5, "shown": 5, "__main__": 6,
 }  # fmt: skip
 

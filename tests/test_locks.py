@@ -18,6 +18,7 @@ import pytest
 from intersafe.errors import InputError, StorageError
 from intersafe.generate import generate_dialogues
 from intersafe.locks import LIMIT, Lease, lock
+from intersafe.owners import read_owner
 from intersafe.regate import regate
 from tests.makers import REPOSITORY, cli, demo, digest, refusal, rows, started
 from tests.servers.shims import shim
@@ -253,10 +254,34 @@ def test_a_lock_file_that_names_nobody_is_waited_for_and_then_taken(content: byt
         assert "left no name" in lease.news
 
 
+def test_owners_that_were_killed_before_they_could_sign_are_followed(run: Path) -> None:
+    """Without hard links a lock file is empty for a moment: two kills just then leave two."""
+    path = run / ".lock"
+    for _ in range(2):
+        path.touch()
+        os.utime(path, (1, 1))
+        found = read_owner(path)
+        assert found is not None
+        path = run / f".lock-{found.nonce}"
+    process = owner(run, "release")
+    with ended(process):
+        said, _ = process.communicate(timeout=20)
+        assert said.startswith("got")
+    assert [path.name for path in run.iterdir() if path.name.startswith(".lock")] == []
+
+
 def test_a_run_whose_lock_file_is_a_folder_is_refused_in_one_line(run: Path) -> None:
     (run / ".lock").mkdir()
     with pytest.raises(StorageError, match=r"\.lock: cannot be written"):
         lock(run)
+
+
+def test_a_run_whose_lock_file_is_a_link_to_nowhere_is_refused_in_one_line(run: Path) -> None:
+    (run / ".lock").symlink_to(run / "nowhere")
+    assert "delete it" in refusal(lambda: lock(run))
+    assert [path.name for path in run.glob(".lock*")] == [".lock"]
+    (run / ".lock").unlink()
+    lock(run).release()
 
 
 def test_a_container_of_the_same_name_is_not_mistaken(run: Path) -> None:

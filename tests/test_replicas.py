@@ -1,6 +1,8 @@
 """Several replicas over real HTTP: the lost and the slow are taken out, answered for by the others, and come back."""
 
 import asyncio
+import contextlib
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from intersafe.models.replicas import PLACES, Replicas
 from intersafe.settings import Limits
 from tests.servers.fault_server import RESET, STALL, Answer, FaultServer, Request, error, reply
 from tests.test_endpoint import Asked, opened, picture
+from tests.test_limits import run
 
 OFTEN = Limits(timeout=10, patience=30, retries=2)
 
@@ -108,7 +111,7 @@ def test_when_all_are_out_everybody_waits_and_goes_on_with_the_first_that_is_bac
 @pytest.mark.parametrize("faults", [(error(401), error(401)), (error(502), STALL), (error(429), error(404))])
 def test_patience_counts_when_all_are_out_and_ends_with_all_of_them_named(faults: tuple[Answer, Answer]) -> None:
     async def main() -> None:
-        async with opened(one, two, limits=Limits(timeout=1, patience=1.5, retries=2)) as ask:
+        async with opened(one, two, limits=Limits(timeout=0.5, patience=0.8, retries=2)) as ask:
             results = await asyncio.gather(*(ask(job, job) for job in JOBS), return_exceptions=True)
             assert {type(result) for result in results} == {ServiceGone}
             assert f"{one.url}, {two.url} stayed away" in str(results[0])
@@ -268,3 +271,67 @@ def test_places_are_remembered_within_bounds() -> None:
         return len(group._places)
 
     assert asyncio.run(main()) == PLACES
+
+
+def test_a_replica_may_be_slow_and_quick_again_for_days() -> None:
+    async def main() -> None:
+        async def scout(_: object) -> None:
+            pass
+
+        loop, urls = asyncio.get_running_loop(), ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+        group = Replicas(urls, "", 8, 600.0, scout, name="m", say=lambda _: None, remedy=lambda _: "")
+        quick, slow = group.all
+        for _ in range(1100):
+            for _ in range(16):
+                group.answered(quick, loop.time() - 0.1)
+                group.answered(slow, loop.time() - 9.0)
+            assert slow.out
+            await asyncio.sleep(60)
+            assert not slow.out
+        await group.aclose()
+
+    run(main())
+
+
+def test_images_that_a_replica_does_not_read_keep_nobody_from_the_other(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path)
+    ref = store.put(normalise(picture(900, 900, noise=True), at="test"))
+
+    async def main() -> None:
+        async with opened(deaf, well, images=store, limits=Limits(timeout=1000), concurrency=200) as ask:  # type: ignore[arg-type]
+            group = ask.model._service._group
+            at_deaf = [job for job in JOBS if group.place(job) is group.all[0]]
+            at_well = [job for job in JOBS if job not in at_deaf]
+            calls = [asyncio.create_task(ask(job, job, images=[ref, ref])) for job in at_deaf[:9]]
+            while len(deaf.arrived) < 8:
+                deaf.accept()
+                await asyncio.sleep(0.001)
+            try:
+                await asyncio.wait_for(ask_all(ask, at_well), 10)
+            finally:
+                deaf.close()
+                assert {reply.text for reply in await asyncio.gather(*calls)} == {"ok"}
+
+    deaf = Deaf()
+    with FaultServer() as well:
+        asyncio.run(main())
+
+
+class Deaf:
+    """A server that takes connections and reads nothing."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self._socket.setblocking(False)
+        self.arrived: list[socket.socket] = []
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
+
+    def accept(self) -> None:
+        """Takes whoever has come."""
+        with contextlib.suppress(BlockingIOError):
+            self.arrived.append(self._socket.accept()[0])
+
+    def close(self) -> None:
+        """Hangs up on all."""
+        for one in (*self.arrived, self._socket):
+            one.close()

@@ -17,24 +17,42 @@ import pytest
 from PIL import Image
 
 from intersafe.errors import InputError, StorageError
+from intersafe.files import bundled
 from intersafe.generate import generate_dialogues
 from intersafe.images import ImageStore, read_image
 from intersafe.journal import GroupWriter
 from intersafe.outcomes import LINES, align_outcomes, files_of
+from intersafe.recipe import load_recipe
 from intersafe.runs import Run
-from tests.makers import cli, digest, journal_keys, rows, started, whole_demo
+from tests.makers import cli, digest, journal_keys, rows, started
 from tests.servers.scripted_server import scripted_server
 from tests.servers.shims import shim
 
 N = 60
-WORDS = ("generate", "--run", "./run", "--n", str(N))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo recipe with a tenth of its refusals."""
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    text = bundled("pipelines/demo.yaml").read_text()
+    for name in ("seeds", "prompts"):
+        text = text.replace(f"../{name}", str(bundled(name)))
+    path.write_text(re.sub(r"^(      n: \d+)0$", r"\1", text, flags=re.MULTILINE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def words(recipe: Path) -> tuple[str, ...]:
+    """The command that makes the run."""
+    return ("generate", "--pipeline", str(recipe), "--run", "./run", "--n", str(N))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run without any fault."""
     path = tmp_path_factory.mktemp("whole") / "run"
-    generate_dialogues(whole_demo(), run=path, n=N)
+    generate_dialogues(load_recipe(recipe), run=path, n=N)
     return path
 
 
@@ -54,20 +72,20 @@ def limited(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("size", [99_999, 399_999])
+@pytest.mark.parametrize("size", [99_999, 199_999])
 def test_a_disk_that_fills_up_inside_a_line_costs_nothing_once_it_is_freed(
-    size: int, whole: Path, tmp_path: Path
+    size: int, words: tuple[str, ...], whole: Path, tmp_path: Path
 ) -> None:
-    words = [sys.executable, "-m", "intersafe", *WORDS]
+    command = [sys.executable, "-m", "intersafe", *words]
     full = subprocess.run(
-        words, cwd=tmp_path, preexec_fn=limited(size), capture_output=True, text=True, check=False, timeout=60
+        command, cwd=tmp_path, preexec_fn=limited(size), capture_output=True, text=True, check=False, timeout=60
     )
     assert full.returncode == 4, full.stderr
     assert "cannot write" in one_line(full.stderr)
     journal = tmp_path / "run" / "journal" / "main.jsonl"
     assert journal.stat().st_size == size, "the last line is torn"
     paid = [json.loads(line)["key"] for line in journal.read_bytes().splitlines()[:-1]]
-    done = cli(*WORDS, cwd=tmp_path)
+    done = cli(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert digest(tmp_path / "run") == digest(whole)
     keys = journal_keys(tmp_path / "run")
@@ -77,25 +95,28 @@ def test_a_disk_that_fills_up_inside_a_line_costs_nothing_once_it_is_freed(
 
 MOUNTED = """
 mkdir run && mount -t tmpfs -o size=$1 tmpfs run || exit 77
-"$0" -m intersafe generate --run ./run --n 60 2>full.log; echo $? >full.rc
+"$0" -m intersafe generate --pipeline "$2" --run ./run --n 60 2>full.log; echo $? >full.rc
 cp -r run full
-mount -o remount,ro run && "$0" -m intersafe generate --run ./run --n 60 2>ro.log; echo $? >ro.rc
+mount -o remount,ro run && "$0" -m intersafe generate --pipeline "$2" --run ./run --n 60 2>ro.log; echo $? >ro.rc
 mount -o remount,rw,size=100m run
-"$0" -m intersafe generate --run ./run --n 60 2>done.log; echo $? >done.rc
+"$0" -m intersafe generate --pipeline "$2" --run ./run --n 60 2>done.log; echo $? >done.rc
 mount -o remount,ro run
-"$0" -m intersafe generate --run ./run --n 60 >again.out 2>again.log; echo $? >again.rc
+"$0" -m intersafe generate --pipeline "$2" --run ./run --n 60 >again.out 2>again.log; echo $? >again.rc
 "$0" -m intersafe show ./run --funnel >show.out 2>&1; echo $? >show.rc
-"$0" -m intersafe generate --run ./run --n 70 2>more.log; echo $? >more.rc
+"$0" -m intersafe generate --pipeline "$2" --run ./run --n 70 2>more.log; echo $? >more.rc
 cp -r run made
 """
 
 
 @pytest.mark.parametrize("size", ["80k", "700k"])
-def test_a_real_file_system_that_is_full_then_read_only_then_mended(size: str, whole: Path, tmp_path: Path) -> None:
+def test_a_real_file_system_that_is_full_then_read_only_then_mended(
+    size: str, recipe: Path, whole: Path, tmp_path: Path
+) -> None:
     space = ["unshare", "--user", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or subprocess.run([*space, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this system lets nobody mount a file system of his own")
-    made = subprocess.run([*space, "sh", "-c", MOUNTED, sys.executable, size], cwd=tmp_path, check=False, timeout=110)
+    script = [*space, "sh", "-c", MOUNTED, sys.executable, size, str(recipe)]
+    made = subprocess.run(script, cwd=tmp_path, check=False, timeout=110)
     if made.returncode == 77:
         pytest.skip("this system lets nobody mount a tmpfs of his own")
     codes = {
@@ -108,6 +129,17 @@ def test_a_real_file_system_that_is_full_then_read_only_then_mended(size: str, w
     assert "Read-only" in one_line(logs["more"])
     assert digest(tmp_path / "made") == digest(whole)
     assert not list((tmp_path / "made").rglob("*.tmp"))
+
+
+def test_an_image_of_a_run_that_was_moved_away_is_a_fault_of_the_disk(tmp_path: Path) -> None:
+    """Not bad input (exit code 2): nothing is wrong with the command, and nothing is lost."""
+    store, ref = ImageStore(tmp_path / "run" / "images"), "0" * 64 + ".png"
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="missing from the store"):
+        store.read(ref)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(StorageError, match=r"run is gone: was it moved"):
+        store.read(ref)
 
 
 def test_a_full_disk_leaves_no_half_image(tmp_path: Path) -> None:
@@ -136,12 +168,12 @@ def test_a_full_disk_leaves_no_half_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["journal/main.jsonl", "dialogues.jsonl"])
 @pytest.mark.parametrize("how", ["deleted", "truncated"])
 def test_a_file_that_vanishes_under_a_run_is_noticed_and_the_run_goes_on(file: str, how: str, tmp_path: Path) -> None:
-    words = ("generate", "--run", "./run", "--n", "500", "--no-refusals")
+    words = ("generate", "--run", "./run", "--n", "200", "--no-refusals")
     process = started(*words, cwd=tmp_path)
     path = tmp_path / "run" / file
-    while not (path.exists() and path.stat().st_size > 150_000) and process.poll() is None:
+    while not (path.exists() and path.stat().st_size > 60_000) and process.poll() is None:
         time.sleep(0.005)
-    path.unlink() if how == "deleted" else os.truncate(path, 100_000)
+    path.unlink() if how == "deleted" else os.truncate(path, 40_000)
     err = process.communicate(timeout=60)[1]
     if how == "deleted":
         assert process.returncode == 4, err
@@ -151,7 +183,7 @@ def test_a_file_that_vanishes_under_a_run_is_noticed_and_the_run_goes_on(file: s
         assert "Traceback" not in err
     done = cli(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert Run(tmp_path / "run").funnel().accepted == 500
+    assert Run(tmp_path / "run").funnel().accepted == 200
     assert [row["job"] for row in rows(tmp_path / "run" / "dialogues.jsonl")] == sorted(
         row["job"] for row in rows(tmp_path / "run" / "dialogues.jsonl")
     )
@@ -161,7 +193,7 @@ PLACES = ["dialogues.jsonl", "failed.jsonl", "journal/main.jsonl", "summary.json
 
 
 @pytest.mark.parametrize("place", [*PLACES, "prompts/judge/turn.md"])
-def test_a_folder_in_place_of_a_file_is_said_in_one_line(place: str, whole: Path, tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_said_in_one_line(place: str, recipe: Path, whole: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     path, aside = run / place, tmp_path / "aside"
     if path.exists():
@@ -169,22 +201,22 @@ def test_a_folder_in_place_of_a_file_is_said_in_one_line(place: str, whole: Path
     path.mkdir()
     (path / "kept").write_text("")
     with pytest.raises((StorageError, InputError)) as caught:
-        generate_dialogues(whole_demo(), run=run, n=N + 5)
+        generate_dialogues(load_recipe(recipe), run=run, n=N + 5)
     assert "\n" not in str(caught.value)
     assert path.name in str(caught.value) or "no run there" in str(caught.value)
     assert ";" in str(caught.value)
     shutil.rmtree(path)
     if aside.exists():
         aside.rename(path)
-    assert generate_dialogues(whole_demo(), run=run, n=N + 5).funnel().accepted == N + 5
+    assert generate_dialogues(load_recipe(recipe), run=run, n=N + 5).funnel().accepted == N + 5
 
 
 @pytest.mark.parametrize("place", ["journal", "images", "prompts"])
-def test_a_file_in_place_of_a_folder_is_said_in_one_line(place: str, whole: Path, tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_said_in_one_line(place: str, recipe: Path, whole: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     shutil.rmtree(run / place)
     (run / place).write_text("a file")
-    done = cli("generate", "--run", "./run", "--n", str(N + 5), cwd=tmp_path)
+    done = cli("generate", "--pipeline", str(recipe), "--run", "./run", "--n", str(N + 5), cwd=tmp_path)
     assert done.returncode in (2, 4), done.stderr
     assert place in one_line(done.stderr)
 
@@ -282,7 +314,9 @@ def sane(summary: Path) -> None:
     assert all(0 <= role["seconds"] < 3000 for role in roles.values()), roles
 
 
-def test_a_clock_that_jumps_back_an_hour_and_ahead_a_day_changes_nothing(whole: Path, tmp_path: Path) -> None:
+def test_a_clock_that_jumps_back_an_hour_and_ahead_a_day_changes_nothing(
+    words: tuple[str, ...], whole: Path, tmp_path: Path
+) -> None:
     env = shim("jumping_clock", tmp_path) | {"JUMP_AFTER": "0.3"}
     code = (
         "import time\na = time.time()\ntime.sleep(0.4)\nb = time.time()\ntime.sleep(0.4)\nprint(b - a, time.time() - b)"
@@ -293,7 +327,7 @@ def test_a_clock_that_jumps_back_an_hour_and_ahead_a_day_changes_nothing(whole: 
     back, ahead = map(float, told.stdout.split())
     assert back < -3000, "the shim works"
     assert ahead > 80_000
-    done = cli(*WORDS, cwd=tmp_path, **env)
+    done = cli(*words, cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
     assert not re.search(r"-\d+(\.\d+)? ?s\b", done.stderr), "no negative seconds"
     assert digest(tmp_path / "run") == digest(whole)
@@ -301,11 +335,11 @@ def test_a_clock_that_jumps_back_an_hour_and_ahead_a_day_changes_nothing(whole: 
 
 
 def test_a_clock_that_jumps_over_http_changes_nothing(tmp_path: Path) -> None:
-    env = shim("jumping_clock", tmp_path) | {"JUMP_AFTER": "1.5"}
-    with scripted_server(delay=0.02) as server:
+    env = shim("jumping_clock", tmp_path) | {"JUMP_AFTER": "1.0"}
+    with scripted_server(delay=0.04) as server:
         spec = f"openai:scripted@{server.url}"
         models = ("--attacker", spec, "--judge", spec, "--victim", spec, "--no-refusals")
-        words = ("generate", "--n", str(N), *models)
+        words = ("generate", "--n", "30", *models)
         done = cli(*words, "--run", "./jumped", cwd=tmp_path, **env)
         assert done.returncode == 0, done.stderr
         assert cli(*words, "--run", "./whole", cwd=tmp_path).returncode == 0

@@ -25,7 +25,7 @@ from aiohttp.helpers import get_env_proxy_for_url
 from yarl import URL
 
 from intersafe.errors import InputError, ServiceGone, StorageError
-from intersafe.models.http import error_of
+from intersafe.models.faults import UNREADABLE, error_of
 from intersafe.models.limits import seconds_of
 from intersafe.settings import Limits, Member
 
@@ -180,7 +180,7 @@ class BatchApi:
 
         async def attempt() -> Remote:
             nonlocal unsure
-            if unsure and (found := await self._find(nonce, made)):
+            if unsure and (found := await self._find_late(nonce, made)):
                 return found
             unsure = True
             return await self._json("POST", "/batches", Remote, json=body)
@@ -188,12 +188,8 @@ class BatchApi:
         return await self._again(attempt)
 
     async def find(self, nonce: str, made: float) -> Remote | None:
-        """The batch with that nonce, if there is one; looks twice, since a list may lag behind."""
-        found = await self._again(lambda: self._find(nonce, made))
-        if found is None:
-            await asyncio.sleep(LOOK_AGAIN)
-            found = await self._again(lambda: self._find(nonce, made))
-        return found
+        """The batch with that nonce, if there is one."""
+        return await self._again(lambda: self._find_late(nonce, made))
 
     async def look(self, batch: str) -> Remote:
         """How that batch is."""
@@ -222,6 +218,13 @@ class BatchApi:
             raise _Fault(self._why(error)) from None
         if not last.endswith(b"\n"):
             _write(target, b"\n")
+
+    async def _find_late(self, nonce: str, made: float) -> Remote | None:
+        """Looks twice, since a list may lag behind."""
+        if (found := await self._find(nonce, made)) is None:
+            await asyncio.sleep(LOOK_AGAIN)
+            found = await self._find(nonce, made)
+        return found
 
     async def _find(self, nonce: str, made: float) -> Remote | None:
         """Newest first, as the provider lists them, until they are older than the nonce."""
@@ -254,7 +257,7 @@ class BatchApi:
         self._judge(status, retry_after, body)
         try:
             return msgspec.json.decode(body, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise _Fault(f"unreadable answer: {error}", status) from None
 
     def _judge(self, status: int, retry_after: str, body: bytes) -> None:

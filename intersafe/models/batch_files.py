@@ -22,7 +22,7 @@ from intersafe.files import write_whole
 from intersafe.journal import lines_of
 from intersafe.models import Reply
 from intersafe.models.endpoint import read_reply
-from intersafe.models.http import FILTERED, Passing, error_of
+from intersafe.models.faults import FILTERED, UNREADABLE, Passing, error_of
 
 LINGER = 60.0
 """Seconds from the moment the last result of a file was taken until it is deleted: by then the journal is synced."""
@@ -196,7 +196,7 @@ def _heads(path: Path) -> Iterator[tuple[bytes, int, int]]:
     """Key, status and offset of every line that can be read and has a key of ours."""
     decoder = msgspec.json.Decoder(_Head)
     for offset, line in lines_of(path):
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, ValueError):
+        with contextlib.suppress(*UNREADABLE, ValueError):
             head = decoder.decode(line)
             yield bytes.fromhex(head.custom_id), (head.response.status_code or 0) if head.response else 0, offset
 
@@ -205,7 +205,7 @@ def reply_in(line: bytes) -> Reply:
     """The reply in a line of results; `CallFailed` if the request is at fault, `Passing` if not."""
     try:
         result = msgspec.json.decode(line, type=_Line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise Passing(f"unreadable result: {error}") from None
     status = (result.response.status_code or 0) if result.response else 0
     body = bytes(result.response.body) if result.response else b""

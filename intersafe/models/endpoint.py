@@ -12,7 +12,7 @@ import msgspec
 
 from intersafe.images import ImageStore
 from intersafe.models import Call, Reply
-from intersafe.models.faults import Passing
+from intersafe.models.faults import UNREADABLE, Passing
 from intersafe.models.http import Question, ReplicaState, Service
 from intersafe.records import Finish, Message
 from intersafe.settings import Limits, Member
@@ -221,7 +221,7 @@ def read_reply(data: bytes) -> Reply:
     """The reply in the body of a 200; `Passing` where there is none."""
     try:
         completion = _DECODER.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise Passing(f"unreadable answer: {error}") from None
     if not completion.choices:
         raise Passing("answer without choices")
@@ -234,4 +234,5 @@ def read_reply(data: bytes) -> Reply:
     finish = _FINISH.get((choice.finish_reason or "").lower(), "blocked")
     if choice.message.refusal:
         text, finish = text or choice.message.refusal, "refused"
-    return Reply(text, finish, (usage.prompt_tokens or 0, usage.completion_tokens or 0))
+    # A server's nonsense below zero would take from what a budget has counted.
+    return Reply(text, finish, (max(0, usage.prompt_tokens or 0), max(0, usage.completion_tokens or 0)))

@@ -13,6 +13,8 @@ _UNPAID = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_acti
 _OVERLOADED = (429, 503, 529)
 _PASSING = (408, 409, 425)
 _AWAY = (401, 402, 403, 404, 405, 407)
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises; the last one for thousands of brackets in one another."""
 _READ = 20_000  # bytes of an error body that are looked at where it is no JSON
 
 
@@ -74,7 +76,7 @@ def error_of(data: bytes) -> tuple[str, str]:
     """The server's own words and code, from the usual places of an error body."""
     try:
         body = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return data[:_READ].decode("utf-8", "replace"), ""
     error = body.get("error", body) if isinstance(body, dict) else body
     if not isinstance(error, dict):

@@ -37,8 +37,6 @@ from intersafe.models.quotas import Quota
 from intersafe.models.replicas import Replica, Replicas
 from intersafe.settings import Limits, Model
 
-UPLOADS = 8
-"""Large bodies on their way to one service at once: what waits for an answer holds no images in memory."""
 _LARGE = 2**20  # bytes from which on a body is sent in pieces and let go of
 
 A = TypeVar("A")
@@ -114,7 +112,6 @@ class Service:
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=limits.timeout, connect=min(30.0, limits.timeout)),
         )
-        self._uploads = asyncio.Semaphore(UPLOADS)
         self._retrying = AsyncRetrying(
             stop=self._only_last_try_left,
             wait=wait_random_exponential(multiplier=0.4, max=20.0),
@@ -183,8 +180,9 @@ class Service:
                 if self._quota.is_bound:
                     counted = await self._quota.acquire(question.tokens())
                     sent = asyncio.get_running_loop().time()
-                    if replica.out and not stays:
-                        raise Moved
+                    if replica.limiter.is_held or (replica.out and not stays):
+                        self._quota.give_back(counted)
+                        continue
                 outcome = await self._post(replica, question)
             except Overloaded as error:
                 error.sent = sent
@@ -226,8 +224,8 @@ class Service:
     # --- one request -------------------------------------------------------------------------------------------------
 
     async def _post(self, replica: Replica, question: Question[A]) -> A:
-        await self._uploads.acquire()
-        uploaded = _Once(self._uploads.release)
+        await replica.uploads.acquire()
+        uploaded = _Once(replica.uploads.release)
         try:
             if question.at:
                 question.at(replica.url)

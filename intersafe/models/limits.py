@@ -51,6 +51,11 @@ class Limiter:
         """Places that are taken."""
         return self._in_flight
 
+    @property
+    def is_held(self) -> bool:
+        """True while no request may start."""
+        return asyncio.get_running_loop().time() < self._held_until
+
     async def acquire(self) -> float:
         """Waits for a place, first come first served; returns the moment at which the request starts."""
         loop = asyncio.get_running_loop()
@@ -78,7 +83,7 @@ class Limiter:
 
     def _hand_over(self) -> None:
         """Counts the place for the one who waits, so that a newcomer cannot take it in between."""
-        if asyncio.get_running_loop().time() < self._held_until:
+        if self.is_held:
             return  # the alarm does it
         while self._waiting and self._in_flight < self.limit:
             turn = self._waiting.popleft()

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from intersafe.models import Call, Painted
-from intersafe.models.faults import Passing
+from intersafe.models.faults import UNREADABLE, Passing
 from intersafe.models.http import Question, Service
 from intersafe.settings import Limits, Painter
 
@@ -72,7 +72,7 @@ class ImagesEndpoint:
         """What a 200 holds; a link is told of without its address, which may be signed."""
         try:
             answer = _DECODER.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise Passing(f"unreadable answer: {error}") from None
         image = answer.data[0] if answer.data else _Image()
         link = image.url or ""

@@ -83,6 +83,13 @@ class Quota:
         by_requests = self._requests.seconds_until(1) if self._requests else 0.0
         return max(by_requests, self._tokens.seconds_until(tokens) if self._tokens else 0.0)
 
+    def give_back(self, counted: float) -> None:
+        """The request does not go yet."""
+        if self._requests:
+            self._requests.take(-1)
+        if self._tokens:
+            self._tokens.take(-counted)
+
     def settle(self, counted: float, used: int, estimate: int) -> None:
         """An answer used so many tokens; those that it was `counted` for too much or too little are set right."""
         if self._tokens:

@@ -24,6 +24,8 @@ from intersafe.models.limits import LONGEST_PAUSE, Absence, Limiter
 
 LONG_PAUSE = 5.0
 """Seconds of overload from which on the user is told, and other replicas take over."""
+UPLOADS = 8
+"""Large bodies on their way to one replica at once: what waits for an answer holds no images in memory."""
 PLACES = 4096
 """Jobs whose replica is remembered; there are as many dialogues at once, or fewer."""
 ANSWERS = 16
@@ -46,6 +48,7 @@ class Replica:
     limiter: Limiter
     absence: Absence
     scouting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS))
     unanswered: float = float("-inf")
     """When the last scout that got no answer was sent."""
     out: bool = False
@@ -149,7 +152,7 @@ class Replicas:
         usual = statistics.median(others) if others else math.inf
         if replica.seconds > max(SLOW * usual, usual + SLOW_BY):
             took = f"it takes {replica.seconds:.1f} s for an answer and the others {usual:.1f} s"
-            self._take_out(replica, f"{took}; ", min(LONGEST_PAUSE, 2.0**replica.slow_times), is_slow=True)
+            self._take_out(replica, f"{took}; ", min(LONGEST_PAUSE, 2.0 ** min(replica.slow_times, 16)), is_slow=True)
             replica.slow_times += 1
 
     def is_hanging(self, replica: Replica, fault: Fault) -> bool:
