@@ -43,7 +43,7 @@ class Size(NamedTuple):
     library_rounds: int
 
 
-WHOLE = Size(5, 1_000, 20_000, 4_000, 2, 10, MAIN_JOB, 2_000, 3)
+WHOLE = Size(3, 600, 12_000, 2_000, 1, 5, MAIN_JOB, 1_500, 2)
 QUICK = Size(2, 200, 4_000, 400, 1, 2, 300, 400, 1)
 
 
