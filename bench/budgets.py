@@ -1,6 +1,6 @@
 """The budgets of the design in one table: ours, the ratio to a bare loop, other libraries, kept or NOT.
 
-    python bench/budgets.py [--quick] [--no-libraries]        (`make bench`; the whole takes about 45 minutes)
+    python bench/budgets.py [--quick] [--no-libraries]        (`make bench`; the whole takes about 20 minutes)
 
 Everything is run as a user would run it, as processes of their own on one core, against a server model on another one
 (`bench/server.py`). Who is compared takes turns round by round. Exits with 1 if a budget is not kept.

@@ -58,6 +58,12 @@ class Budget:
         """Since the command began."""
         return time.monotonic() - self._began
 
+    @property
+    def is_bound(self) -> bool:
+        """True if there is a limit at all."""
+        limits = self.limits
+        return not (limits.max_tokens is None and limits.max_cost is None and limits.max_time is None)
+
     def check(self) -> None:
         """Asked before every call that goes to a model: `BudgetReached` from the moment on when a limit is reached."""
         if why := self.reached():
@@ -188,3 +194,9 @@ def clock(seconds: float) -> str:
 def dollars(usd: float) -> str:
     """Two digits behind the point, more where they would say nothing."""
     return f"{usd:,.2f}" if usd >= 1 or usd == 0 else f"{usd:.2g}"
+
+
+def counted(number: float, what: str) -> str:
+    """1 job, 2 jobs."""
+    shown = f"{number:,.0f}"
+    return f"{shown} {what}" + ("" if shown == "1" else "s")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from intersafe.budget import clock, dollars
+from intersafe.budget import clock, counted, dollars
 from intersafe.conductor import Display, Progress
 from intersafe.settings import Limits
 
@@ -44,7 +44,9 @@ class PlainLines(Display):
         self._progress, self._began = progress, time.monotonic()
         again = f", going on from {progress.before:,}" if progress.funnel.jobs else ""
         beside = "".join(f" and {wanted:,} {line}" for line, (_, wanted) in progress.beside.items())
-        self.say(f"growing {progress.n:,} dialogues{beside} from at most {progress.jobs:,} jobs{again}")
+        self.say(
+            f"growing {counted(progress.n, 'dialogue')}{beside} from at most {counted(progress.jobs, 'job')}{again}"
+        )
 
     def look(self) -> None:
         """Says how far it is."""
@@ -72,7 +74,7 @@ def line_of(progress: Progress, seconds: float) -> str:
     used = "".join(f"  {word}" for word in used_of(progress))
     away = "".join(f"  WAITING for {name}: {why}" for name, why in progress.waiting.items())
     return (
-        f"{funnel.accepted:,}/{progress.n:,} accepted  {rate:.1f}/s  {left} left  {beside}"
+        f"{funnel.accepted:,}/{progress.n:,} accepted  {rate_of(rate)}  {left} left  {beside}"
         f"{lost.total():,} rejected or failed{most}  {calls:,} calls{used}  {flying} in flight{away}"
     )
 
@@ -123,6 +125,14 @@ def _rate(progress: Progress, seconds: float) -> tuple[float, str]:
     if progress.funnel.accepted >= progress.n and any(f.accepted < wanted for f, wanted in progress.beside.values()):
         return rate, "?"
     return rate, clock((progress.n - progress.funnel.accepted) / rate)
+
+
+def rate_of(per_second: float) -> str:
+    """12.3/s; slow ones by the minute or the hour."""
+    for unit, seconds in (("s", 1), ("min", 60)):
+        if per_second * seconds >= 0.1 or per_second <= 0:
+            return f"{per_second * seconds:.1f}/{unit}"
+    return f"{per_second * 3600:.1f}/h"
 
 
 class LivePanel(Display):
@@ -178,7 +188,7 @@ class LivePanel(Display):
             "accepted",
             f"{funnel.accepted:,}/{progress.n:,}",
             ProgressBar(total=progress.n, completed=funnel.accepted, width=40),
-            f"{rate:.1f}/s",
+            rate_of(rate),
             f"{left} left",
         )
         for line, (other, wanted) in progress.beside.items():

@@ -16,14 +16,16 @@ from msgspec import structs
 
 from intersafe.budget import prices_of
 from intersafe.conductor import Display, is_full
+from intersafe.errors import InputError, SeedsExhausted
 from intersafe.generate import BESIDE, generate_dialogues
 from intersafe.jobs import job_count, jobs
 from intersafe.journal import RoleTally, entries_of, tally
 from intersafe.outcomes import LINES
 from intersafe.prepare import prepare
 from intersafe.records import Ended, Job, Seed
-from intersafe.runs import Run, run_path
+from intersafe.runs import Run, differences, run_path
 from intersafe.settings import Cast, Member, Price, Recipe, TwinSettings
+from intersafe.shortfall import losses
 
 REFUSALS = 3
 """Samples of each refusal group."""
@@ -31,6 +33,8 @@ TWINS = 0.3
 """Twins for each sample dialogue, at least."""
 LOOKED_AT = 20_000
 """Jobs that are looked at for their mean number of turns and pictures."""
+TRIES = 10
+"""Jobs that are tried for each sample that is wanted; a recipe that loses more is to be mended first."""
 CPU = 0.0006
 """Seconds of one core that a call costs here, everything included (docs/performance.md)."""
 
@@ -94,10 +98,47 @@ def estimate_run(
     """
     wanted = recipe.n if n is None else n
     path = run_path(run if run is not None else f"{recipe.name}-estimate")
+    _check_no_run(path, recipe)
     have = Run(path).funnel().accepted if (path / "recipe.json").exists() else 0
     least = max(min(samples, wanted), have)
-    made = generate_dialogues(sample_recipe(recipe), run=path, n=least, reuse=reuse, display=display)
-    return estimate_from(made, recipe, wanted)
+    try:
+        generate_dialogues(sample_recipe(recipe), run=path, n=least, reuse=reuse, display=display, tries=TRIES)
+    except SeedsExhausted as error:
+        (display or Display()).say(_what_was_kept(Run(path), recipe, error))
+    return estimate_from(Run(path), recipe, wanted)
+
+
+def _check_no_run(path: Path, recipe: Recipe) -> None:
+    """`InputError` where the directory holds a run of the recipe itself and not of its samples."""
+    if not (path / "recipe.json").exists() or recipe.outcome == sample_recipe(recipe).outcome:
+        return
+    manifest = Run(path).manifest
+    if not differences(manifest, structs.replace(manifest, recipe=recipe.outcome)):
+        raise InputError(
+            "holds a run, and an estimate's samples have other quotas than a run",
+            at=path,
+            remedy=f"name another --run, with --reuse {path} to take over what was paid for",
+        )
+
+
+def _what_was_kept(run: Run, recipe: Recipe, error: SeedsExhausted) -> str:
+    """The few samples that there are, in words; `SeedsExhausted` where there is none of some kind."""
+    dialogues, refusals = run.funnel(), run.funnel("refusals")
+    groups = list(recipe.refusals.groups) if recipe.refusals else []
+    told = []
+    for name, funnel in {"": dialogues, " of refusals": refusals}.items():
+        if not funnel.ended:
+            continue
+        where = f"sample jobs{name}"
+        if not funnel.accepted:
+            raise SeedsExhausted(
+                f"none of {funnel.jobs} {where} was kept ({losses(funnel.ended)}): nothing to estimate from; mend what "
+                f"loses them, then estimate in a new --run with --reuse {run.path}, which takes over what was paid for"
+            )
+        told.append(f"only {funnel.accepted} of {funnel.jobs} {where} were kept, most lost to {losses(funnel.ended)}")
+    if missing := [name for name in groups if not refusals.groups.get(name)]:
+        raise SeedsExhausted(f"no sample of refusals {', '.join(missing)} was kept; {error}")
+    return "; ".join(told)
 
 
 def sample_recipe(recipe: Recipe) -> Recipe:

@@ -28,8 +28,9 @@ from intersafe.journal import GroupWriter, Journal, ReuseIndex, lines_of
 from intersafe.lines import Dialogues, Grower, RefusalLine, Stages, Twins
 from intersafe.locks import Lease, lock
 from intersafe.loops import run_anywhere, stopped_by_signals
-from intersafe.models import open_models, open_painter
+from intersafe.models import clear_batches, open_models, open_painter
 from intersafe.models.cast import Company
+from intersafe.models.waits import LOOK as WAITS_LOOK
 from intersafe.outcomes import LINES, align_outcomes
 from intersafe.prepare import Prepared, check_same, open_directory, prepare
 from intersafe.records import ROW_VERSION, Dialogue, Ended
@@ -39,6 +40,8 @@ from intersafe.shortfall import how_far, losses, refusals_to_change, short_cells
 
 BESIDE = 8
 """One job of another line is grown for so many dialogues."""
+FEWEST_TRIES = 20
+"""Jobs of a line that are tried where their number is limited, however few outcomes it wants."""
 
 
 def generate_dialogues(
@@ -49,11 +52,13 @@ def generate_dialogues(
     reuse: str | Path | None = None,
     display: Display | None = None,
     cluster: Cluster | None = None,
+    tries: int | None = None,
 ) -> Run:
     """Grows dialogues until `n` are kept (default: the recipe's) and returns the run; goes on with a run that is there.
 
     Raises `InputError`, `SeedsExhausted`, `ServiceGone`, `BudgetReached` or `StorageError`; all but the first leave a
     run that the same call resumes, as does Ctrl-C (`KeyboardInterrupt`). Works inside a notebook's running event loop.
+    With `tries` a line has that many jobs for each outcome that it wants, and no more.
     """
     check_prices(recipe)
     if cluster:
@@ -67,8 +72,10 @@ def generate_dialogues(
         raise InputError(f"n is {wanted}", remedy="ask for at least 1 dialogue")
     _check_images(path)
     if not _is_complete(path, prepared, wanted):
+        if tries is None and path.name.endswith("-estimate"):
+            _check_no_samples(path, prepared)
         check_same(path, prepared)  # before anything is touched there; once more when the run is this process's
-        run_anywhere(lambda: _session(prepared, path, wanted, older, index, display or Display(), cluster))
+        run_anywhere(lambda: _session(prepared, path, wanted, older, index, display or Display(), cluster, tries))
     return Run(path)
 
 
@@ -81,6 +88,15 @@ def _check_images(path: Path) -> None:
         at=path / "images",
         remedy=f"restore the folder, or name a new --run with --reuse {path}: it pays for nothing but them",
     )
+
+
+def _check_no_samples(path: Path, prepared: Prepared) -> None:
+    if (path / "recipe.json").exists() and differences(Run(path).manifest, prepared.manifest):
+        raise InputError(
+            "holds the samples of an estimate, which have other quotas than a run",
+            at=path,
+            remedy=f"name another --run, with --reuse {path} to take over what was paid for",
+        )
 
 
 def _is_complete(path: Path, prepared: Prepared, n: int) -> bool:
@@ -108,10 +124,11 @@ async def _session(
     index: ReuseIndex | None,
     display: Display,
     cluster: Cluster | None,
+    tries: int | None,
 ) -> None:
     """One process's work on a run, in a cluster where one is asked for."""
     async with joined(cluster) as workers:
-        await _work(prepared, path, n, older, index, display, workers)
+        await _work(prepared, path, n, older, index, display, workers, tries)
 
 
 async def _work(
@@ -122,6 +139,7 @@ async def _work(
     index: ReuseIndex | None,
     display: Display,
     workers: int,
+    tries: int | None,
 ) -> None:
     """Opens the run, goes on where it stopped, grows, closes."""
     lease = lock(path)
@@ -131,7 +149,7 @@ async def _work(
         with stopped_by_signals():
             if newer := open_directory(path, prepared):
                 display.say(f"{path} was begun by other versions ({newer}): its old part stays as it is")
-            await _Session(prepared, path, n, display, workers, lease).run(older, index)
+            await _Session(prepared, path, n, display, workers, lease, tries).run(older, index)
     except OSError as error:
         raise StorageError(
             f"{error.filename or path}: {error.strerror}; mend it, then run the same command again"
@@ -149,6 +167,8 @@ class _Session:
     workers: int
     """Those of a cluster; 0 where this process grows the jobs itself."""
     lease: Lease
+    tries: int | None = None
+    """Jobs for each outcome that a line wants; all that there are where it is None."""
     began: float = field(default_factory=time.monotonic)
 
     async def run(self, older: Path | None, index: ReuseIndex | None) -> None:
@@ -180,6 +200,7 @@ class _Session:
             self.n, not done, funnels[0], funnels[1], funnels[2], tuple(short), journal.roles, excluded, scripted
         )
         summary.prices = prices_of(recipe.cast)
+        clear_batches(path / "batches")
         write_whole(path / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
         if done:
             raise SeedsExhausted(done)
@@ -195,8 +216,10 @@ class _Session:
                 yield farm
             return
         waiting: dict[str, str] = {}
-        models = open_models(recipe.cast, recipe.limits, images, say, path / "batches", waiting)
-        painter = open_painter(recipe.cast.painter, recipe.limits, say, waiting) if recipe.cast.painter else None
+        may_send = budget.check if budget.is_bound else None
+        models = open_models(recipe.cast, recipe.limits, images, say, path / "batches", waiting, may_send)
+        drawing = recipe.cast.painter
+        painter = open_painter(drawing, recipe.limits, say, waiting, may_send) if drawing else None
         older_images = ImageStore(older / "images") if older else None
         company = Company(
             recipe.cast, models, self.prepared.prompts, journal, index, None, painter, images, older_images
@@ -222,9 +245,9 @@ class _Session:
         recipe, seeds = self.prepared.recipe, self.prepared.seeds.seeds
         concurrency = recipe.limits.concurrency
         main = Dialogues(recipe, grower, chain, self.n)
-        total = job_count(recipe, seeds)
+        total = self._most(job_count(recipe, seeds), self.n)
         first = firsts[""]
-        queue = jobs(recipe, seeds, first)
+        queue = islice(jobs(recipe, seeds, first), max(0, total - first))
         dialogues = Conductor(main, writer, queue, funnel, concurrency, first, total, drought)
         if self.n > total:
             self.display.say(
@@ -241,7 +264,7 @@ class _Session:
             funnels[1] = refusals.funnel
             progress.beside["refusals"] = (refusals.funnel, refusals.line.wanted)
         self.display.begin(progress)
-        looking = asyncio.create_task(self._look())
+        looking = asyncio.create_task(self._look(grower))
         try:
             async with grower.budget.lasting() if grower.budget else contextlib.nullcontext():
                 await _together(working)
@@ -268,6 +291,10 @@ class _Session:
             missing.append(refusals_to_change(Run(self.path), recipe, refusals))
         return "; and ".join(missing), funnels, short
 
+    def _most(self, jobs: int, wanted: int) -> int:
+        """How many of the jobs of a line may be tried."""
+        return jobs if self.tries is None else min(jobs, max(FEWEST_TRIES, self.tries * wanted))
+
     def _refusals(self, grower: Grower, writer: GroupWriter, first: int, concurrency: int) -> Conductor:
         recipe, groups = self.prepared.recipe, self.prepared.groups
         assert recipe.refusals
@@ -279,7 +306,8 @@ class _Session:
                 line.add(outcome)
                 last = outcome.job
         drought = _drought_since(last, run.ended("refusals"))
-        queue, total = refusal_jobs(recipe, groups, first), refusal_job_count(recipe, groups)
+        total = self._most(refusal_job_count(recipe, groups), line.wanted)
+        queue = islice(refusal_jobs(recipe, groups, first), max(0, total - first))
         return Conductor(line, writer, queue, funnel, concurrency, first, total, drought)
 
     def _twins(self, grower: Grower, writer: GroupWriter, first: int, concurrency: int, dialogues: int) -> Conductor:
@@ -295,10 +323,27 @@ class _Session:
         queue = line.jobs(run.dialogues(), jobs(recipe, self.prepared.seeds.seeds), first)
         return Conductor(line, writer, queue, funnel, concurrency, first, dialogues)
 
-    async def _look(self) -> None:
-        while True:
-            await asyncio.sleep(self.display.interval)
-            self.display.look()
+    async def _look(self, grower: Grower) -> None:
+        """Has the display look now and then, and says when a limit is reached and calls are still under way."""
+        telling = asyncio.create_task(self._tell(grower))
+        try:
+            while True:
+                await asyncio.sleep(self.display.interval)
+                self.display.look()
+        finally:
+            telling.cancel()
+
+    async def _tell(self, grower: Grower) -> None:
+        if grower.budget is None or not grower.budget.is_bound:
+            return
+        why = ""
+        while not why:
+            await asyncio.sleep(WAITS_LOOK)
+            why = grower.budget.reached()
+        await asyncio.sleep(2 * WAITS_LOOK)  # by then the calls have ended that only waited
+        if flying := sum(grower.in_flight.values()):
+            calls = "1 call in flight is ending" if flying == 1 else f"{flying} calls in flight are ending"
+            self.display.say(f"limit reached ({why.partition(';')[0]}), {calls}")
 
 
 async def _together(conductors: list[Conductor]) -> None:

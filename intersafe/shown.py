@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from intersafe.budget import clock, dollars
+from intersafe.budget import clock, counted, dollars
 from intersafe.errors import InputError
 from intersafe.estimate import Amount, Estimate
 from intersafe.images import ImageStore
@@ -37,7 +37,7 @@ def print_funnel(run: Run) -> None:
     scripted = any(model.startswith("scripted:") for model in models)
     click.echo(f"run {run.path}   recipe {manifest.name} {manifest.digest[:12]}" + ("   SCRIPTED" if scripted else ""))
     click.echo(
-        f"{funnel.jobs:>8,} jobs decided"
+        f"{funnel.jobs:>8,} {'job' if funnel.jobs == 1 else 'jobs'} decided"
         + (f"   ({len(manifest.excluded)} seeds excluded)" if manifest.excluded else "")
     )
     _print_lost(funnel)
@@ -74,7 +74,7 @@ def _print_roles_in_all(roles: dict[str, RoleTally], prices: dict[str, Price]) -
 def print_estimate(found: Estimate) -> None:
     """What a run will take, by role and in all; how sure that is, and what is not in it."""
     beside = [f"{s.wanted:,} {kind}" for kind, s in found.sampled.items() if kind != "dialogues"]
-    click.echo(f"estimate for {', '.join([f'{found.n:,} dialogues', *beside])}")
+    click.echo(f"estimate for {', '.join([counted(found.n, 'dialogue'), *beside])}")
     prices = {role for role in found.roles if role not in found.unpriced}
     click.echo(f"\n{'role':<14}{'calls':>14}{'prompt tokens':>18}{'completion':>16}{'USD':>14}{'hours':>10}")
     for role, tally in sorted(found.roles.items()):
@@ -91,7 +91,7 @@ def print_estimate(found: Estimate) -> None:
     for number, (what, seconds) in enumerate(sorted(found.times.items(), key=lambda item: -item[1])[:3]):
         click.echo(f"{'' if number else 'time':<10}{clock(seconds)}  {what}")
     for kind, sampled in found.sampled.items():
-        click.echo(f"{kind}: {sampled.kept} of {sampled.tried} samples kept, so about {sampled.jobs:,.0f} jobs")
+        click.echo(f"{kind}: {sampled.kept} of {sampled.tried} samples kept, so about {counted(sampled.jobs, 'job')}")
     _print_doubts(found)
 
 

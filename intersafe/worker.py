@@ -142,9 +142,11 @@ class Worker:
         self._writer = GroupWriter(root)
         self._journal = Journal(self._writer, setup.journal, prices)
         images = ImageStore(root / "images")
-        models = open_models(recipe.cast, recipe.limits, images, self._said.append, waiting=self._waiting)
+        self._budget = Budget(recipe.limits, self._journal.roles)
+        say, waiting, may_send = self._said.append, self._waiting, self._budget.check
+        models = open_models(recipe.cast, recipe.limits, images, say, waiting=waiting, may_send=may_send)
         painter = recipe.cast.painter
-        opened = open_painter(painter, recipe.limits, self._said.append, self._waiting) if painter else None
+        opened = open_painter(painter, recipe.limits, say, waiting, may_send) if painter else None
         self._models = [*set(models.values()), *([opened] if opened else [])]
         older = Path(setup.reuse) if setup.reuse else None
         self._company = Company(
@@ -158,7 +160,7 @@ class Worker:
             images,
             ImageStore(older / "images") if older else None,
         )
-        self._company.budget = self._budget = Budget(recipe.limits, self._journal.roles)
+        self._company.budget = self._budget
         self._stages = Stages(recipe, manifest, self._company)
 
     async def grow(self, line: str, job: bytes, original: bytes, paid: bytes) -> Grown:

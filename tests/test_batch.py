@@ -4,9 +4,11 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ import pytest
 from aiohttp import web
 from msgspec import structs
 
-from intersafe.conductor import Display
-from intersafe.errors import ServiceGone
+from intersafe.conductor import Display, Progress
+from intersafe.errors import BudgetReached, ServiceGone
 from intersafe.files import bundled
 from intersafe.generate import generate_dialogues
 from intersafe.models import batch, batch_api
@@ -84,6 +86,7 @@ def test_a_run_through_batches_has_the_bytes_of_a_direct_one(direct: Path, tmp_p
     assert not provider.orphans
     assert len(provider.batches) < len(provider.answered) / 4
     assert heard.heard("concurrency 6")
+    assert not (tmp_path / "run" / "batches").exists()
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes()
 
@@ -462,3 +465,171 @@ def test_results_that_come_down_cut_are_fetched_again(direct: Path, tmp_path: Pa
         generate_dialogues(through(provider.url), run=tmp_path / "run", n=N)
     assert dialogues(tmp_path / "run") == dialogues(direct)
     assert set(provider.answered.values()) == {1}
+
+
+# --- what is left on the disk ----------------------------------------------------------------------------------------
+
+
+def limited(url: str, tokens: int) -> Recipe:
+    """The recipe with so many tokens to use."""
+    return through(url, limits=Limits(concurrency=N, patience=5, max_tokens=tokens))
+
+
+def results(run: Path) -> list[Path]:
+    return sorted((run / "batches").glob("*-output.jsonl"))
+
+
+def test_results_that_are_in_the_journal_are_deleted_when_the_run_goes_on(direct: Path, tmp_path: Path) -> None:
+    left: list[Path] = []
+    again: list[Path] = []
+
+    def see(step: str, _: Provider) -> web.Response | None:
+        if step == "upload" and left:
+            again.extend(path for path in left if path.exists())
+        return None
+
+    with batch_server(see) as provider:
+        with pytest.raises(BudgetReached):
+            generate_dialogues(limited(provider.url, 20_000), run=tmp_path / "run", n=N)
+        left += results(tmp_path / "run")
+        assert left
+        generate_dialogues(through(provider.url), run=tmp_path / "run", n=N)
+    assert not again
+    assert not (tmp_path / "run" / "batches").exists()
+    assert dialogues(tmp_path / "run") == dialogues(direct)
+    assert set(provider.seen.values()) == {1}
+
+
+def test_results_that_a_power_loss_took_from_the_journal_are_not_paid_again(direct: Path, tmp_path: Path) -> None:
+    with batch_server() as provider:
+        with pytest.raises(BudgetReached):
+            generate_dialogues(limited(provider.url, 1), run=tmp_path / "run", n=N)
+        journal = tmp_path / "run" / "journal" / "main.jsonl"
+        lines = journal.read_bytes().splitlines(keepends=True)
+        assert len(lines) == N
+        journal.write_bytes(b"".join(lines[:2]) + lines[2][:40])
+        generate_dialogues(through(provider.url), run=tmp_path / "run", n=N)
+    assert dialogues(tmp_path / "run") == dialogues(direct)
+    assert set(provider.seen.values()) == {1}
+
+
+def test_a_finished_run_keeps_of_batches_only_what_is_under_way(tmp_path: Path) -> None:
+    killer = Killer()
+    with batch_server(killer) as provider, scripted_server() as server:
+        path = written(provider, tmp_path)
+        assert killer.strike(path, "look")[0] == -signal.SIGKILL
+        batches = tmp_path / "run" / "batches"
+        (state,) = batches.glob("*.json")
+        (batches / f"{'1' * 32}-output.jsonl").write_bytes(b'{"custom_id": "%s"}\n' % (b"2" * 32))
+        recipe = load_recipe(path)
+        member = Member(model=f"openai:scripted@{server.url}")
+        recipe = structs.replace(recipe, cast=structs.replace(recipe.cast, attacker=member, judge=member))
+        generate_dialogues(recipe, run=tmp_path / "run")
+        assert list(batches.iterdir()) == [state]
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("status", "code"), [(503, None), (400, batch_api.QUEUE_FULL)])
+def test_no_batch_is_sent_once_a_limit_is_reached(
+    status: int, code: str | None, direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch but the first is kept from the provider until the replies of the first are in the journal."""
+    monkeypatch.setattr(batch, "MOST_REQUESTS", 3)
+    journal = tmp_path / "run" / "journal" / "main.jsonl"
+
+    def closed(step: str, provider: Provider) -> web.Response | None:
+        is_first = provider.steps["upload"] == 1
+        has_used = journal.exists() and journal.read_bytes().endswith(b"\n")
+        return problem(status, "later", code) if step == "upload" and not is_first and not has_used else None
+
+    with batch_server(closed) as provider:
+        with pytest.raises(BudgetReached, match="of 1 tokens"):
+            generate_dialogues(limited(provider.url, 1), run=tmp_path / "run", n=N)
+        assert len(provider.batches) == 1
+        generate_dialogues(through(provider.url), run=tmp_path / "run", n=N)
+    assert dialogues(tmp_path / "run") == dialogues(direct)
+    assert set(provider.seen.values()) == {1}
+    assert not provider.orphans
+
+
+# --- who is waited for -----------------------------------------------------------------------------------------------
+
+
+class Watching(Heard):
+    """Looks often, and mends what the run waits for as soon as it is shown."""
+
+    interval = 0.02
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.progress: Progress | None = None
+        self.shown: dict[str, str] = {}
+
+    def begin(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def look(self) -> None:
+        if self.progress and self.progress.waiting and not self.shown:
+            self.shown = dict(self.progress.waiting)
+            self.mend()
+
+    def mend(self) -> None:
+        """The service is there again."""
+
+
+@pytest.mark.parametrize(("step", "status"), [("upload", 401), ("create", 429), ("look", 503)])
+def test_a_provider_that_is_away_is_shown_for_as_long_as_it_is(
+    step: str, status: int, direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_api, "TELL_AFTER", 0.1)
+    display = Watching()
+
+    def away(now: str, _: Provider) -> web.Response | None:
+        return problem(status, "not now") if now == step and not display.shown else None
+
+    with batch_server(away) as provider:
+        generate_dialogues(through(provider.url), run=tmp_path / "run", n=N, display=display)
+    assert [f"HTTP {status} not now" in why for why in display.shown.values()] == [True]
+    assert display.progress
+    assert not display.progress.waiting
+    assert display.heard("is back after")
+    assert dialogues(tmp_path / "run") == dialogues(direct)
+
+
+def test_a_provider_that_takes_no_connection_is_shown_until_it_does(
+    direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_api, "TELL_AFTER", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with ExitStack() as stack:
+
+        class Starting(Watching):
+            def mend(self) -> None:
+                stack.enter_context(batch_server(port=port))
+
+        display = Starting()
+        recipe = through(f"http://127.0.0.1:{port}/v1")
+        generate_dialogues(recipe, run=tmp_path / "run", n=N, display=display)
+    assert ["no connection" in why for why in display.shown.values()] == [True]
+    assert display.progress
+    assert not display.progress.waiting
+    assert dialogues(tmp_path / "run") == dialogues(direct)
+
+
+def test_a_long_retry_after_is_told_before_it_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_api, "TELL_AFTER", 0.5)
+
+    def busy(step: str, provider: Provider) -> web.Response | None:
+        if step != "create" or provider.steps[step] > 1:
+            return None
+        answer = problem(429, "later")
+        answer.headers["Retry-After"] = "1"
+        return answer
+
+    heard = Heard()
+    with batch_server(busy) as provider:
+        generate_dialogues(through(provider.url), run=tmp_path / "run", n=N, display=heard)
+    assert heard.heard("HTTP 429 later")

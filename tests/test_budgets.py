@@ -16,8 +16,8 @@ from aiohttp import web
 from msgspec import structs
 
 from intersafe.budget import Budget, Spent, limits_of, prices_of
-from intersafe.conductor import Progress
-from intersafe.display import LivePanel, PlainLines
+from intersafe.conductor import Display, Progress
+from intersafe.display import LivePanel, PlainLines, rate_of
 from intersafe.errors import BudgetReached
 from intersafe.files import bundled
 from intersafe.generate import generate_dialogues
@@ -26,7 +26,7 @@ from intersafe.recipe import load_recipe, override
 from intersafe.runs import Funnel, Run
 from intersafe.settings import Limits, Price, Recipe
 from tests.makers import cli, demo, digest, journal_keys, refusal, rows, started
-from tests.servers.scripted_server import scripted_server
+from tests.servers.scripted_server import Body, scripted_server
 
 N = 20
 AT_ONCE = 8
@@ -368,3 +368,124 @@ def shown(kind: type[PlainLines | LivePanel], progress: Progress) -> str:
     display.look()
     display.end()
     return stream.getvalue()
+
+
+# --- servers that do not say what they used --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "usage",
+    ["", ', "usage": null', ', "usage": {}', ', "usage": {"prompt_tokens": 1e30}', ', "usage": ["?"]',
+     ', "usage": {"prompt_tokens": 7.5, "completion_tokens": 3}', f', "usage": {{"prompt_tokens": {10**30}}}'],
+)  # fmt: skip
+def test_calls_without_usage_are_counted_by_estimate_and_that_is_said_once(usage: str, tmp_path: Path) -> None:
+    shown = Said()
+    text = "0123456789abcdef" * 25
+
+    def silent(_: Body) -> web.Response:
+        message = msgspec.json.encode({"content": text}).decode()
+        whole = f'{{"choices": [{{"message": {message}, "finish_reason": "stop"}}]{usage}}}'
+        return web.Response(text=whole, content_type="application/json")
+
+    with scripted_server(silent) as server:
+        recipe = over_http(server.url, max_tokens=2000, concurrency=1)
+        with pytest.raises(BudgetReached, match="--max-tokens"):
+            generate_dialogues(recipe, run=tmp_path / "run", n=N, display=shown)
+    used = [row["tokens"] for row in rows(tmp_path / "run" / "journal" / "main.jsonl")]
+    assert 1 <= len(used) <= 20, "the limit was not noticed in time"
+    assert all(completion == 100 and prompt > 50 for prompt, completion in used)
+    assert [line for line in shown.lines if "by estimate" in line] == [
+        "openai:scripted reports no tokens: they are counted by estimate, four characters a token"
+    ]
+
+
+class Said(Display):
+    """A display that remembers what was said."""
+
+    interval = 0.05
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Keeps it."""
+        self.lines.append(text)
+
+
+# --- calls that wait -------------------------------------------------------------------------------------------------
+
+
+def test_calls_that_wait_for_a_place_are_not_sent_after_the_limit(tmp_path: Path) -> None:
+    run, shown = tmp_path / "run", Said()
+    with scripted_server(delay=0.3) as server:
+        recipe = over_http(server.url, max_tokens=1, concurrency=AT_ONCE)
+        # The three roles share one model, and the lowest limit holds.
+        attacker = structs.replace(recipe.cast.attacker, concurrency=2)
+        recipe = structs.replace(recipe, cast=structs.replace(recipe.cast, attacker=attacker))
+        with pytest.raises(BudgetReached):
+            generate_dialogues(recipe, run=run, n=N, display=shown)
+    # Two are in flight when the first answer comes, and one more may start before that answer is counted.
+    assert server.requests <= 4
+    assert server.requests == len(tokens_in(run))
+
+
+def test_when_the_time_is_up_nobody_waits_for_servers_that_are_away(tmp_path: Path) -> None:
+    recipe = over_http("http://127.0.0.1:9/v1", max_time=1.0, concurrency=4, patience=600.0)
+    began = time.monotonic()
+    with pytest.raises(BudgetReached, match="--max-time"):
+        generate_dialogues(recipe, run=tmp_path / "run", n=N)
+    assert time.monotonic() - began < 30, "it waited for the grace that calls in flight have"
+
+
+def test_the_time_ends_a_wait_for_a_quota(tmp_path: Path) -> None:
+    with scripted_server() as server:
+        recipe = over_http(server.url, max_time=1.0, concurrency=4)
+        slow = structs.replace(recipe.cast.attacker, rpm=1)
+        recipe = structs.replace(recipe, cast=structs.replace(recipe.cast, attacker=slow))
+        began = time.monotonic()
+        with pytest.raises(BudgetReached, match="--max-time"):
+            generate_dialogues(recipe, run=tmp_path / "run", n=N)
+    assert time.monotonic() - began < 30
+    assert server.requests == len(tokens_in(tmp_path / "run")) == 1
+
+
+def test_one_line_says_what_is_in_flight_at_the_limit(tmp_path: Path) -> None:
+    shown = Said()
+    with scripted_server(delay=2.0) as server:
+        recipe = over_http(server.url, max_time=1.0, concurrency=3)
+        with pytest.raises(BudgetReached):
+            generate_dialogues(recipe, run=tmp_path / "run", n=N, display=shown)
+    assert len(tokens_in(tmp_path / "run")) == 3
+    told = [line for line in shown.lines if line.startswith("limit reached")]
+    assert len(told) == 1
+    assert "--max-time" in told[0]
+    assert told[0].endswith("3 calls in flight are ending")
+
+
+@pytest.mark.parametrize(
+    ("per_second", "words"),
+    [(0.0, "0.0/s"), (12.34, "12.3/s"), (0.1, "0.1/s"), (0.09, "5.4/min"), (0.002, "0.1/min"), (0.001, "3.6/h")],
+)
+def test_a_slow_rate_is_no_zero(per_second: float, words: str) -> None:
+    assert rate_of(per_second) == words
+
+
+def test_a_wait_for_a_quota_is_shown_and_a_request_above_it_is_said_once(tmp_path: Path) -> None:
+    class Watching(Said):
+        """Remembers what was waited for."""
+
+        def begin(self, progress: Progress) -> None:
+            self.progress, self.seen = progress, set[tuple[str, str]]()
+
+        def look(self) -> None:
+            self.seen |= set(self.progress.waiting.items())
+
+    shown = Watching()
+    with scripted_server() as server:
+        recipe = over_http(server.url, max_time=1.0, concurrency=4)
+        slow = structs.replace(recipe.cast.attacker, tpm=300)
+        recipe = structs.replace(recipe, cast=structs.replace(recipe.cast, attacker=slow))
+        with pytest.raises(BudgetReached):
+            generate_dialogues(recipe, run=tmp_path / "run", n=N, display=shown)
+    assert shown.seen == {("the quota of openai:scripted", "calls are held back by 300 tokens a minute")}
+    assert sum("more than its `tpm` allows" in line for line in shown.lines) == 1

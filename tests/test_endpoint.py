@@ -228,11 +228,14 @@ PARTS = [
         (reply(PARTS), Reply("a b", "stop", (11, 7))),
         (reply(None, refusal="I cannot"), Reply("I cannot", "refused", (11, 7))),
         (reply("text", refusal=None), Reply("text", "stop", (11, 7))),
-        (raw(b'{"choices": [{"message": {"content": "x"}}]}'), Reply("x")),
-        (raw(b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": null}}'), Reply("x")),
+        (raw(b'{"choices": [{"message": {"content": "x"}}]}'), Reply("x", "stop", (2, 0))),
+        (
+            raw(b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": null}}'),
+            Reply("x", "stop", (2, 0)),
+        ),
         (
             raw(b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": -9}}'),
-            Reply("x"),
+            Reply("x", "stop", (2, 0)),
         ),
         (error(400, "filtered", code="content_filter"), Reply("", "blocked")),
     ],

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from intersafe.errors import BudgetReached
+from intersafe.errors import BudgetReached, SeedsExhausted
 from intersafe.estimate import Estimate, estimate_from, estimate_run, sample_recipe
 from intersafe.files import bundled
 from intersafe.generate import generate_dialogues
@@ -13,8 +13,9 @@ from intersafe.journal import RoleTally
 from intersafe.recipe import load_recipe, override
 from intersafe.runs import Run
 from intersafe.settings import Limits, Price
-from tests.makers import cli, demo, journal_keys, whole_demo
-from tests.servers.scripted_server import scripted_server
+from tests.makers import cli, demo, journal_keys, refusal, whole_demo
+from tests.servers.scripted_server import Body, asks_for, scripted_server
+from tests.test_budgets import Said
 
 N = 400
 
@@ -145,3 +146,49 @@ def test_jobs_that_are_not_there_are_said(tmp_path: Path) -> None:
     assert "the recipe has 18,480 dialogue jobs" in done.stdout
     found = estimate_run(recipe, n=40_000, run=tmp_path / "run")
     assert found.most_jobs < found.sampled["dialogues"].jobs
+
+
+# --- samples that are turned down ------------------------------------------------------------------------------------
+
+
+def test_an_estimate_gives_up_soon_where_no_sample_is_kept(tmp_path: Path) -> None:
+    with scripted_server(lambda body: "no plan" if asks_for(body) == "plan" else None) as server:
+        spec = f"openai:scripted@{server.url}"
+        recipe = demo(attacker=spec, judge=spec, victims=[spec])
+        with pytest.raises(SeedsExhausted, match=r"none of 20 sample jobs was kept.*plan unparseable"):
+            estimate_run(recipe, n=50, samples=2, run=tmp_path / "run")
+        paid = server.requests
+        assert paid == len(journal_keys(tmp_path / "run"))
+        with pytest.raises(SeedsExhausted):
+            estimate_run(recipe, n=50, samples=2, run=tmp_path / "run")
+        assert server.requests == paid, "the same command paid again"
+
+
+def test_an_estimate_uses_the_few_samples_that_were_kept(tmp_path: Path) -> None:
+    plans: dict[str, int] = {}
+
+    def rarely(body: Body) -> str | None:
+        """No plan but for the first job."""
+        if asks_for(body) != "plan":
+            return None
+        return None if plans.setdefault(str(body["messages"][:2]), len(plans)) == 0 else "no plan"
+
+    shown = Said()
+    with scripted_server(rarely) as server:
+        spec = f"openai:scripted@{server.url}"
+        recipe = demo(attacker=spec, judge=spec, victims=[spec], concurrency=1)
+        found = estimate_run(recipe, n=50, samples=4, run=tmp_path / "run", display=shown)
+    sampled = found.sampled["dialogues"]
+    assert 1 <= sampled.kept < 4
+    assert sampled.tried == 40
+    assert sampled.jobs == 50 * 40 / sampled.kept
+    assert any(f"only {sampled.kept} of 40 sample jobs" in line and "plan unparseable" in line for line in shown.lines)
+
+
+def test_samples_and_a_run_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    recipe = whole_demo()
+    run, samples = tmp_path / "run", tmp_path / "x-estimate"
+    generate_dialogues(recipe, run=run, n=1)
+    estimate_run(recipe, n=5, samples=1, run=samples)
+    assert "holds a run" in refusal(lambda: estimate_run(recipe, n=5, run=run))
+    assert "holds the samples of an estimate" in refusal(lambda: generate_dialogues(recipe, run=samples, n=5))

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from msgspec import structs
@@ -19,6 +19,9 @@ from intersafe.images import ImageStore
 from intersafe.records import Finish, Message
 from intersafe.replies import Schema
 from intersafe.settings import Cast, Limits, Member, Painter
+
+if TYPE_CHECKING:
+    from intersafe.models.batch import Lanes
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -112,41 +115,51 @@ def open_models(
     say: Callable[[str], None],
     folder: Path | None = None,
     waiting: dict[str, str] | None = None,
+    may_send: Callable[[], None] | None = None,
 ) -> dict[str, ChatModel]:
     """One model for each member of the cast; members with the same settings share one. Needs a running event loop.
 
     `folder` keeps the batches of members with `batch: true`; no other process may use it. `waiting` holds why a service
-    is away for as long as it is.
+    is away for as long as it is. `may_send` raises `BudgetReached` from the moment on when no call may be sent.
     """
     shared: dict[str, ChatModel] = {}
     members = list(cast.members.values())
-    _open_batch_models(cast, limits, images, say, folder, shared)
+    if lanes := _lanes(cast, limits, say, folder, waiting, may_send):
+        for member in members:
+            if member.batch:
+                shared.setdefault(_same(member), lanes.open(member, images))
+        lanes.begin()
     return {
-        role: _open(_within_limits_of_all(member, members), limits, images, say, shared, waiting)
+        role: _open(_within_limits_of_all(member, members), limits, images, say, shared, waiting, may_send)
         for role, member in cast.members.items()
     }
 
 
-def _open_batch_models(
+def _lanes(
     cast: Cast,
     limits: Limits,
-    images: ImageStore,
     say: Callable[[str], None],
     folder: Path | None,
-    shared: dict[str, ChatModel],
-) -> None:
-    """Opens the members with `batch: true`, and says what an earlier process left in the folder for nobody."""
-    members = [member for member in cast.members.values() if member.batch]
-    if folder is None and members:
+    waiting: dict[str, str] | None,
+    may_send: Callable[[], None] | None,
+) -> "Lanes | None":
+    """The lanes of the members with `batch: true`; also there where an earlier process left batches in the folder."""
+    wanted = any(member.batch for member in cast.members.values())
+    if folder is None and wanted:
         raise InputError("`batch: true` needs a run directory to keep its batches in", remedy="drop it here")
-    if folder is None or not (members or folder.exists()):
-        return
+    if folder is None or not (wanted or folder.exists()):
+        return None
     from intersafe.models.batch import Lanes
 
-    lanes = Lanes(folder, limits, say)
-    for member in members:
-        shared.setdefault(_same(member), lanes.open(member, images))
-    lanes.begin()
+    return Lanes(folder, limits, say, waiting, may_send)
+
+
+def clear_batches(folder: Path) -> None:
+    """Deletes the results of batches once all jobs of the run are decided; what is under way at a provider is kept."""
+    if folder.exists():
+        from intersafe.models.batch_files import clear
+
+        clear(folder)
 
 
 def _within_limits_of_all(member: Member, members: list[Member]) -> Member:
@@ -173,6 +186,7 @@ def _open(
     say: Callable[[str], None],
     shared: dict[str, ChatModel],
     waiting: dict[str, str] | None,
+    may_send: Callable[[], None] | None,
 ) -> ChatModel:
     backend = member.spec.backend
     same = _same(member)
@@ -184,12 +198,16 @@ def _open(
         else:
             from intersafe.models.endpoint import EndpointModel
 
-            shared[same] = EndpointModel(member, limits, images, say, waiting)
+            shared[same] = EndpointModel(member, limits, images, say, waiting, may_send)
     return shared[same]
 
 
 def open_painter(
-    painter: Painter, limits: Limits, say: Callable[[str], None], waiting: dict[str, str] | None = None
+    painter: Painter,
+    limits: Limits,
+    say: Callable[[str], None],
+    waiting: dict[str, str] | None = None,
+    may_send: Callable[[], None] | None = None,
 ) -> PaintModel:
     """The painter of a cast; `say` is told when its service goes away or comes back. Needs a running event loop."""
     backend, name, _ = painter.spec
@@ -203,7 +221,7 @@ def open_painter(
         return DiffusersPainter(painter)
     from intersafe.models.painter import ImagesEndpoint
 
-    return ImagesEndpoint(painter, limits, say, waiting)
+    return ImagesEndpoint(painter, limits, say, waiting, may_send)
 
 
 def check_cast(cast: Cast) -> None:

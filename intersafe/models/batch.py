@@ -8,7 +8,6 @@ the provider has is taken up again and never sent twice (`batch_api.py`).
 
 import asyncio
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine
@@ -18,12 +17,12 @@ from typing import Any, BinaryIO
 
 from msgspec import structs
 
-from intersafe.errors import CallFailed, IntersafeError, ServiceGone, StorageError
+from intersafe.errors import BudgetReached, CallFailed, IntersafeError, ServiceGone, StorageError
 from intersafe.images import ImageStore
 from intersafe.models import Call, Reply
 from intersafe.models import batch_api as api
-from intersafe.models.batch_files import BatchFolder, State, reply_in
-from intersafe.models.endpoint import as_data, chat_body
+from intersafe.models.batch_files import BatchFolder, State, close, reply_in
+from intersafe.models.endpoint import as_data, chat_body, estimated
 from intersafe.models.http import Passing
 from intersafe.settings import Limits, Member
 
@@ -45,16 +44,25 @@ BURST = 64  # calls that are answered before other tasks have their turn
 class Lanes:
     """The lanes of a run: members with the same model, URL and key share one."""
 
-    def __init__(self, folder: Path, limits: Limits, say: Callable[[str], None]) -> None:
-        """`folder`: `batches/` of the run directory, this process's alone."""
+    def __init__(
+        self,
+        folder: Path,
+        limits: Limits,
+        say: Callable[[str], None],
+        waiting: dict[str, str] | None = None,
+        may_send: Callable[[], None] | None = None,
+    ) -> None:
+        """`folder`: `batches/` of the run directory, this process's alone; the others are as for `open_models`."""
         self._folder, self._limits, self._say = BatchFolder(folder), limits, say
+        self._waiting, self._may_send = {} if waiting is None else waiting, may_send or (lambda: None)
         self._lanes: dict[str, Lane] = {}
 
     def open(self, member: Member, images: ImageStore) -> "BatchModel":
         """The model of a member. Needs a running event loop."""
         name = f"{member.spec.model} {member.spec.urls[0]} {member.key}"
         if name not in self._lanes:
-            self._lanes[name] = Lane(name, member, self._limits, self._folder, self._say)
+            service = api.BatchApi(member, self._limits, self._say, self._waiting, self._may_send)
+            self._lanes[name] = Lane(name, service, self._limits, self._folder, self._say)
         return BatchModel(member, images, self._lanes[name])
 
     def begin(self) -> None:
@@ -81,7 +89,9 @@ class BatchModel:
 
     async def answer(self, call: Call) -> Reply:
         """The reply, within a day; `CallFailed` if this call failed for good, `ServiceGone` if the service is."""
-        return await self._lane.ask(call.key(self.identity, self._member.extra), lambda: self._body(call))
+        reply = await self._lane.ask(call.key(self.identity, self._member.extra), lambda: self._body(call))
+        is_counted = reply.tokens[0] or reply.finish == "blocked"
+        return reply if is_counted else structs.replace(reply, tokens=estimated(call, reply))
 
     def _body(self, call: Call) -> bytes:
         return chat_body(self._member, call, lambda ref: as_data(self._images, ref))
@@ -118,9 +128,9 @@ class _Collection:
 class Lane:
     """One model at one provider: what waits, what is collected and what is under way."""
 
-    def __init__(self, name: str, member: Member, limits: Limits, folder: BatchFolder, say: Callable[[str], None]):
-        self._name, self._identity, self._limits, self._folder, self._say = name, member.identity, limits, folder, say
-        self._api = api.BatchApi(member, limits, say)
+    def __init__(self, name: str, its: api.BatchApi, limits: Limits, folder: BatchFolder, say: Callable[[str], None]):
+        self._name, self._api, self._identity, self._limits = name, its, its.identity, limits
+        self._folder, self._say = folder, say
         self._waiting: dict[str, _Waiting] = {}
         self._sent: set[str] = set()
         """Keys of the calls in collections and batches, asked by a job of this process or not."""
@@ -253,15 +263,18 @@ class Lane:
 
     async def _send(self, state: State, file: BinaryIO) -> None:
         """From a collection to a batch; the state is on the disk before each step that the provider sees."""
-        await asyncio.to_thread(_close, file)
+        await asyncio.to_thread(close, file)
         await asyncio.to_thread(self._folder.note, state)
-        await self._admitted()
         try:
+            await self._admitted()
             state = structs.replace(state, file=await self._api.upload(self._folder.requests(state.nonce)))
             await asyncio.to_thread(self._folder.note, state)
             remote = await self._api.create(state.file, state.nonce, state.made)
         except api.Refused as refused:
             await self._refused(state, refused)
+            return
+        except BudgetReached as reached:
+            self._unsent(state, reached)
             return
         state = structs.replace(state, batch=remote.id)
         self._under_way[state.nonce] = state
@@ -316,10 +329,7 @@ class Lane:
         words = f"no result in the batch, which is {remote.status}"
         again = 0
         for number, key in enumerate(state.keys):
-            self._sent.discard(key)
-            waiting = self._waiting.get(key)
-            if waiting is None or waiting.answered.done():
-                self._waiting.pop(key, None)
+            if (waiting := self._back(key)) is None:
                 continue
             found = self._folder.take(key)
             try:
@@ -359,17 +369,32 @@ class Lane:
         self._hold()
         named = {line - 1 for line in refused.lines}
         for number, key in enumerate(state.keys):
-            self._sent.discard(key)
-            waiting = self._waiting.get(key)
-            if waiting is None or waiting.answered.done():
-                self._waiting.pop(key, None)
-            elif number in named or (large and len(state.keys) == 1):
+            if (waiting := self._back(key)) is None:
+                continue
+            if number in named or (large and len(state.keys) == 1):
                 del self._waiting[key]
                 waiting.fail(CallFailed("endpoint", "bad_request", str(refused)))
             else:
                 self._once_more(key, waiting, str(refused), counted=not (full or large or named))
             if number % BURST == BURST - 1:
                 await asyncio.sleep(0)
+
+    def _back(self, key: str) -> _Waiting | None:
+        """The call of that key, which is in no batch any longer, if anybody still waits for it."""
+        self._sent.discard(key)
+        if (waiting := self._waiting.get(key)) and waiting.answered.done():
+            del self._waiting[key]
+            return None
+        return waiting
+
+    def _unsent(self, state: State, reached: BudgetReached) -> None:
+        """Ends the calls of a batch that is not asked for any more."""
+        if not state.file:  # else the next process looks for it, in case it is there after all
+            self._folder.forget(state)
+        for key in state.keys:
+            if waiting := self._back(key):
+                del self._waiting[key]
+                waiting.fail(_copy(reached))
 
     def _once_more(self, key: str, waiting: _Waiting, words: str, *, counted: bool) -> None:
         """Collects a call again, or ends it when its tries are used up."""
@@ -422,9 +447,3 @@ def _copy(error: BaseException) -> BaseException:
 def _storage_error(error: OSError) -> StorageError:
     where = error.filename or "batches"
     return StorageError(f"{where}: {error.strerror}; mend it, then run the same command again")
-
-
-def _close(file: BinaryIO) -> None:
-    with file:
-        file.flush()
-        os.fsync(file.fileno())

@@ -131,9 +131,21 @@ class _Fault(Exception):
 class BatchApi:
     """The files and batches of one account."""
 
-    def __init__(self, member: Member, limits: Limits, say: Callable[[str], None]) -> None:
-        """`say` is told when the service goes away or comes back. Needs a running event loop."""
-        self.url = member.spec.urls[0]
+    def __init__(
+        self,
+        member: Member,
+        limits: Limits,
+        say: Callable[[str], None],
+        waiting: dict[str, str],
+        may_send: Callable[[], None],
+    ) -> None:
+        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
+
+        `may_send` raises `BudgetReached` where no batch may be sent any more. Needs a running event loop.
+        """
+        self._may_send = may_send
+        self.url, self.identity = member.spec.urls[0], member.identity
+        self._waiting, self._place = waiting, f"batches of {member.identity}"
         self._member, self._limits, self._say = member, limits, say
         self._key = os.environ.get(member.key, "").strip() if member.key else ""
         self._told = False
@@ -158,9 +170,10 @@ class BatchApi:
     # --- what a batch needs ------------------------------------------------------------------------------------------
 
     async def upload(self, path: Path) -> str:
-        """The id of the file at the provider, sent from the disk piece by piece; `Refused` if it is not taken."""
+        """The id of the file at the provider, sent from the disk by pieces; `Refused` or `BudgetReached` if not."""
 
         async def attempt() -> str:
+            self._may_send()
             with path.open("rb") as file:
                 form = aiohttp.FormData({"purpose": "batch"})
                 form.add_field("file", file, filename=path.name, content_type="application/jsonl")
@@ -169,7 +182,7 @@ class BatchApi:
         return await self._again(attempt)
 
     async def create(self, file: str, nonce: str, made: float) -> Remote:
-        """The batch over that file, created once; `Refused` if it is not taken. `made`: unix time of the nonce."""
+        """The batch over that file, created once; `Refused` or `BudgetReached` if not. `made`: when its nonce was."""
         body = {
             "input_file_id": file,
             "endpoint": ROUTE,
@@ -182,6 +195,7 @@ class BatchApi:
             nonlocal unsure
             if unsure and (found := await self._find_late(nonce, made)):
                 return found
+            self._may_send()
             unsure = True
             return await self._json("POST", "/batches", Remote, json=body)
 
@@ -288,7 +302,7 @@ class BatchApi:
     async def _again(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """What the attempt gives, tried until the patience is used up: then `ServiceGone`."""
         clock, since, pause, telling = asyncio.get_running_loop().time, None, FIRST_PAUSE, False
-        where, patience = f"{self._member.identity} at {self.url}", self._limits.patience
+        where, patience = f"{self.identity} at {self.url}", self._limits.patience
         while True:
             try:
                 outcome = await attempt()
@@ -300,19 +314,29 @@ class BatchApi:
                         f"{where}: no use of its batch endpoint for {away:.0f} s ({fault}); "
                         f"{self._remedy(fault)}, then run the same command again: nothing is lost"
                     ) from None
-                if not self._told and (fault.status in _AWAY or away + pause >= TELL_AFTER):
+                wait = min(max(pause, fault.retry_after), patience - away)
+                why = f"{fault}; {self._remedy(fault)}"
+                if not self._told and (fault.status in _AWAY or away + wait >= TELL_AFTER):
                     self._told = telling = True
-                    self._say(f"{where}: {fault}; {self._remedy(fault)}; waiting up to {patience:.0f} s")
-                await asyncio.sleep(min(max(pause, fault.retry_after), patience - away))
+                    self._say(f"{where}: {why}; waiting up to {patience:.0f} s")
+                if telling:
+                    self._waiting[self._place] = why
+                await asyncio.sleep(wait)
                 pause = min(LONGEST_PAUSE, pause * 2)
             except Refused:
-                self._told = self._told and not telling
+                self._is_back(telling)
                 raise
             else:
                 if telling and since is not None:
-                    self._told = False
+                    self._is_back(telling)
                     self._say(f"{where} is back after {clock() - since:.0f} s")
                 return outcome
+
+    def _is_back(self, telling: bool) -> None:
+        """Nobody is told any longer, if it was this request that did."""
+        if telling:
+            self._told = False
+            self._waiting.pop(self._place, None)
 
     def _remedy(self, fault: _Fault) -> str:
         if fault.status in (401, 403):

@@ -7,19 +7,22 @@
 | `<nonce>-output.jsonl` | the results, whole                                      | until all are in the journal     |
 
 The nonce goes into the batch's metadata: by it a batch is found again whose id never came back. Results are looked up
-by key where they stand in their file, some 200 bytes of memory for each that nobody has taken yet.
+by key where they stand in their file, some 200 bytes of memory for each that nobody has taken yet. Results that the
+journal holds are deleted when the folder is opened, all of them when the run's jobs are decided.
 """
 
 import contextlib
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
 from intersafe.errors import CallFailed, InputError
 from intersafe.files import write_whole
-from intersafe.journal import lines_of
+from intersafe.journal import entries_of, lines_of
 from intersafe.models import Reply
 from intersafe.models.endpoint import read_reply
 from intersafe.models.faults import FILTERED, UNREADABLE, Passing, error_of
@@ -84,7 +87,7 @@ class BatchFolder:
     """The files of all lanes of a run."""
 
     def __init__(self, path: Path) -> None:
-        """Takes up what an earlier process left; `InputError` for a state that cannot be read."""
+        """`batches/` beside `journal/`. Takes up what an earlier process left; `InputError` for an unreadable state."""
         self._path = path
         self._files: dict[int, _File] = {}
         self._places: dict[bytes, tuple[int, int]] = {}
@@ -96,12 +99,20 @@ class BatchFolder:
             self._state_path(output.name.removesuffix("-output.jsonl")).unlink(missing_ok=True)
             places, answered = _index(output)
             self._merge(output, {key: places[key] for key in answered}, old=True)
+        self._drop_written(path.parent / "journal")
         for left in (*path.glob(".*.tmp"), *path.glob("*.part")):
             left.unlink()
         self.states = [_read_state(file) for file in sorted(path.glob("*.json"))]
         for requests in path.glob("*.jsonl"):
             if not requests.name.endswith("-output.jsonl"):
                 requests.unlink()  # never sent, or sent and found by its nonce: what is still owed is written anew
+
+    def _drop_written(self, journal: Path) -> None:
+        """Deletes the results that the journal holds, and those that are no answer: none is asked for again."""
+        for key in _written(journal, {key.hex() for key in self._places}) if self._places else ():
+            number, _ = self._places.pop(bytes.fromhex(key))
+            self._files[number].left -= 1
+        self._delete_drained(linger=0.0)
 
     # --- a batch on its way ------------------------------------------------------------------------------------------
 
@@ -164,11 +175,40 @@ class BatchFolder:
 
     def sweep(self) -> None:
         """Deletes the files whose results were all taken a while ago."""
+        self._delete_drained(LINGER)
+
+    def _delete_drained(self, linger: float) -> None:
         now = time.monotonic()
         for number, file in list(self._files.items()):
-            if not file.left and now - file.drained > LINGER:
+            if not file.left and now - file.drained >= linger:
                 file.path.unlink(missing_ok=True)
                 del self._files[number]
+
+
+def close(file: BinaryIO) -> None:
+    """Closes the file once it is on the disk for good."""
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def clear(path: Path) -> None:
+    """Deletes what a run whose jobs are all decided needs no more: everything but the states of what was sent."""
+    never_sent = [state for state in path.glob("*.json") if not _read_state(state).file]
+    for file in (*never_sent, *path.glob("*.jsonl"), *path.glob("*.part"), *path.glob(".*.tmp")):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # batches are under way, or it holds what is not ours
+        path.rmdir()
+
+
+def _written(journal: Path, keys: Container[str]) -> set[str]:
+    """Which of the keys the journal holds, on the disk for good."""
+    found: set[str] = set()
+    for path in journal.glob("*.jsonl"):
+        found.update(entry.key for entry in entries_of(path) if entry.key in keys)
+        with path.open("rb+") as file:  # the process that wrote it may have been killed before it was synced
+            os.fsync(file.fileno())
+    return found
 
 
 def _read_state(path: Path) -> State:

@@ -44,16 +44,18 @@ class _Choice(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = 0
-    completion_tokens: int | None = 0
+    prompt_tokens: int
+    completion_tokens: int
 
 
 class _Completion(msgspec.Struct):
     choices: list[_Choice]
-    usage: _Usage | None = None
+    usage: msgspec.Raw = msgspec.Raw(b"")
 
 
 _DECODER = msgspec.json.Decoder(_Completion)
+_USAGE = msgspec.json.Decoder(_Usage)
+_MOST_TOKENS = 10**8  # of one call; a server that reports more reports nonsense
 
 Part = dict[str, Any]
 
@@ -68,10 +70,15 @@ class EndpointModel:
         images: ImageStore,
         say: Callable[[str], None],
         waiting: dict[str, str] | None = None,
+        may_send: Callable[[], None] | None = None,
     ) -> None:
-        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away."""
+        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
+
+        `may_send` raises `BudgetReached` from the moment on when no call may be sent.
+        """
         self.identity = member.identity
-        self._member, self._images = member, images
+        self._member, self._images, self._say = member, images, say
+        self._is_counting = False
         self._known: dict[str, dict[str, None]] = {url: {} for url in member.spec.urls}
         hello = {"model": member.spec.model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
         small = msgspec.json.encode(hello | member.extra)
@@ -81,6 +88,7 @@ class EndpointModel:
             limits,
             say,
             waiting=waiting,
+            may_send=may_send,
             scout=Question(lambda: small, read_reply, _blocked),
             max_body=MAX_BODY,
         )
@@ -102,10 +110,10 @@ class EndpointModel:
             call.job,
             Question(
                 lambda: chat_body(self._member, call, part),
-                read_reply,
+                lambda data: self._counted(call, read_reply(data)),
                 _blocked,
                 tokens=lambda: _about(call),
-                used=_used,
+                used=lambda reply: _used(call, reply),
             ),
         )
 
@@ -126,7 +134,7 @@ class EndpointModel:
             return {"type": "image_url", "image_url": None, "uuid": ref.partition(".")[0]}
 
         def read(data: bytes) -> Reply:
-            reply = read_reply(data)
+            reply = self._counted(call, read_reply(data))
             for ref in refs:
                 known.pop(ref, None)
                 known[ref] = None
@@ -153,9 +161,18 @@ class EndpointModel:
                 amend=amend,
                 at=at,
                 tokens=lambda: _about(call),
-                used=_used,
+                used=lambda reply: _used(call, reply),
             ),
         )
+
+    def _counted(self, call: Call, reply: Reply) -> Reply:
+        """The reply with its tokens, by estimate where the server reports none: limits have to hold all the same."""
+        if reply.tokens[0]:
+            return reply
+        if not self._is_counting:
+            self._is_counting = True
+            self._say(f"{self.identity} reports no tokens: they are counted by estimate, four characters a token")
+        return msgspec.structs.replace(reply, tokens=estimated(call, reply))
 
     # --- what is sent ------------------------------------------------------------------------------------------------
 
@@ -200,14 +217,25 @@ def _message(message: Message, part: Callable[[str], Part]) -> dict[str, Any]:
 
 
 def _about(call: Call) -> int:
-    """Tokens that a call may cost: four characters make one, an answer takes half of its room."""
+    """Tokens that a call may cost: an answer takes half of its room."""
+    return _prompt_tokens(call) + call.sampling.max_tokens // 2
+
+
+def _prompt_tokens(call: Call) -> int:
+    """By estimate: four characters make one."""
     characters = sum(len(message.text) for message in call.messages)
     images = sum(len(message.images) for message in call.messages)
-    return characters // 4 + IMAGE_TOKENS * images + call.sampling.max_tokens // 2
+    return characters // 4 + IMAGE_TOKENS * images
 
 
-def _used(reply: Reply) -> int:
-    return sum(reply.tokens)
+def estimated(call: Call, reply: Reply) -> tuple[int, int]:
+    """Prompt and completion tokens of a call whose answer does not say them."""
+    return max(1, _prompt_tokens(call)), len(reply.text) // 4
+
+
+def _used(call: Call, reply: Reply) -> int:
+    """What a quota is set right by: an estimate is no better than the one that it was counted for."""
+    return 0 if reply.tokens == estimated(call, reply) else sum(reply.tokens)
 
 
 # --- what comes back -------------------------------------------------------------------------------------------------
@@ -218,7 +246,7 @@ def _blocked(_: str) -> Reply:
 
 
 def read_reply(data: bytes) -> Reply:
-    """The reply in the body of a 200; `Passing` where there is none."""
+    """The reply in the body of a 200, with tokens of 0 and 0 if it says none; `Passing` where there is none."""
     try:
         completion = _DECODER.decode(data)
     except UNREADABLE as error:
@@ -230,9 +258,17 @@ def read_reply(data: bytes) -> Reply:
         raise Passing(f"the server broke the answer off ({choice.finish_reason})")
     content = choice.message.content
     text = content if isinstance(content, str) else "".join(str(p.get("text") or "") for p in content or ())
-    usage = completion.usage or _Usage()
     finish = _FINISH.get((choice.finish_reason or "").lower(), "blocked")
     if choice.message.refusal:
         text, finish = text or choice.message.refusal, "refused"
-    # A server's nonsense below zero would take from what a budget has counted.
-    return Reply(text, finish, (max(0, usage.prompt_tokens or 0), max(0, usage.completion_tokens or 0)))
+    return Reply(text, finish, _tokens_in(completion.usage))
+
+
+def _tokens_in(usage: msgspec.Raw) -> tuple[int, int]:
+    """What a server says about tokens is no part of the answer: what cannot be a count is as good as nothing."""
+    try:
+        found = _USAGE.decode(usage)
+    except UNREADABLE:
+        return 0, 0
+    prompt, completion = found.prompt_tokens, found.completion_tokens
+    return (prompt, completion) if 0 < prompt <= _MOST_TOKENS and 0 <= completion <= _MOST_TOKENS else (0, 0)

@@ -35,6 +35,7 @@ from intersafe.models.faults import error_of as error_of
 from intersafe.models.limits import TurnedAway
 from intersafe.models.quotas import Quota
 from intersafe.models.replicas import Replica, Replicas
+from intersafe.models.waits import Waits
 from intersafe.settings import Limits, Model
 
 _LARGE = 2**20  # bytes from which on a body is sent in pieces and let go of
@@ -86,11 +87,15 @@ class Service:
         scout: Question[Any],
         max_body: int,
         waiting: dict[str, str] | None = None,
+        may_send: Callable[[], None] | None = None,
     ) -> None:
         """POSTs to `<url><route>`; `say` is told when it goes away or comes back, `waiting` holds it that long.
 
-        `max_body` is in bytes.
+        `max_body` is in bytes; `may_send` raises `BudgetReached` from the moment on when no call may be sent.
         """
+        self._waits = Waits(may_send)
+        self._waiting = {} if waiting is None else waiting
+        self._is_told = False
         self._model, self._limits, self._say, self._scout, self._max_body = model, limits, say, scout, max_body
         self._group = Replicas(
             model.spec.urls,
@@ -121,6 +126,7 @@ class Service:
 
     async def aclose(self) -> None:
         """Closes the connections."""
+        await self._waits.aclose()
         await self._group.aclose()
         await self._session.close()
 
@@ -129,7 +135,11 @@ class Service:
         return [ReplicaState(r.url, not r.out, r.limiter.limit, r.limiter.in_flight) for r in self._group.all]
 
     async def ask(self, job: str, question: Question[A]) -> A:
-        """The outcome; waits out overload and outages, tries again what passes."""
+        """The outcome; waits out overload and outages, tries again what passes; `BudgetReached` at a limit."""
+        async with self._waits.ended_at_the_limit():
+            return await self._ask_until_answered(job, question)
+
+    async def _ask_until_answered(self, job: str, question: Question[A]) -> A:
         # By whether it was a passing fault: the replica that answered others right after one. A fault of the other sort
         # says nothing about this one: after a lapse of the key a single 500 is still the first of its tries.
         suspected: dict[bool, Replica] = {}
@@ -178,12 +188,14 @@ class Service:
             counted = 0.0
             try:
                 if self._quota.is_bound:
-                    counted = await self._quota.acquire(question.tokens())
+                    counted = await self._within_quota(question.tokens())
                     sent = asyncio.get_running_loop().time()
                     if replica.limiter.is_held or (replica.out and not stays):
                         self._quota.give_back(counted)
                         continue
-                outcome = await self._post(replica, question)
+                self._waits.check()
+                with self._waits.on_its_way():
+                    outcome = await self._post(replica, question)
             except Overloaded as error:
                 error.sent = sent
                 self._quota.settle(counted, 0, 0)
@@ -211,6 +223,24 @@ class Service:
             if counted and (used := question.used(outcome)):
                 self._quota.settle(counted, used, question.tokens())
             return outcome
+
+    async def _within_quota(self, tokens: int) -> float:
+        """Waits until the quota has room, and shows that it does; returns what was counted."""
+        quota, name = self._quota, f"the quota of {self._model.identity}"
+        if not self._is_told and quota.is_exceeded_by(tokens):
+            self._is_told = True
+            self._say(
+                f"{self._model.identity}: a request of about {tokens:,} tokens is more than its `tpm` allows "
+                f"({quota.words}); such requests go one at a time, with long pauses"
+            )
+        if quota.may_go(tokens):
+            return await quota.acquire(tokens)
+        self._waiting[name] = f"calls are held back by {quota.words}"
+        try:
+            return await quota.acquire(tokens)
+        finally:
+            if not quota.waiting:
+                self._waiting.pop(name, None)
 
     def _adopt(self, replica: Replica, fault: Overloaded) -> None:
         """Keeps to the limits that a 429 names from then on."""

@@ -42,9 +42,17 @@ class ImagesEndpoint:
     """One text-to-image model behind one or several URLs."""
 
     def __init__(
-        self, painter: Painter, limits: Limits, say: Callable[[str], None], waiting: dict[str, str] | None = None
+        self,
+        painter: Painter,
+        limits: Limits,
+        say: Callable[[str], None],
+        waiting: dict[str, str] | None = None,
+        may_send: Callable[[], None] | None = None,
     ) -> None:
-        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away."""
+        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
+
+        `may_send` raises `BudgetReached` from the moment on when no call may be sent.
+        """
         self.identity = painter.identity
         self._painter = painter
         hasty = painter if painter.steps is None else msgspec.structs.replace(painter, steps=1)
@@ -55,6 +63,7 @@ class ImagesEndpoint:
             msgspec.structs.replace(limits, timeout=painter.timeout),
             say,
             waiting=waiting,
+            may_send=may_send,
             scout=Question(lambda: small, self._painted, _blocked, _too_long),
             max_body=MAX_BODY,
         )

@@ -48,6 +48,8 @@ class Quota:
         self._requests = _Bucket(rpm) if rpm else None
         self._tokens = _Bucket(tpm) if tpm else None
         self._turn = asyncio.Lock()
+        self.waiting = 0
+        """Requests that it holds back."""
         self._ratio = 1.0
         self._settled = 0
 
@@ -67,17 +69,35 @@ class Quota:
 
     async def acquire(self, estimate: int) -> float:
         """Waits until a request of about so many tokens may go; returns the tokens that it was counted for."""
-        async with self._turn:
-            while True:
-                tokens = estimate * self._ratio
-                if (pause := self._pause(tokens)) <= 0:
-                    break
-                await asyncio.sleep(pause)
-            if self._requests:
-                self._requests.take(1)
-            if self._tokens:
-                self._tokens.take(tokens)
-            return tokens
+        self.waiting += 1
+        try:
+            async with self._turn:
+                while True:
+                    tokens = estimate * self._ratio
+                    if (pause := self._pause(tokens)) <= 0:
+                        break
+                    await asyncio.sleep(pause)
+                if self._requests:
+                    self._requests.take(1)
+                if self._tokens:
+                    self._tokens.take(tokens)
+                return tokens
+        finally:
+            self.waiting -= 1
+
+    @property
+    def words(self) -> str:
+        """The limits, as 60 requests and 100,000 tokens a minute."""
+        named = ((self._requests, "requests"), (self._tokens, "tokens"))
+        return " and ".join(f"{bucket.limit:,} {what}" for bucket, what in named if bucket) + " a minute"
+
+    def is_exceeded_by(self, estimate: int) -> bool:
+        """True if one request of about so many tokens is more than a minute has."""
+        return self._tokens is not None and estimate * self._ratio > self._tokens.limit
+
+    def may_go(self, estimate: int) -> bool:
+        """True if such a request need not wait."""
+        return not self.waiting and self._pause(estimate * self._ratio) <= 0
 
     def _pause(self, tokens: float) -> float:
         by_requests = self._requests.seconds_until(1) if self._requests else 0.0

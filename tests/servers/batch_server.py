@@ -68,8 +68,8 @@ def fingerprint(body: Body) -> str:
 
 
 @contextlib.contextmanager
-def batch_server(step: StepHook | None = None, line: LineHook | None = None) -> Iterator[Provider]:
-    """Serves `scripted:demo` through batches on a free port in a thread until the block ends."""
+def batch_server(step: StepHook | None = None, line: LineHook | None = None, port: int = 0) -> Iterator[Provider]:
+    """Serves `scripted:demo` through batches in a thread until the block ends; on a free port unless one is given."""
     provider = Provider()
     desk = _Desk(provider, step or (lambda *_: None), line or (lambda *_: "answer"))
     loop = asyncio.new_event_loop()
@@ -85,7 +85,7 @@ def batch_server(step: StepHook | None = None, line: LineHook | None = None) -> 
         app.router.add_post("/v1/batches/{id}/cancel", desk.cancel)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=512)
+        site = web.TCPSite(runner, "127.0.0.1", port, backlog=512)
         await site.start()
         provider.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
         started.set()
