@@ -1,8 +1,9 @@
 """The command line: the only room that knows the terminal.
 
 Each command imports its module when it runs, so that `--help` answers at once. Results go to stdout, talk to stderr.
-Exit codes: 0 done, 2 bad input (one line, nothing written), 3 seeds exhausted or version taken, 4 service gone or disk
-full (resumable), 5 a budget is reached (resumable), 130 stopped by Ctrl-C or SIGTERM (resumable).
+Exit codes: 0 done, 1 `doctor` found something to mend, 2 bad input (one line, nothing written), 3 seeds exhausted or
+version taken, 4 service gone or disk full (resumable), 5 a budget is reached (resumable), 130 stopped by Ctrl-C or
+SIGTERM (resumable).
 """
 
 import io
@@ -16,6 +17,7 @@ from typing import Any
 
 import click
 
+from intersafe.cli_doctor import doctor
 from intersafe.cli_generate import estimate, generate, regate
 from intersafe.cli_inputs import prompts, seeds
 from intersafe.cli_release import diff, package, pull, push
@@ -177,7 +179,7 @@ def stats(
 
 # --- of other rooms ---------------------------------------------------------------------------------------------------
 
-for command in (package, push, pull, diff, seeds, prompts):
+for command in (package, push, pull, diff, seeds, prompts, doctor):
     main.add_command(command)
 
 
