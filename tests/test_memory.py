@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = """
-import asyncio, io, os, resource, sys
+import asyncio, io, os, sys
 from pathlib import Path
 from aiohttp import web
 from PIL import Image
@@ -23,7 +23,9 @@ def image(number):
     return store.put(normalise(buffer.getvalue(), at=number))
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # Not `ru_maxrss`: a child takes over its parent's, and the parent of this one is large.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
 
 async def main():
     waiting, all_here = 0, asyncio.Event()
@@ -46,7 +48,7 @@ async def main():
     await site.start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     images = [image(number) for number in range(24)]
-    model = EndpointModel(Member(model=f"openai:x@{url}"), Limits(), store, print)
+    model = EndpointModel(Member(model=f"openai:x@{url}"), Limits(), store, lambda text: None)
     before = peak()
     calls = [
         Call("judge", "", (Message("user", "hi", tuple(images[(3 * n + k) % 24] for k in range(3))),),
@@ -66,4 +68,4 @@ def test_96_requests_with_large_images_wait_for_their_answers_without_holding_th
     words = [sys.executable, "-c", SCRIPT, str(tmp_path / "images")]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     # 96 bodies of 6 MB would be 600 MB and more; eight on their way, their parts and the cache of 32 MB are not.
-    assert int(done.stdout) < 300
+    assert 20 < int(done.stdout) < 300
