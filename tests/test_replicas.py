@@ -1,8 +1,8 @@
 """Several replicas over real HTTP: the lost and the slow are taken out, answered for by the others, and come back."""
 
 import asyncio
-import re
 import contextlib
+import re
 import socket
 from collections import Counter
 from collections.abc import Sequence
