@@ -27,7 +27,7 @@ test: .venv/ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 # An environment of its own: torch is large, and torchvision, which others bring, breaks with some builds of it.
 T2I := .venv-t2i
