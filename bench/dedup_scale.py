@@ -30,7 +30,7 @@ from dedup_quality import Messages
 from intersafe.gate_settings import DuplicateSettings
 from intersafe.gates.chain import Chain
 from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, signature_of
-from intersafe.generate import _accepted, _remember
+from intersafe.generate import _remember
 from intersafe.journal import lines_of
 from intersafe.outcomes import outcome_row
 from intersafe.prepare import values_of
@@ -189,7 +189,7 @@ def parts(run: Run) -> Iterator[tuple[str, float]]:
 
     yield "lines read", spent(lines_of(run.path / "dialogues.jsonl"))
     yield "rows decoded twice, as before", spent(run.dialogues())
-    yield "rows decoded once", spent(_accepted(run))
+    yield "rows decoded once", spent(run.dialogues())
     some = list(run.dialogues())
     funnel, gates = Funnel(), chain()
     yield "funnel", spent(map(funnel.count, some))

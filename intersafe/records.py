@@ -4,7 +4,7 @@ Every value goes to plain JSON types with `to_row` and comes back with `from_row
 `<sha256>.<ext>`; its bytes live in the image store. `ROW_VERSION` is written with every row and checked on reading.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -302,7 +302,27 @@ def to_row(record: msgspec.Struct) -> dict[str, Any]:
 
 def from_row(row: dict[str, Any], kind: type[R]) -> R:
     """The record of a row; raises `ValueError` for a row of another version or shape."""
-    version = row.get("v")
+    _check_version(row.get("v"))
+    return msgspec.convert({name: value for name, value in row.items() if name != "v"}, kind)
+
+
+def row_decoder(kind: type[R]) -> Callable[[bytes], R]:
+    """`from_row` for many lines of JSON, without a dictionary between: half the time. Raises as it does."""
+    if kind.__struct_config__.forbid_unknown_fields:  # the version is no field of theirs
+        return lambda line: from_row(msgspec.json.decode(line, type=dict[str, Any]), kind)
+    version, record = msgspec.json.Decoder(_Version), msgspec.json.Decoder(kind)
+
+    def decode(line: bytes) -> R:
+        _check_version(version.decode(line).v)
+        return record.decode(line)
+
+    return decode
+
+
+class _Version(msgspec.Struct):
+    v: Any = None
+
+
+def _check_version(version: object) -> None:
     if version != ROW_VERSION:
         raise ValueError(f"row version {version!r}, this intersafe reads {ROW_VERSION}")
-    return msgspec.convert({name: value for name, value in row.items() if name != "v"}, kind)

@@ -24,7 +24,7 @@ from intersafe.budget import prices_of
 from intersafe.errors import InputError
 from intersafe.journal import Entry, RoleTally, entries_of, lines_of, tally
 from intersafe.outcomes import LINES, count_sound, files_of
-from intersafe.records import Dialogue, Ended, RefusalSample, Seed, from_row
+from intersafe.records import Dialogue, Ended, RefusalSample, Seed, row_decoder
 from intersafe.settings import Price, Recipe, digest_of
 
 RUNS = Path("outputs")
@@ -221,9 +221,10 @@ class Run:
             yield from self._rows(name, Ended)
 
     def _rows(self, name: str, kind: type[Any]) -> Iterator[Any]:
+        decode = row_decoder(kind)
         for number, (_, line) in enumerate(lines_of(self.path / name), 1):
             try:
-                yield from_row(msgspec.json.decode(line, type=dict[str, Any]), kind)
+                yield decode(line)
             except (msgspec.DecodeError, ValueError, RecursionError) as error:
                 raise InputError(
                     f"not a row: {error}",
