@@ -37,7 +37,9 @@ def load_recipe(path: str | Path) -> Recipe:
         recipe = msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
         raise _misfit(error, path, lines, raw) from None
-    return check_recipe(_with_paths(recipe, path.resolve().parent), path, lines)
+    recipe = check_recipe(_with_paths(recipe, path.resolve().parent), path, lines)
+    check_served(recipe, path, lines)
+    return recipe
 
 
 def _with_paths(recipe: Recipe, here: Path) -> Recipe:
@@ -50,7 +52,13 @@ def _with_paths(recipe: Recipe, here: Path) -> Recipe:
     if recipe.refusals:
         groups = {name: replace(group, seeds=absolute(group.seeds)) for name, group in recipe.refusals.groups.items()}
         recipe = replace(recipe, refusals=replace(recipe.refusals, groups=groups))
-    return replace(recipe, seeds=absolute(recipe.seeds), prompts=absolute((recipe.prompts,))[0])
+    serve = {name: replace(engine, path=_weights(engine.path, here)) for name, engine in recipe.serve.items()}
+    return replace(recipe, seeds=absolute(recipe.seeds), prompts=absolute((recipe.prompts,))[0], serve=serve)
+
+
+def _weights(path: str, here: Path) -> str:
+    """A folder of weights by its absolute path; a name of the Hub as it is."""
+    return os.path.normpath(here / Path(path).expanduser()) if path.startswith((".", "/", "~")) else path
 
 
 _HINTS = {
@@ -136,6 +144,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
             what = f"{name}: min {drawn.min}, mean {drawn.mean}, max {drawn.max}"
             yield f"$.{name}", InputError(what, remedy="the mean lies between min and max")
     yield from _cast_contradictions(recipe)
+    yield from _serve_contradictions(recipe)
     yield from _line_contradictions(recipe)
 
 
@@ -167,6 +176,38 @@ def _batch_problem(member: Member) -> tuple[str, str] | None:
     if member.send_images != "data":
         return f"`batch: true` with send_images {member.send_images!r}", "a provider reads `data` alone: drop it"
     return None
+
+
+_SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
+
+
+def _serve_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
+    """Engines that cannot be what the cast needs."""
+    for name, engine in recipe.serve.items():
+        here, where = f"serve.{name}", f"$.serve.{name}"
+        specs = [model.spec for model in recipe.cast.models.values() if model.spec.model == name]
+        if engine.images is not None and engine.images < recipe.most_images:
+            what = f"{here}: images {engine.images}, and a request can have {recipe.most_images}"
+            yield f"{where}.images", InputError(what, remedy="raise it, or leave it out; or lower `images.max`")
+        for variable in filter(_SECRET.search, engine.env):
+            what = f"{here}: {variable} in `env` would be written into every run"
+            yield f"{where}.env", InputError(what, remedy="export it: engines have the environment of intersafe")
+        urls = {url for spec in specs for url in spec.urls}
+        if len(engine.gpus) not in (0, len(urls)) and urls:
+            what = f"{here}: {len(engine.gpus)} entries of gpus for {len(urls)} URLs in the cast"
+            yield f"{where}.gpus", InputError(what, remedy="one entry for each URL, as '0,1'")
+        if specs and not urls and (engine.gpus or engine.data_parallel > 1 or engine.command):
+            what = f"{here}: gpus, data_parallel and command are a server's, and {name!r} runs in this process"
+            yield where, InputError(what, remedy=f"drop them, or serve it: vllm:{name}@http://localhost:8000/v1")
+
+
+def check_served(recipe: Recipe, at: object, lines: Mapping[str, int]) -> None:
+    """`InputError` for an entry of `serve` that is no model of the cast."""
+    known = sorted({model.spec.model for model in recipe.cast.models.values() if model.spec.backend != "scripted"})
+    for name in recipe.serve:
+        if name not in known:
+            what = f"serve: no model {name!r} in the cast" + nearest(name, known)
+            raise InputError(what, at=at, line=lines.get(f"$.serve.{name}"), remedy="mend the name, or drop the entry")
 
 
 def _line_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from intersafe.engine_settings import Engine
 from intersafe.gate_settings import DuplicateSettings, Gates
 from intersafe.sections import Dollars, Natural, Parallel, Positive, Score, Section, Share
 from intersafe.specs import PAINTERS, Spec, parse_spec
@@ -260,6 +261,19 @@ class Recipe(Section, frozen=True):
     refusals: Refusals | None = None
     gates: Gates = Gates()
     limits: Limits = Limits()
+    serve: dict[str, Engine] = msgspec.field(default_factory=dict)
+    """How models are put up, by their names in the cast: by `intersafe serve`, or in this process."""
+
+    @property
+    def most_images(self) -> int:
+        """Most images of one request: those of a dialogue, or the two that the judge compares."""
+        compared = 2 if self.clean and self.clean.judge_distance is not None else 1
+        return max(self.images.max if self.cast.painter else 1, compared)
+
+    def engine(self, name: str) -> Engine:
+        """The engine of a model, with what the recipe leaves to it."""
+        engine = self.serve.get(name, Engine())
+        return engine if engine.images is not None else msgspec.structs.replace(engine, images=self.most_images)
 
     @property
     def seed_paths(self) -> list[Path]:
@@ -270,7 +284,7 @@ class Recipe(Section, frozen=True):
     def outcome(self) -> dict[str, Any]:
         """The part that decides what a run holds, as plain values; seeds and prompts are digested by their content."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
-        for name in ("name", "n", "limits", "seeds", "prompts"):
+        for name in ("name", "n", "limits", "seeds", "prompts", "serve"):
             del plain[name]
         plain["cast"] = {name: _outcome_of(member) for name, member in self.cast.models.items()}
         for group in plain["refusals"]["groups"].values() if self.refusals else ():

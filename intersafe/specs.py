@@ -8,8 +8,10 @@ from urllib.parse import urlsplit
 from intersafe.errors import InputError
 from intersafe.sections import nearest
 
-BACKENDS = ("scripted", "openai")
+BACKENDS = ("scripted", "openai", "vllm", "transformers")
 PAINTERS = ("scripted", "openai", "diffusers")
+SERVED = ("openai", "vllm")
+"""Backends that may name URLs: any OpenAI-compatible server, and vLLM's own."""
 OPENAI_URL = "https://api.openai.com/v1"
 
 
@@ -40,7 +42,7 @@ def parse_spec(text: str, backends: tuple[str, ...] = BACKENDS) -> Spec:
         raise InputError(f"model spec of {model!r}: an @ inside a URL", remedy="a secret goes into the `key` variable")
     if not model or "://" in model or not model.isprintable() or " " in model:
         raise InputError(f"model spec {text!r}: {model!r} is no model's name", remedy="write backend:model[@url]")
-    if backend != "openai" and urls:
+    if backend not in SERVED and urls:
         raise InputError(f"model spec {text!r}: a {backend} model has no URL", remedy="drop what follows the @")
     for url in urls:
         if not _is_base_url(url):

@@ -10,7 +10,7 @@ import intersafe
 PACKAGE = Path(intersafe.__file__).parent
 FLOORS: dict[str, int] = {
     "errors": 0, "records": 0, "taxonomy": 0,
-    "files": 1, "sections": 1, "specs": 1, "gate_settings": 1, "settings": 1,
+    "files": 1, "sections": 1, "specs": 1, "gate_settings": 1, "engine_settings": 1, "settings": 1,
     "recipe": 1, "budget": 1, "prompt_roles": 1, "templates": 1, "replies": 1, "images": 1,
     "journal": 1, "messages": 1, "refusal_texts": 1, "outcomes": 1, "owners": 1, "locks": 1, "runs": 1, "jobs": 1,
     "models": 2,

@@ -1,5 +1,6 @@
 """What can come back in place of a reply, as exceptions of few kinds, and what the user can do about each."""
 
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -98,3 +99,16 @@ def remedy_for(fault: Fault, model: Model) -> str:
         return "settle that with the account or the proxy"
     name = model.spec.model
     return f"check the URL and the model's name {name!r}" if 0 < fault.status < 500 else "bring it back"
+
+
+_TOO_LONG = re.compile(
+    r"context_length_exceeded|string_above_max_length|maximum (?:context|model|sequence) length"
+    r"|context window|exceeds? (?:the )?(?:model's )?(?:max(?:imum)? )?(?:context|sequence) (?:length|size)"
+    r"|input is too long|prompt is too long|longer than the (?:maximum )?(?:model|context)",
+    re.IGNORECASE,
+)
+
+
+def is_too_long(words: str) -> bool:
+    """True if a server or a library says that a prompt does not fit into the model's context."""
+    return bool(_TOO_LONG.search(words))

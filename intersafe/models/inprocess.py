@@ -1,0 +1,255 @@
+"""A model library in this process: one thread owns it, and calls come and go singly, so that its batch stays full.
+
+What the thread drives is a `Library` (`vllm.py`, `transformers.py`). One that cannot be loaded is an `InputError` of
+the first call; one that dies is a `ServiceGone` of every call that waits for it, and the run can be gone on with.
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from intersafe.engine_settings import Engine
+from intersafe.errors import CallFailed, IntersafeError, JobEnded, ServiceGone
+from intersafe.images import ImageStore
+from intersafe.models import Call, Reply, Sampling
+from intersafe.models.faults import is_too_long
+from intersafe.models.gauges import Sample
+from intersafe.models.waits import Waits
+from intersafe.records import Message
+from intersafe.replies import Schema
+from intersafe.settings import Member
+
+_LOADING = threading.RLock()
+"""Held while a library loads: they measure free memory and switch settings of the whole process as they do so."""
+
+
+class Asked(NamedTuple):
+    """One call as a library takes it."""
+
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    schema: Schema | None
+    extra: dict[str, Any]
+    images: ImageStore
+
+
+class Library(Protocol):
+    """What the thread drives; all but `sample` runs in that thread alone."""
+
+    @property
+    def is_busy(self) -> bool:
+        """True while something that was taken in is not ended."""
+        ...
+
+    def add(self, number: int, asked: Asked) -> None:
+        """Takes a call in; `JobEnded` where the engine will not have this one."""
+        ...
+
+    def step(self) -> Iterable[tuple[int, Reply | JobEnded]]:
+        """Goes on with all that was taken in; those that ended."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Nobody waits for that call any longer."""
+        ...
+
+    def sample(self) -> Sample | None:
+        """What the engine says about itself; None where it says nothing."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the device."""
+        ...
+
+
+Load = Callable[[], Library]
+
+
+def refused(error: Exception) -> CallFailed:
+    """What a library that will not have one conversation means for its job."""
+    words = " ".join(str(error).split())[:300]
+    return CallFailed("engine", "too_long" if is_too_long(words) else "bad_request", words)
+
+
+def one_line(error: BaseException) -> str:
+    """The first words of an error, with its kind."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+@dataclass(frozen=True)
+class _Ask:
+    number: int
+    asked: Asked
+    answered: "asyncio.Future[Reply]"
+
+
+class EngineThread:
+    """One engine and the calls that it works on."""
+
+    def __init__(
+        self,
+        name: str,
+        load: Load,
+        concurrency: int,
+        waiting: dict[str, str],
+        may_send: Callable[[], None] | None,
+    ) -> None:
+        """Begins to load. Needs a running event loop; `waiting` says by name that it loads as long as it does.
+
+        `concurrency`: most calls that the engine has at once. `may_send` raises `BudgetReached` when none may be sent.
+        """
+        self.name = name
+        self._loop = asyncio.get_running_loop()
+        self._waits, self._places = Waits(may_send), asyncio.Semaphore(concurrency)
+        self._orders: queue.SimpleQueue[_Ask | int | None] = queue.SimpleQueue()
+        self._asked: dict[int, asyncio.Future[Reply]] = {}
+        self._count, self._waiting = 0, waiting
+        self._library: Library | None = None
+        self._ended: IntersafeError | None = None
+        self._is_loaded = asyncio.Event()
+        waiting[name] = "it loads"
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._worker.submit(self._work, load).add_done_callback(self._end)
+
+    async def answer(self, asked: Asked) -> Reply:
+        """The reply; `CallFailed` if the engine will not have the call, `ServiceGone` if there is no engine."""
+        async with self._waits.ended_at_the_limit():
+            await self._is_loaded.wait()
+            async with self._places:
+                self._waits.check()
+                with self._waits.on_its_way():
+                    return await self._ask(asked)
+
+    async def _ask(self, asked: Asked) -> Reply:
+        if self._ended:
+            raise self._ended
+        self._count += 1
+        number = self._count
+        answered: asyncio.Future[Reply] = self._loop.create_future()
+        self._asked[number] = answered
+        self._orders.put(_Ask(number, asked, answered))
+        try:
+            return await answered
+        finally:
+            if self._asked.pop(number, None) and not (answered.done() and not answered.cancelled()):
+                self._orders.put(number)
+
+    def sample(self) -> Sample | None:
+        """What the engine says about itself; None while it loads, or where it says nothing."""
+        return self._library.sample() if self._library and not self._ended else None
+
+    async def aclose(self) -> None:
+        """Lets go of the engine once the step that is under way has ended."""
+        await self._waits.aclose()
+        self._orders.put(None)
+        await asyncio.to_thread(self._worker.shutdown, wait=True)
+        self._waiting.pop(self.name, None)
+
+    # --- in the thread -----------------------------------------------------------------------------------------------
+
+    def _work(self, load: Load) -> None:
+        with _LOADING:
+            library = load()
+        try:
+            self._tell(self._loaded, library)
+            while self._take_in(library):
+                if library.is_busy:
+                    for number, outcome in library.step():
+                        self._tell(self._settle, number, outcome)
+        finally:
+            library.close()
+
+    def _take_in(self, library: Library) -> bool:
+        """Hands all that waits over, and waits for something where the engine has nothing to do; False: no more."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                order = self._orders.get(block=not library.is_busy)
+                if order is None:
+                    return False
+                if isinstance(order, int):
+                    library.drop(order)
+                    continue
+                if order.answered.cancelled():
+                    continue
+                try:
+                    library.add(order.number, order.asked)
+                except JobEnded as error:
+                    self._tell(self._settle, order.number, error)
+        return True
+
+    def _end(self, done: "Future[None]") -> None:
+        """The thread is at its end, whatever brought it there."""
+        if error := done.exception():
+            self._tell(self._fail, error)
+
+    def _tell(self, act: Callable[..., None], *values: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any longer
+            self._loop.call_soon_threadsafe(act, *values)
+
+    # --- in the event loop -------------------------------------------------------------------------------------------
+
+    def _loaded(self, library: Library) -> None:
+        self._library = library
+        self._waiting.pop(self.name, None)
+        self._is_loaded.set()
+
+    def _settle(self, number: int, outcome: Reply | JobEnded) -> None:
+        answered = self._asked.get(number)
+        if answered is None or answered.done():
+            return
+        if isinstance(outcome, JobEnded):
+            answered.set_exception(outcome)
+        else:
+            answered.set_result(outcome)
+
+    def _fail(self, error: BaseException) -> None:
+        if not isinstance(error, IntersafeError):
+            error = ServiceGone(
+                f"the engine of {self.name} died ({one_line(error)}); run the same command again: nothing is lost"
+            )
+        self._ended = error
+        self._waiting.pop(self.name, None)
+        self._is_loaded.set()
+        for answered in self._asked.values():
+            if not answered.done():
+                answered.set_exception(error)
+
+
+class InProcessModel:
+    """One member of the cast on an engine of this process, which others may share."""
+
+    def __init__(self, member: Member, images: ImageStore, thread: EngineThread) -> None:
+        self.identity = member.identity
+        self.thread = thread
+        self._member, self._images = member, images
+
+    async def answer(self, call: Call) -> Reply:
+        """The reply, as soon as the engine has it."""
+        schema = call.schema if self._member.json_schema else None
+        return await self.thread.answer(Asked(call.messages, call.sampling, schema, self._member.extra, self._images))
+
+    async def aclose(self) -> None:
+        """Lets go of the engine."""
+        await self.thread.aclose()
+
+
+def weights_of(name: str, engine: Engine) -> str:
+    """Folder or Hub name of a model's weights."""
+    return str(Path(engine.path).expanduser()) if engine.path else name
+
+
+def config_of(weights: str) -> dict[str, Any] | None:
+    """The `config.json` of a folder of weights; None where they are no folder, or have none that can be read."""
+    try:
+        config = msgspec.json.decode((Path(weights) / "config.json").read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return None
+    return config if isinstance(config, dict) else None
