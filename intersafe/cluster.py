@@ -112,6 +112,13 @@ def check_recipe(recipe: Recipe) -> None:
             at="cast.painter",
             remedy="serve it over HTTP: docs/images.md",
         )
+    for role, member in recipe.cast.members.items():
+        if member.in_process:
+            raise InputError(
+                f"{member.spec.model!r} in process does not go with --ray",
+                at=f"cast.{role}",
+                remedy=f"serve it: vllm:{member.spec.model}@http://host:8000/v1, docs/engines.md",
+            )
     if any(member.batch for member in recipe.cast.members.values()):
         raise InputError(
             "`batch: true` does not go with --ray", at="cast", remedy="drop one: a batch needs no more than one core"

@@ -14,6 +14,7 @@ from typing import Protocol
 from intersafe.budget import Budget
 from intersafe.errors import BudgetReached, IntersafeError, JobEnded, ServiceGone
 from intersafe.journal import GroupWriter, Journal
+from intersafe.models.faults import hint_for
 from intersafe.outcomes import outcome_row
 from intersafe.records import Dialogue, Ended, Job, Reason, RefusalJob, RefusalSample
 from intersafe.runs import Funnel
@@ -313,7 +314,8 @@ class Conductor:
         last = failed[-1]
         return ServiceGone(
             f"{len(failed)} jobs in a row failed, the last one with {last.stage} {last.reason} ({last.detail}); "
-            "mend the server, the key or the recipe, then run the same command again: none of them is decided yet"
+            f"{hint_for(last.detail) or 'mend the server, the key or the recipe'}, "
+            "then run the same command again: none of them is decided yet"
         )
 
     def _through_gates(self, outcome: Outcome) -> Outcome | Ended:

@@ -217,7 +217,9 @@ class _Session:
             return
         waiting: dict[str, str] = {}
         may_send = budget.check if budget.is_bound else None
-        models = open_models(recipe.cast, recipe.limits, images, say, path / "batches", waiting, may_send)
+        models = open_models(
+            recipe.cast, recipe.limits, images, say, path / "batches", waiting, may_send, recipe.engine
+        )
         drawing = recipe.cast.painter
         painter = open_painter(drawing, recipe.limits, say, waiting, may_send) if drawing else None
         older_images = ImageStore(older / "images") if older else None

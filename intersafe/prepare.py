@@ -54,7 +54,7 @@ def prepare(recipe: Recipe, run: Path | None = None) -> Prepared:
     before = _known(run) if run else {}
     known = dict(before)
     prompts = load_prompts(Path(recipe.prompts), recipe.strategies, needed_by(recipe), alone=True)
-    check_cast(recipe.cast)
+    check_cast(recipe.cast, recipe.engine)
     seeds = load_seeds(recipe.seed_paths, known)
     files, groups, digests, excluded = dict(seeds.files), {}, [seeds.digest], list(seeds.excluded)
     if recipe.refusals:
@@ -71,6 +71,8 @@ def prepare(recipe: Recipe, run: Path | None = None) -> Prepared:
             files |= found.files
             digests.append(found.digest)
             excluded += found.excluded
+    if files or recipe.cast.painter:
+        _check_sight(recipe)
     values = values_of(recipe, seeds.seeds)
     manifest = Manifest(
         name=recipe.name,
@@ -85,6 +87,17 @@ def prepare(recipe: Recipe, run: Path | None = None) -> Prepared:
     if before and run and not _is_made_from(run, manifest.seeds):  # the seeds changed, or the cache is damaged
         return prepare(recipe)
     return Prepared(recipe, prompts, seeds, groups, files, values, manifest, known)
+
+
+def _check_sight(recipe: Recipe) -> None:
+    """`InputError` where a model that runs here is one of text alone; a server's eyes are looked at by `doctor`."""
+    for role, member in recipe.cast.members.items():
+        if member.in_process:
+            from intersafe.models.engines import is_blind
+
+            if is_blind(member, recipe.engine(member.spec.model)):
+                what = f"cast.{role}: {member.spec.model!r} cannot see images, and this recipe sends some"
+                raise InputError(what, remedy="name a vision-language model, or seeds without images and no painter")
 
 
 def _is_made_from(run: Path, seeds: str) -> bool:

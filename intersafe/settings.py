@@ -77,6 +77,11 @@ class Member(Model, frozen=True):
     send_images: Literal["data", "file", "uuid"] = "data"
     """As data URIs; as `file://` paths that the server can read; or once as a data URI, then by vLLM's `uuid`."""
 
+    @property
+    def in_process(self) -> bool:
+        """True where a library of this process answers, and no server."""
+        return self.spec.backend in ("vllm", "transformers") and not self.spec.urls
+
 
 class Painter(Model, frozen=True):
     """A text-to-image model: `scripted:name`, `openai:model@url` (the Images API), or `diffusers:path` in process."""

@@ -29,6 +29,12 @@ def losses(ended: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {place}" for place, number in lost) or "none was lost"
 
 
+def _too_long(ended: Mapping[str, int]) -> bool:
+    """True if most jobs that were lost did not fit into a model's context."""
+    lost = sum(number for place, number in ended.items() if place.endswith(" too_long"))
+    return 2 * lost > sum(ended.values())
+
+
 def _place(ended: Ended) -> str:
     return f"{ended.kind} {ended.stage} {ended.reason}"
 
@@ -38,15 +44,16 @@ def what_to_change(conductor: Conductor, short: list[str]) -> str:
     funnel, drought = conductor.funnel, conductor.drought
     kept = f"{funnel.accepted} of {conductor.line.wanted} dialogues were kept ({losses(funnel.ended)})"
     cells = "; ".join(short[:3])
+    mend = "raise `max_model_len` in `serve` or lower `turns.max`" if _too_long(funnel.ended) else ""
     if drought.lasting:
         where = f" that the quotas had room for were lost: {cells}" if cells else " were all lost"
         return (
             f"{kept}, and the last {drought.lost} jobs{where}; "
-            "mend what loses them, or loosen the gates, in a new --run with --reuse"
+            f"{mend or 'mend what loses them, or loosen the gates'}, in a new --run with --reuse"
         )
     return (
         f"all {conductor.jobs} jobs are used up and {kept}" + (f"; below quota: {cells}" if cells else "") + "; "
-        "raise `samples`, add seeds or strategies, or loosen the gate that rejects most, in a new --run"
+        f"{mend or 'raise `samples`, add seeds or strategies, or loosen the gate that rejects most'}, in a new --run"
     )
 
 

@@ -134,7 +134,7 @@ class Worker:
         _check_versions(setup.versions)
         root, recipe, manifest = Path(setup.run), setup.recipe, setup.manifest
         _check_directory(root, setup)
-        check_cast(recipe.cast)
+        check_cast(recipe.cast, recipe.engine)
         prompts = load_prompts(root / "prompts", recipe.strategies, needed_by(recipe), alone=True)
         if dict(prompts.hashes) != manifest.prompts:
             raise InputError("prompts differ from the driver's", at=root / "prompts", remedy="mount the same directory")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 from msgspec import structs
 
+from intersafe.engine_settings import Engine
 from intersafe.errors import InputError
 from intersafe.images import ImageStore
 from intersafe.records import Finish, Message
@@ -116,14 +117,20 @@ def open_models(
     folder: Path | None = None,
     waiting: dict[str, str] | None = None,
     may_send: Callable[[], None] | None = None,
+    engine_of: Callable[[str], Engine] = lambda _: Engine(),
 ) -> dict[str, ChatModel]:
     """One model for each member of the cast; members with the same settings share one. Needs a running event loop.
 
     `folder` keeps the batches of members with `batch: true`; no other process may use it. `waiting` holds why a service
     is away for as long as it is. `may_send` raises `BudgetReached` from the moment on when no call may be sent.
+    `engine_of` is how a model is put up that runs in this process (`Recipe.engine`).
     """
     shared: dict[str, ChatModel] = {}
     members = list(cast.members.values())
+    if any(member.in_process for member in members):
+        from intersafe.models.engines import open_engines
+
+        shared = open_engines(members, _same, images, {} if waiting is None else waiting, may_send, engine_of)
     if lanes := _lanes(cast, limits, say, folder, waiting, may_send):
         for member in members:
             if member.batch:
@@ -224,8 +231,11 @@ def open_painter(
     return ImagesEndpoint(painter, limits, say, waiting, may_send)
 
 
-def check_cast(cast: Cast) -> None:
-    """`InputError` for a key variable not set, an unknown scripted name, no diffusers library; contacts nobody."""
+def check_cast(cast: Cast, engine_of: Callable[[str], Engine] = lambda _: Engine()) -> None:
+    """`InputError` for a key variable not set, an unknown scripted name, a library or weights that are not there.
+
+    Contacts nobody and loads nothing.
+    """
     for role, member in cast.models.items():
         if member.key and not os.environ.get(member.key):
             raise InputError(
@@ -241,6 +251,10 @@ def check_cast(cast: Cast) -> None:
             from intersafe.models.diffusers import check_diffusers
 
             check_diffusers()
+        elif isinstance(member, Member) and member.in_process:
+            from intersafe.models.engines import check_engine
+
+            check_engine(role, member, engine_of(member.spec.model))
         elif member.spec.backend == "scripted" and role == "painter":
             from intersafe.models.scripted_painter import check_painter_name
 

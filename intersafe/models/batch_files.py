@@ -20,12 +20,12 @@ from typing import BinaryIO
 
 import msgspec
 
-from intersafe.errors import CallFailed, InputError
+from intersafe.errors import InputError
 from intersafe.files import write_whole
 from intersafe.journal import entries_of, lines_of
 from intersafe.models import Reply
 from intersafe.models.endpoint import read_reply
-from intersafe.models.faults import FILTERED, UNREADABLE, Passing, error_of
+from intersafe.models.faults import FILTERED, UNREADABLE, Passing, error_of, refusal_of
 
 LINGER = 60.0
 """Seconds from the moment the last result of a file was taken until it is deleted: by then the journal is synced."""
@@ -257,4 +257,4 @@ def reply_in(line: bytes) -> Reply:
         return Reply("", "blocked")
     if status in _PASSING or status < 400 or status >= 500:
         raise Passing(what or "no answer")
-    raise CallFailed("endpoint", "bad_request", what)
+    raise refusal_of(what)

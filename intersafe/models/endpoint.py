@@ -12,7 +12,7 @@ import msgspec
 
 from intersafe.images import ImageStore
 from intersafe.models import Call, Reply
-from intersafe.models.faults import UNREADABLE, Passing
+from intersafe.models.faults import UNREADABLE, Passing, is_about_schema
 from intersafe.models.http import Question, ReplicaState, Service
 from intersafe.records import Finish, Message
 from intersafe.settings import Limits, Member
@@ -79,6 +79,7 @@ class EndpointModel:
         self.identity = member.identity
         self._member, self._images, self._say = member, images, say
         self._is_counting = False
+        self._refuses_schemas = False
         self._known: dict[str, dict[str, None]] = {url: {} for url in member.spec.urls}
         hello = {"model": member.spec.model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
         small = msgspec.json.encode(hello | member.extra)
@@ -103,21 +104,47 @@ class EndpointModel:
 
     async def answer(self, call: Call) -> Reply:
         """The reply; waits out overload and outages, tries again what passes."""
-        if self._member.send_images == "uuid":
-            return await self._answer_by_uuid(call)
-        part = self._as_file if self._member.send_images == "file" else self._as_data
-        return await self._service.ask(
-            call.job,
-            Question(
-                lambda: chat_body(self._member, call, part),
-                lambda data: self._counted(call, read_reply(data)),
-                _blocked,
-                tokens=lambda: _about(call),
-                used=lambda reply: _used(call, reply),
-            ),
-        )
+        if self._refuses_schemas or not self._member.json_schema:
+            call = msgspec.structs.replace(call, schema=None)
+        with_schema, refused = call, ""
 
-    async def _answer_by_uuid(self, call: Call) -> Reply:
+        def amend(error: Exception) -> bool:
+            """The same without its schema, where the server may not know what that is."""
+            nonlocal call, refused
+            if call.schema is None or not is_about_schema(error):
+                return False
+            call, refused = msgspec.structs.replace(call, schema=None), str(error)
+            return True
+
+        def body(part: Callable[[str], Part]) -> bytes:
+            return chat_body(self._member, call, part)
+
+        if self._member.send_images == "uuid":
+            reply = await self._answer_by_uuid(with_schema, body, amend)
+        else:
+            part = self._as_file if self._member.send_images == "file" else self._as_data
+            reply = await self._service.ask(
+                call.job,
+                Question(
+                    lambda: body(part),
+                    lambda data: self._counted(with_schema, read_reply(data)),
+                    _blocked,
+                    amend=amend,
+                    tokens=lambda: _about(with_schema),
+                    used=lambda reply: _used(with_schema, reply),
+                ),
+            )
+        if refused and not self._refuses_schemas:
+            self._refuses_schemas = True
+            self._say(
+                f"{self.identity} refuses JSON schemas ({refused}): from now on the prompt alone asks for JSON; "
+                "`json_schema: false` in the recipe says so from the start"
+            )
+        return reply
+
+    async def _answer_by_uuid(
+        self, call: Call, body: Callable[[Callable[[str], Part]], bytes], schemaless: Callable[[Exception], bool]
+    ) -> Reply:
         known: dict[str, None] = {}
         refs = dict.fromkeys(ref for message in call.messages for ref in message.images)
         whole, omitted = False, False
@@ -142,11 +169,11 @@ class EndpointModel:
                 del known[next(iter(known))]
             return reply
 
-        def amend() -> bool:
+        def amend(error: Exception) -> bool:
             """Whatever the answer was about: where bytes were left out, it may have been about them."""
             nonlocal whole
             if whole or not omitted:
-                return False
+                return schemaless(error)
             whole = True
             for ref in refs:
                 known.pop(ref, None)
@@ -155,7 +182,7 @@ class EndpointModel:
         return await self._service.ask(
             call.job,
             Question(
-                lambda: chat_body(self._member, call, part),
+                lambda: body(part),
                 read,
                 _blocked,
                 amend=amend,
@@ -188,7 +215,7 @@ def chat_body(member: Member, call: Call, part: Callable[[str], Part]) -> bytes:
     sampling = call.sampling
     body: dict[str, Any] = {
         "model": member.spec.model,
-        "messages": [_message(message, part) for message in call.messages],
+        "messages": [message_body(message, part) for message in call.messages],
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_tokens,
@@ -207,7 +234,8 @@ def as_data(images: ImageStore, ref: str) -> Part:
     return {"type": "image_url", "image_url": {"url": images.data_uri(ref)}}
 
 
-def _message(message: Message, part: Callable[[str], Part]) -> dict[str, Any]:
+def message_body(message: Message, part: Callable[[str], Part]) -> dict[str, Any]:
+    """A message as the API has it, its images before its text."""
     if not message.images:
         return {"role": message.role, "content": message.text}
     return {

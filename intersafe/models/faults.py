@@ -70,7 +70,7 @@ def raise_for(status: int, headers: Mapping[str, str], data: bytes, what: str, c
         raise Away(what, status)
     if status in _PASSING or status >= 500:
         raise Passing(what, status)
-    raise CallFailed("endpoint", "bad_request", what)
+    raise refusal_of(what, code)
 
 
 def error_of(data: bytes) -> tuple[str, str]:
@@ -109,6 +109,32 @@ _TOO_LONG = re.compile(
 )
 
 
-def is_too_long(words: str) -> bool:
-    """True if a server or a library says that a prompt does not fit into the model's context."""
-    return bool(_TOO_LONG.search(words))
+def refusal_of(words: str, code: str = "") -> CallFailed:
+    """What the words mean, and the server's code, by which a server or a library turns one call down for good."""
+    return CallFailed("endpoint", "too_long" if _TOO_LONG.search(f"{code} {words}") else "bad_request", words)
+
+
+_SIGHT = re.compile(
+    r"at most (\d+) image|not a multimodal model|image input|(?:support|accept|process)\w* image"
+    r"|image_url.{0,40}support",
+    re.IGNORECASE,
+)
+
+
+_SCHEMA = re.compile(r"response_format|schema|structured.?output|guided|grammar", re.IGNORECASE)
+
+
+def is_about_schema(error: Exception) -> bool:
+    """True if a call was turned down for its JSON schema, by the server's words."""
+    return isinstance(error, CallFailed) and error.reason == "bad_request" and bool(_SCHEMA.search(error.detail))
+
+
+def hint_for(words: str) -> str:
+    """What helps against a refusal that the user can do something about; empty where nothing is known."""
+    if _TOO_LONG.search(words):
+        return "raise `max_model_len` in `serve`, or lower `turns.max` or `images.max`"
+    if found := _SIGHT.search(words):
+        if found[1] not in (None, "0"):
+            return "raise `images` in `serve` (vllm: --limit-mm-per-prompt), or lower `images.max`"
+        return "name a vision-language model, or seeds without images and no painter"
+    return ""

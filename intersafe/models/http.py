@@ -55,8 +55,9 @@ class Question(Generic[A]):
     """The outcome where a filter stopped it, from the server's words."""
     too_long: Callable[[], A] | None = None
     """The outcome of a body over the cap; a passing fault where there is none."""
-    amend: Callable[[], bool] = lambda: False
-    """Asked after an answer of 4xx or 5xx: True if the body is now another one, to be sent at once, once."""
+    amend: Callable[[Exception], bool] = lambda _: False
+    """Asked after an answer of 4xx or 5xx, given what it means: True if the body is now another one, to be sent at
+    once, once."""
     at: Callable[[str], None] | None = None
     """Told the replica's URL before each body is made."""
     tokens: Callable[[], int] = lambda: 0
@@ -203,7 +204,7 @@ class Service:
                 self._group.overloaded(replica, error)
                 continue
             except Fault as error:
-                if error.status and question.amend():
+                if error.status and question.amend(error):
                     continue
                 error.sent = sent
                 replica.absence.begin()
@@ -212,9 +213,9 @@ class Service:
                     if not stays and self._group.is_hanging(replica, error):
                         raise Moved from None
                 raise
-            except CallFailed:
+            except CallFailed as error:
                 self._group.answered(replica, sent)
-                if question.amend():
+                if question.amend(error):
                     continue
                 raise
             finally:

@@ -20,7 +20,7 @@ from intersafe.engine_settings import Engine
 from intersafe.errors import CallFailed, IntersafeError, JobEnded, ServiceGone
 from intersafe.images import ImageStore
 from intersafe.models import Call, Reply, Sampling
-from intersafe.models.faults import is_too_long
+from intersafe.models.faults import refusal_of
 from intersafe.models.gauges import Sample
 from intersafe.models.waits import Waits
 from intersafe.records import Message
@@ -75,8 +75,7 @@ Load = Callable[[], Library]
 
 def refused(error: Exception) -> CallFailed:
     """What a library that will not have one conversation means for its job."""
-    words = " ".join(str(error).split())[:300]
-    return CallFailed("engine", "too_long" if is_too_long(words) else "bad_request", words)
+    return refusal_of(" ".join(str(error).split())[:300])
 
 
 def one_line(error: BaseException) -> str:

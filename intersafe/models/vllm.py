@@ -1,0 +1,191 @@
+"""vLLM in this process: conversations are fed singly to one `LLM`, whose own scheduler keeps its batch full.
+
+Each call is rendered by itself, so that one bad conversation is refused alone. Requests, sampling and structured
+outputs are those that a vLLM server makes of the same call, so that both give the same text. An image's bytes are
+handed over once and then known to the engine by its `uuid`, the sha256.
+"""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jinja2 import TemplateError
+
+from intersafe.engine_settings import Engine
+from intersafe.errors import InputError, JobEnded
+from intersafe.models import Reply
+from intersafe.models.endpoint import Part, as_data, message_body
+from intersafe.models.engine_arguments import engine_arguments
+from intersafe.models.gauges import Sample, sample_of
+from intersafe.models.inprocess import Asked, one_line, refused, weights_of
+from intersafe.records import Finish
+
+REMEMBERED = 1024
+"""Images that the engine is taken to remember."""
+_KWARGS = ("chat_template_kwargs", "mm_processor_kwargs", "chat_template", "add_generation_prompt")
+"""Fields of `extra` that decide how a conversation is rendered; the others are sampling parameters."""
+_BAD = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OSError, TemplateError)
+"""What rendering raises about a conversation, beside vLLM's own client errors; an engine that died raises others."""
+_FINISH: dict[str | None, Finish] = {"stop": "stop", "length": "length"}
+_MEMORY = ("out of memory", "free memory on device", "kv cache", "cache blocks", "kvcache_space", "oom")
+
+
+class VllmLibrary:
+    """One engine; loads when it is made."""
+
+    def __init__(self, name: str, engine: Engine, revision: str, extras: Iterable[Mapping[str, Any]]) -> None:
+        """`extras` are those of the members that will ask: what no engine knows is an `InputError` here."""
+        self._name = name
+        _quiet(engine)
+        try:
+            from vllm import LLM, SamplingParams, exceptions  # type: ignore[import-not-found]
+            from vllm.sampling_params import (  # type: ignore[import-not-found]
+                RequestOutputKind,
+                StructuredOutputsParams,
+            )
+        except (ImportError, OSError, RuntimeError) as error:
+            raise InputError(f"vllm cannot be imported ({one_line(error)})", remedy="mend its installation") from None
+        self._params, self._structured, self._final = SamplingParams, StructuredOutputsParams, RequestOutputKind
+        self._bad = (*_BAD, getattr(exceptions, "VLLMClientError", ValueError))
+        for extra in extras:
+            _check_extra(extra, SamplingParams)
+        arguments = {"disable_log_stats": False} | engine_arguments(engine, revision)
+        try:
+            self._llm: Any = LLM(model=weights_of(name, engine), **arguments)
+        except (*self._bad, RuntimeError) as error:
+            raise unloadable(name, error) from error
+        default = self._llm.get_default_sampling_params()
+        # The defaults that a server takes from the checkpoint's generation_config.json.
+        self._defaults = {field: getattr(default, field) for field in ("repetition_penalty", "top_k", "min_p")}
+        self._numbers: dict[str, int] = {}
+        self._requests: dict[int, str] = {}
+        self._known: dict[str, None] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """True while something that was taken in is not ended."""
+        return bool(self._numbers)
+
+    def add(self, number: int, asked: Asked) -> None:
+        """Takes a call in; `JobEnded` where the engine will not have this one."""
+        refs = dict.fromkeys(ref for message in asked.messages for ref in message.images)
+        try:
+            params = self._sampling(asked)
+            request = self._enqueue(asked, params, self._known)
+            if request is None:  # the engine may have forgotten an image
+                for ref in refs:
+                    self._known.pop(ref, None)
+                request = self._enqueue(asked, params, {})
+        except self._bad as error:
+            raise refused(error) from None
+        assert request is not None
+        for ref in refs:
+            self._known.pop(ref, None)
+            self._known[ref] = None
+        while len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
+        self._numbers[_plain(request)], self._requests[number] = number, request
+
+    def _enqueue(self, asked: Asked, params: Any, known: Mapping[str, None]) -> str | None:
+        """The request's id; None if it failed and some image went without its bytes."""
+        omitted = False
+
+        def part(ref: str) -> Part:
+            nonlocal omitted
+            name = ref.partition(".")[0]
+            if ref in known:
+                omitted = True
+                return {"type": "image_url", "image_url": None, "uuid": name}
+            return {**as_data(asked.images, ref), "uuid": name}
+
+        messages = [message_body(message, part) for message in asked.messages]
+        options = {name: value for name, value in asked.extra.items() if name in _KWARGS}
+        try:
+            requests: list[str] = self._llm.enqueue_chat([messages], params, use_tqdm=False, **options)
+        except self._bad:
+            if omitted:
+                return None
+            raise
+        return requests[0]
+
+    def _sampling(self, asked: Asked) -> Any:
+        own = {name: value for name, value in asked.extra.items() if name not in _KWARGS}
+        drawn = asked.sampling
+        fields = self._defaults | {
+            "temperature": drawn.temperature,
+            "top_p": drawn.top_p,
+            "max_tokens": drawn.max_tokens,
+            "seed": drawn.seed,
+            "output_kind": self._final.FINAL_ONLY,
+        }
+        if asked.schema:
+            fields["structured_outputs"] = self._structured(json=asked.schema.schema)
+        return self._params(**fields | own)
+
+    def step(self) -> list[tuple[int, Reply | JobEnded]]:
+        """One iteration of the engine; those that ended in it."""
+        ended: list[tuple[int, Reply | JobEnded]] = []
+        for output in self._llm.llm_engine.step():
+            if not output.finished:
+                continue
+            number = self._numbers.pop(_plain(output.request_id), None)
+            if number is not None:
+                self._requests.pop(number, None)
+                ended.append((number, _reply(output)))
+        return ended
+
+    def drop(self, number: int) -> None:
+        """Takes a request back that nobody waits for."""
+        if request := self._requests.pop(number, None):
+            self._numbers.pop(_plain(request), None)
+            self._llm.llm_engine.abort_request([request, _plain(request)])
+
+    def sample(self) -> Sample | None:
+        """The engine's own gauges."""
+        metrics = (m for m in self._llm.get_metrics() if hasattr(m, "value"))
+        return sample_of((metric.name, float(metric.value)) for metric in metrics)
+
+    def close(self) -> None:
+        """Ends the engine's processes."""
+        with contextlib.suppress(AttributeError):
+            self._llm.llm_engine.engine_core.shutdown()
+
+
+def _plain(request: str) -> str:
+    """`enqueue_chat` names a request `7-892b42a2`, its output may be named `7`."""
+    return request.partition("-")[0]
+
+
+def _reply(output: Any) -> Reply:
+    answer = output.outputs[0]
+    tokens = len(output.prompt_token_ids or ()), len(answer.token_ids)
+    return Reply(answer.text, _FINISH.get(answer.finish_reason, "blocked"), tokens)
+
+
+def _check_extra(extra: Mapping[str, Any], params: Any) -> None:
+    known = [*inspect.signature(params).parameters, *_KWARGS]
+    for name in extra:
+        if name not in known:
+            from intersafe.sections import nearest
+
+            what = f"extra: {name!r} is no sampling parameter of vLLM" + nearest(name, known)
+            raise InputError(what, remedy="mend or drop it")
+
+
+def _quiet(engine: Engine) -> None:
+    """The engine's environment, and no lines of its own in the middle of the run's display."""
+    os.environ.update(engine.env)
+    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1"), ("TQDM_DISABLE", "1")):
+        os.environ.setdefault(name, value)
+
+
+def unloadable(name: str, error: Exception) -> InputError:
+    """Why there is no engine, and what can be done."""
+    words = one_line(error)
+    if any(sign in words.lower() for sign in _MEMORY):
+        remedy = f"lower max_model_len, max_num_seqs or images of serve.{name}, or raise gpu_memory or tensor_parallel"
+        return InputError(f"not enough memory for {name!r} ({words})", remedy=remedy)
+    remedy = "give a folder of weights or owner/name of the Hugging Face Hub (`path` in `serve`), and check its `args`"
+    return InputError(f"vllm cannot load {name!r} ({words})", remedy=remedy)
