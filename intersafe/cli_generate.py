@@ -1,7 +1,6 @@
 """The commands that make runs: `generate`, `estimate` before it, and `regate` after it; and the flags they share."""
 
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -111,6 +110,7 @@ def generate(
     from intersafe.display import display_for
     from intersafe.generate import generate_dialogues
     from intersafe.shown import print_funnel
+    from intersafe.stderr_log import own_stderr
 
     if ray is None and ray_workers is not None:
         raise InputError("workers without a cluster", at="--ray-workers", remedy="give --ray too")
@@ -119,7 +119,7 @@ def generate(
         from intersafe.cluster import Cluster
 
         cluster = Cluster(ray, ray_workers)
-    made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display_for(sys.stderr), cluster=cluster)
+    made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display_for(own_stderr()), cluster=cluster)
     print_funnel(made)
     click.echo(f"\n{made.path / 'dialogues.jsonl'}")
 
@@ -159,8 +159,9 @@ def estimate(
     from intersafe.display import display_for
     from intersafe.estimate import estimate_run
     from intersafe.shown import print_estimate
+    from intersafe.stderr_log import own_stderr
 
-    found = estimate_run(recipe, n=n, samples=samples, run=run, reuse=reuse, display=display_for(sys.stderr))
+    found = estimate_run(recipe, n=n, samples=samples, run=run, reuse=reuse, display=display_for(own_stderr()))
     print_estimate(found)
 
 

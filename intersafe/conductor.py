@@ -13,6 +13,7 @@ from typing import Protocol
 
 from intersafe.budget import Budget
 from intersafe.errors import BudgetReached, IntersafeError, JobEnded, ServiceGone
+from intersafe.gauges import Figures
 from intersafe.journal import GroupWriter, Journal
 from intersafe.models.faults import hint_for
 from intersafe.outcomes import outcome_row
@@ -86,6 +87,8 @@ class Progress:
     budget: Budget | None = None
     waiting: Mapping[str, str] = field(default_factory=dict)
     """The services that are away right now, each with what it said last; there as long as the outage lasts."""
+    engines: Mapping[str, Figures] = field(default_factory=dict)
+    """vLLM's engines, in this process and behind URLs, with what they say about themselves."""
 
 
 class Display:

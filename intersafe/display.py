@@ -4,11 +4,12 @@ import contextlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from intersafe.budget import clock, counted, dollars
 from intersafe.conductor import Display, Progress
+from intersafe.gauges import Figures
 from intersafe.settings import Limits
 
 if TYPE_CHECKING:
@@ -72,11 +73,32 @@ def line_of(progress: Progress, seconds: float) -> str:
         lost.update(other.ended)
     most = f", most by {lost.most_common(1)[0][0]}" if lost.total() >= 100 else ""
     used = "".join(f"  {word}" for word in used_of(progress))
+    if engines := engines_of(progress):
+        used += f"  {engines}"
     away = "".join(f"  WAITING for {name}: {why}" for name, why in progress.waiting.items())
     return (
         f"{funnel.accepted:,}/{progress.n:,} accepted  {rate_of(rate)}  {left} left  {beside}"
         f"{lost.total():,} rejected or failed{most}  {calls:,} calls{used}  {flying} in flight{away}"
     )
+
+
+def engines_of(progress: Progress) -> str:
+    """How busy the engines are, all together: what runs, what waits, who has nothing to do, what the cache spared."""
+    seen = [figures.latest for figures in progress.engines.values() if figures.latest]
+    if not seen:
+        return ""
+    idle = sum(sample.running + sample.waiting == 0 for sample in seen)
+    count = f"{len(seen)} engines" if len(seen) > 1 else "engine"
+    none = f", {idle} idle" if idle else ""
+    running, waiting = sum(s.running for s in seen), sum(s.waiting for s in seen)
+    return f"{count}: {running:.0f} running, {waiting:.0f} waiting{none}{_found(progress.engines.values())}"
+
+
+def _found(engines: Iterable[Figures]) -> str:
+    """The share of the prompts that the prefix caches had."""
+    all_ = list(engines)
+    queries, hits = sum(figures.queries for figures in all_), sum(figures.hits for figures in all_)
+    return f", prefix cache {hits / queries:.0%}" if queries else ""
 
 
 def used_of(progress: Progress) -> list[str]:
@@ -203,6 +225,10 @@ class LivePanel(Display):
             flying = f"{progress.in_flight.get(role, 0)} in flight"
             cost = f"{dollars(tally.cost)} USD" if role in progress.journal.prices else ""
             panel.add_row(role, f"{tally.calls:,}", f"calls, {tokens}", flying, cost)
+        for name, figures in progress.engines.items():
+            if now := figures.latest:
+                busy = f"{now.running:.0f} running, {now.waiting:.0f} waiting, KV cache {now.kv_usage:.0%}"
+                panel.add_row("engine", "", Text(f"{name}: {busy}{_found([figures])}"))
         for name, why in progress.waiting.items():
             panel.add_row("waiting", "", Text(f"for {name}: {why}", style="bold red"))
         return panel

@@ -37,9 +37,13 @@ from intersafe.records import Dialogue, Ended
 from intersafe.runs import Funnel, Run, Summary, differences, run_path
 from intersafe.settings import Recipe
 from intersafe.shortfall import how_far, losses, refusals_to_change, short_cells, what_to_change
+from intersafe.stderr_log import stderr_to
+from intersafe.watch import Watch
 
 BESIDE = 8
 """One job of another line is grown for so many dialogues."""
+ENGINE_LOG = "engines.log"
+"""What engines of this process say, in the run directory."""
 FEWEST_TRIES = 20
 """Jobs of a line that are tried where their number is limited, however few outcomes it wants."""
 
@@ -149,7 +153,10 @@ async def _work(
         with stopped_by_signals():
             if newer := open_directory(path, prepared):
                 display.say(f"{path} was begun by other versions ({newer}): its old part stays as it is")
-            await _Session(prepared, path, n, display, workers, lease, tries).run(older, index)
+            # A library in this process writes pages where the display is.
+            hushed = any(member.in_process for member in prepared.recipe.cast.members.values())
+            with stderr_to(path / ENGINE_LOG) if hushed else contextlib.nullcontext():
+                await _Session(prepared, path, n, display, workers, lease, tries).run(older, index)
     except OSError as error:
         raise StorageError(
             f"{error.filename or path}: {error.strerror}; mend it, then run the same command again"
@@ -170,6 +177,7 @@ class _Session:
     tries: int | None = None
     """Jobs for each outcome that a line wants; all that there are where it is None."""
     began: float = field(default_factory=time.monotonic)
+    watch: Watch = field(init=False)
 
     async def run(self, older: Path | None, index: ReuseIndex | None) -> None:
         """Opens what the jobs share, works on every line, and writes the summary last."""
@@ -188,7 +196,10 @@ class _Session:
         try:
             async with self._grower(journal, budget, images, older, index) as grower:
                 try:
-                    done, funnels, short = await self._lines(grower, journal, writer, chain, funnel, drought, firsts)
+                    async with self.watch:
+                        done, funnels, short = await self._lines(
+                            grower, journal, writer, chain, funnel, drought, firsts
+                        )
                 finally:
                     await writer.close()
         finally:
@@ -199,7 +210,7 @@ class _Session:
         summary = Summary(
             self.n, not done, funnels[0], funnels[1], funnels[2], tuple(short), journal.roles, excluded, scripted
         )
-        summary.prices = prices_of(recipe.cast)
+        summary.prices, summary.engines = prices_of(recipe.cast), self.watch.figures
         clear_batches(path / "batches")
         write_whole(path / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
         if done:
@@ -211,6 +222,7 @@ class _Session:
     ) -> AsyncIterator[Grower]:
         """What takes jobs through the stages: this process, or the workers of a cluster."""
         recipe, path, say = self.prepared.recipe, self.path, self.display.say
+        self.watch = Watch(recipe, {})
         if self.workers:
             async with Farm(self.prepared, path, self.workers, journal, budget, images, say, older) as farm:
                 yield farm
@@ -221,6 +233,7 @@ class _Session:
             recipe.cast, recipe.limits, images, say, path / "batches", waiting, may_send, recipe.engine
         )
         drawing = recipe.cast.painter
+        self.watch = Watch(recipe, models)
         painter = open_painter(drawing, recipe.limits, say, waiting, may_send) if drawing else None
         older_images = ImageStore(older / "images") if older else None
         company = Company(
@@ -256,7 +269,7 @@ class _Session:
                 f"{self.n:,} dialogues cannot come of {total:,} jobs: raise `samples`, or add seeds or strategies"
             )
         progress = Progress(self.n, total, funnel, journal, grower.in_flight, funnel.accepted)
-        progress.budget, progress.waiting = grower.budget, grower.waiting
+        progress.budget, progress.waiting, progress.engines = grower.budget, grower.waiting, self.watch.figures
         working: list[Conductor] = [dialogues]
         funnels = [funnel, Funnel(), Funnel()]
         refusals: Conductor | None = None

@@ -22,6 +22,7 @@ import msgspec
 
 from intersafe.budget import prices_of
 from intersafe.errors import InputError
+from intersafe.gauges import Figures
 from intersafe.journal import Entry, RoleTally, entries_of, lines_of, tally
 from intersafe.outcomes import LINES, count_sound, files_of
 from intersafe.records import Dialogue, Ended, RefusalSample, Seed, row_decoder
@@ -116,6 +117,8 @@ class Summary(msgspec.Struct):
     v: int = 1
     prices: dict[str, Price] = {}
     """By role, as they were charged; a role without one has no cost."""
+    engines: dict[str, Figures] = {}
+    """What vLLM's engines said about themselves during the command that completed the run."""
 
 
 def run_path(run: str | Path) -> Path:

@@ -8,6 +8,7 @@ import click
 from intersafe.budget import clock, counted, dollars
 from intersafe.errors import InputError
 from intersafe.estimate import Amount, Estimate
+from intersafe.gauges import words_of
 from intersafe.images import ImageStore
 from intersafe.journal import RoleTally
 from intersafe.records import Dialogue, ImageOrigin, RefusalSample
@@ -57,6 +58,8 @@ def print_funnel(run: Run) -> None:
     )
     click.echo(f"         categories {len(counts)}, {min(counts):,} to {max(counts):,} each")
     _print_roles_in_all(run.roles(), summary.prices if summary else run.prices())
+    for name, figures in sorted(summary.engines.items()) if summary else ():
+        click.echo(f"         engine {plain(name)}: {words_of(figures)}")
 
 
 def _print_roles_in_all(roles: dict[str, RoleTally], prices: dict[str, Price]) -> None:

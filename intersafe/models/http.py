@@ -264,7 +264,7 @@ class Service:
             async with self._session.post(
                 replica.address, data=body, headers=headers, allow_redirects=False, **replica.proxy
             ) as response:
-                answer = await _read(response, self._max_body)
+                answer = await read_body(response, self._max_body)
                 if answer is None and (response.status != 200 or question.too_long is None):
                     raise Passing(f"answer over {self._max_body // 2**20} MiB")
                 if response.status != 200:
@@ -361,7 +361,7 @@ async def _pieces(body: bytes, uploaded: _Once) -> AsyncIterator[bytes]:
 # --- what comes back -------------------------------------------------------------------------------------------------
 
 
-async def _read(response: aiohttp.ClientResponse, most: int) -> bytes | None:
+async def read_body(response: aiohttp.ClientResponse, most: int) -> bytes | None:
     """The body; None where it has more than so many bytes."""
     chunks: list[bytes] = []
     size = 0

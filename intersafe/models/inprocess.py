@@ -18,10 +18,10 @@ import msgspec
 
 from intersafe.engine_settings import Engine
 from intersafe.errors import CallFailed, IntersafeError, JobEnded, ServiceGone
+from intersafe.gauges import Sample
 from intersafe.images import ImageStore
 from intersafe.models import Call, Reply, Sampling
 from intersafe.models.faults import refusal_of
-from intersafe.models.gauges import Sample
 from intersafe.models.waits import Waits
 from intersafe.records import Message
 from intersafe.replies import Schema
@@ -212,7 +212,8 @@ class EngineThread:
     def _fail(self, error: BaseException) -> None:
         if not isinstance(error, IntersafeError):
             error = ServiceGone(
-                f"the engine of {self.name} died ({one_line(error)}); run the same command again: nothing is lost"
+                f"the engine of {self.name} died ({one_line(error)}), engines.log in the run says more; "
+                "run the same command again: nothing is lost"
             )
         self._ended = error
         self._waiting.pop(self.name, None)

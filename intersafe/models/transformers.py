@@ -16,8 +16,8 @@ from jinja2 import TemplateError
 
 from intersafe.engine_settings import Engine
 from intersafe.errors import CallFailed, InputError, JobEnded
+from intersafe.gauges import Sample
 from intersafe.models import Reply
-from intersafe.models.gauges import Sample
 from intersafe.models.inprocess import Asked, one_line, refused, weights_of
 from intersafe.models.memory import is_out_of_memory
 from intersafe.models.sampling import Row, Rows, Stops

@@ -15,10 +15,10 @@ from jinja2 import TemplateError
 
 from intersafe.engine_settings import Engine
 from intersafe.errors import InputError, JobEnded
+from intersafe.gauges import Sample, sample_of
 from intersafe.models import Reply
 from intersafe.models.endpoint import Part, as_data, message_body
 from intersafe.models.engine_arguments import engine_arguments
-from intersafe.models.gauges import Sample, sample_of
 from intersafe.models.inprocess import Asked, one_line, refused, weights_of
 from intersafe.records import Finish
 

@@ -1,0 +1,87 @@
+"""A look at vLLM's engines every few seconds while a run goes on, so that its user sees whether the GPUs have work.
+
+Engines of this process are asked directly, servers by their `/metrics`. Whoever does not answer is not waited for.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from intersafe.gauges import Figures, Sample, parse_metrics
+from intersafe.models import ChatModel
+from intersafe.models.http import read_body
+from intersafe.settings import Recipe
+
+if TYPE_CHECKING:
+    import aiohttp
+
+PERIOD = 2.0
+"""Seconds between two looks."""
+PATIENCE = 2.0
+"""Seconds that a server may take to say how it is."""
+MOST = 4 * 2**20
+"""Bytes of a server's metrics that are read."""
+
+
+class Watch:
+    """The engines of a run; an async context manager around its work. `figures` is the same object all along."""
+
+    def __init__(self, recipe: Recipe, models: Mapping[str, ChatModel]) -> None:
+        """`models` are those of this process, by role."""
+        self.figures: dict[str, Figures] = {}
+        self._urls: dict[str, str] = {}
+        for model in recipe.cast.members.values():
+            spec = model.spec
+            if spec.backend == "vllm" or spec.model in recipe.serve:
+                self._urls |= {f"{model.identity} at {url}": _metrics(url) for url in spec.urls}
+        self._engines: dict[str, Any] = {
+            thread.name: thread for model in models.values() if (thread := getattr(model, "thread", None)) is not None
+        }
+        for name in self._engines:
+            self.figures[name] = Figures(latest=Sample())  # which counts from nothing; a server has worked before
+        self._looking: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Watch":
+        if self._urls or self._engines:
+            self._looking = asyncio.create_task(self._look())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._looking:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+
+    async def _look(self) -> None:
+        import aiohttp
+
+        limit = aiohttp.ClientTimeout(total=PATIENCE)
+        async with aiohttp.ClientSession(timeout=limit, cookie_jar=aiohttp.DummyCookieJar()) as session:
+            try:
+                while True:
+                    await self._look_once(session)
+                    await asyncio.sleep(PERIOD)
+            finally:
+                await self._look_once(session)  # what the last answers found in the cache
+
+    async def _look_once(self, session: "aiohttp.ClientSession") -> None:
+        samples = await asyncio.gather(*(_ask(session, url) for url in self._urls.values()))
+        found = dict(zip(self._urls, samples, strict=True))
+        found |= {name: thread.sample() for name, thread in self._engines.items()}
+        for name, sample in found.items():
+            if sample:
+                self.figures.setdefault(name, Figures()).look(sample)
+
+
+def _metrics(url: str) -> str:
+    return f"{url.removesuffix('/v1')}/metrics"
+
+
+async def _ask(session: "aiohttp.ClientSession", url: str) -> Sample | None:
+    import aiohttp
+
+    with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
+        async with session.get(url, allow_redirects=False) as response:
+            if response.status == 200 and (text := await read_body(response, MOST)):
+                return parse_metrics(text.decode("utf-8", "replace"))
+    return None
