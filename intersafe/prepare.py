@@ -90,9 +90,9 @@ def prepare(recipe: Recipe, run: Path | None = None) -> Prepared:
 
 
 def _check_sight(recipe: Recipe) -> None:
-    """`InputError` where a model that runs here is one of text alone; a server's eyes are looked at by `doctor`."""
+    """`InputError` where the weights at hand are of text alone; a server's eyes are looked at by `doctor`."""
     for role, member in recipe.cast.members.items():
-        if member.in_process:
+        if member.in_process or member.spec.model in recipe.serve:
             from intersafe.models.engines import is_blind
 
             if is_blind(member, recipe.engine(member.spec.model)):

@@ -34,7 +34,7 @@ class Watch:
         for model in recipe.cast.members.values():
             spec = model.spec
             if spec.backend == "vllm" or spec.model in recipe.serve:
-                self._urls |= {f"{model.identity} at {url}": _metrics(url) for url in spec.urls}
+                self._urls |= {f"{model.identity} at {url}": url for url in spec.urls}
         self._engines: dict[str, Any] = {
             thread.name: thread for model in models.values() if (thread := getattr(model, "thread", None)) is not None
         }
@@ -55,8 +55,7 @@ class Watch:
     async def _look(self) -> None:
         import aiohttp
 
-        limit = aiohttp.ClientTimeout(total=PATIENCE)
-        async with aiohttp.ClientSession(timeout=limit, cookie_jar=aiohttp.DummyCookieJar()) as session:
+        async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
             try:
                 while True:
                     await self._look_once(session)
@@ -65,7 +64,7 @@ class Watch:
                 await self._look_once(session)  # what the last answers found in the cache
 
     async def _look_once(self, session: "aiohttp.ClientSession") -> None:
-        samples = await asyncio.gather(*(_ask(session, url) for url in self._urls.values()))
+        samples = await asyncio.gather(*(ask_gauges(session, url) for url in self._urls.values()))
         found = dict(zip(self._urls, samples, strict=True))
         found |= {name: thread.sample() for name, thread in self._engines.items()}
         for name, sample in found.items():
@@ -77,11 +76,13 @@ def _metrics(url: str) -> str:
     return f"{url.removesuffix('/v1')}/metrics"
 
 
-async def _ask(session: "aiohttp.ClientSession", url: str) -> Sample | None:
+async def ask_gauges(session: "aiohttp.ClientSession", url: str) -> Sample | None:
+    """What the vLLM server with that base URL says about itself; None where none answers in time."""
     import aiohttp
 
+    limit = aiohttp.ClientTimeout(total=PATIENCE)
     with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
-        async with session.get(url, allow_redirects=False) as response:
+        async with session.get(_metrics(url), timeout=limit, allow_redirects=False) as response:
             if response.status == 200 and (text := await read_body(response, MOST)):
                 return parse_metrics(text.decode("utf-8", "replace"))
     return None

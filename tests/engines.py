@@ -1,4 +1,4 @@
-"""Real engines for the tests: the tiny checkpoints in this process or behind a URL, by single calls or in a whole run."""
+"""Real engines for the tests: the tiny checkpoints in this process or behind a URL, call by call or in a whole run."""
 
 import asyncio
 import functools
