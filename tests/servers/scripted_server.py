@@ -37,6 +37,8 @@ class Server:
     """How often each body came."""
     in_flight: int = 0
     most_in_flight: int = 0
+    metrics: Callable[[], str] | None = None
+    """What `/metrics` answers; None: nothing is there."""
 
     @property
     def requests(self) -> int:
@@ -85,9 +87,13 @@ def scripted_server(hook: Hook | None = None, *, profile: str = "demo", delay: f
         finally:
             server.in_flight -= 1
 
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(text=server.metrics()) if server.metrics else web.Response(status=404)
+
     async def serve() -> None:
         app = web.Application(client_max_size=64 * 2**20)
         app.router.add_post("/v1/chat/completions", chat)
+        app.router.add_get("/metrics", metrics)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0, backlog=512)
