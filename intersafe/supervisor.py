@@ -230,7 +230,8 @@ class Supervisor:
 def serving(servers: Sequence[Server], folder: Path, say: Say, *, stopping: float = STOPPING) -> Iterator[Supervisor]:
     """The servers, answering, until the block ends; `InputError` if one cannot be started.
 
-    `stopping` is the seconds that they have to end in after SIGTERM. Who only waits calls `look` of what it is given; see `watched` for who works in the meantime.
+    `stopping` is the seconds that they have to end in after SIGTERM. Who only waits calls `look` of
+    what it is given; see `watched` for who works in the meantime.
     """
     check_can_start(servers)
     supervisor = Supervisor(servers, folder, say, stopping)

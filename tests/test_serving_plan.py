@@ -274,7 +274,7 @@ def test_a_dry_run_shows_the_environment_and_no_secret(tmp_path: Path) -> None:
     done = cli("serve", "mine.yaml", "--dry-run", cwd=tmp_path, MY_KEY="sk-very-secret")
     assert done.returncode == 0
     assert done.stdout.splitlines()[1].startswith(
-        "A='two words' CUDA_VISIBLE_DEVICES=1 VLLM_API_KEY=\"$MY_KEY\" /opt/vllm/bin/vllm serve /nowhere/m --host 127.0.0.1"
+        "A='two words' CUDA_VISIBLE_DEVICES=1 VLLM_API_KEY=\"$MY_KEY\" /opt/vllm/bin/vllm serve /nowhere/m "
     )
     assert json.loads(shlex.split(done.stdout.splitlines()[0])[-1])["backend"] == "xgrammar"
     assert done.stderr == "http://node7:80/v1 (far) is another machine's: left alone\n"

@@ -24,8 +24,8 @@ FAILURES = {
     "free": "ValueError: Free memory on device cuda:0 (12.0/79.1 GiB) on startup is less than desired GPU memory "
     "utilization (0.92, 72.8 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
     "cpu": "ValueError: Available memory on node 0 (6.64/9.09 GiB) on kv cache allocation is less than requested "
-    "memory for kv (4000.0 GiB). Decrease --kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE, or reduce CPU memory used by other "
-    "processes.",
+    "memory for kv (4000.0 GiB). Decrease --kv-cache-memory-bytes, VLLM_CPU_KVCACHE_SPACE, or reduce CPU memory used "
+    "by other processes.",
     "blocks": "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when "
     "initializing the engine (this flag also controls CPU memory reservation on the CPU backend, despite its name).",
     "cache": "ValueError: To serve at least one request with the model's max seq len (8192), (0.01 GiB KV cache is "
@@ -157,7 +157,7 @@ def main(words: list[str]) -> None:
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     note("starts", argv=words, gpus=gpus, keyed="VLLM_API_KEY" in os.environ, port=found.port)
     print(f"non-default args: {vars(found)}", flush=True)
-    if told("ECHO_KEY"):
+    if told("TELLS"):
         print(f"the key is {os.environ.get('VLLM_API_KEY')}", flush=True)
     if how := told("FAILS"):
         fail(how)
