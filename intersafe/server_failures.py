@@ -92,7 +92,7 @@ def explain(lines: list[str], log: Path) -> Failure:
 
 
 def _bare(line: str) -> str:
-    return _PREFIX.sub("", line)[:LONGEST].rstrip()
+    return _PREFIX.sub("", line)[:LONGEST].rstrip(" .")
 
 
 def ended(code: int) -> str:

@@ -259,7 +259,7 @@ def test_only_a_part_is_served_and_logs_go_where_they_are_told_to(tmp_path: Path
 )
 def test_servers_of_one_gpu_load_one_after_the_other(gpus: list[str], in_turn: bool, tmp_path: Path) -> None:
     world = World(tmp_path, 2)
-    world.write(does={"LOADS": "0.5"}, gpus=gpus)
+    world.write(does={"LOADS": "1"}, gpus=gpus)
     with world.served():
         events = [row["event"] for row in world.events("starts", "answers")]
         seen = sorted((row["port"], row["gpus"]) for row in world.events("starts"))
@@ -330,7 +330,7 @@ def test_a_failed_start_names_the_cause_and_the_remedy(how: str, tmp_path: Path)
     world, said = World(tmp_path), list[str]()
     world.write(does={"FAILS": how})
     line = failure(world, said)
-    cause = "AssertionError: the flux capacitor is  empty" if how == "other" else FAILURES[how].strip()
+    cause = "AssertionError: the flux capacitor is  empty" if how == "other" else FAILURES[how].strip(" .")
     assert line.startswith(f"{NAME} at port {world.ports[0]} ended with exit code 1: {cause[:250]}")
     assert REMEDIES[how] in line
     tail = [text for text in said if text.startswith("  | ")]
@@ -389,7 +389,7 @@ def test_one_that_dies_is_started_again_and_given_up_in_the_end(tmp_path: Path, 
         line = command.until("starting it again")
         assert line == (
             f"{NAME} at port {port} ended with exit code 1: vllm.v1.engine.exceptions.EngineDeadError: EngineCore "
-            f"encountered an issue.; the whole log is outputs/serve-logs/org-tiny-{port}.log; starting it again "
+            f"encountered an issue; the whole log is outputs/serve-logs/org-tiny-{port}.log; starting it again "
             f"({number} of 3)\n"
         )
         command.until(f"{NAME}: answers at http://localhost:{port}/v1")
