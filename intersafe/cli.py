@@ -21,6 +21,7 @@ from intersafe.cli_doctor import doctor
 from intersafe.cli_generate import estimate, generate, regate
 from intersafe.cli_inputs import prompts, seeds
 from intersafe.cli_release import diff, package, pull, push
+from intersafe.cli_serve import serve
 from intersafe.errors import InputError, IntersafeError, StorageError
 
 
@@ -179,7 +180,7 @@ def stats(
 
 # --- of other rooms ---------------------------------------------------------------------------------------------------
 
-for command in (package, push, pull, diff, seeds, prompts, doctor):
+for command in (package, push, pull, diff, seeds, prompts, serve, doctor):
     main.add_command(command)
 
 

@@ -79,6 +79,9 @@ def _changed(recipe: "Recipe", changes: dict[str, Any]) -> "Recipe":
     flag_value="local",
     help="Grow with Ray workers: of this machine, or of the cluster at ADDRESS (auto, host:port, ray://host:port).",
 )
+@click.option(
+    "--serve", is_flag=True, help="Start the servers of the recipe's `serve` section first, and stop them at the end."
+)
 @click.option("--ray-workers", type=click.IntRange(1, 100_000), help="How many. Default: one for each core.")
 def generate(
     pipeline: Path | None,
@@ -87,6 +90,7 @@ def generate(
     reuse: str | None,
     ray: str | None,
     ray_workers: int | None,
+    serve: bool,
     **changes: Any,
 ) -> None:
     """Grow dialogues until N passed every gate, or go on with a run that was stopped.
@@ -96,6 +100,7 @@ def generate(
     intersafe generate --pipeline pipelines/intersafe_v.yaml         the published method, on your servers
     intersafe generate --run mine --victim openai:vlm@http://host:8000/v1     one model replaced
     intersafe generate --pipeline mine.yaml --max-cost 50 --price judge=2.5,10     stops at 50 USD
+    intersafe generate --pipeline mine.yaml --serve     starts its models on this machine first, stops them at the end
     intersafe generate --run /shared/mine --ray auto     the nodes of a Ray cluster; --ray alone: all cores here
 
     A model SPEC is backend:model[@url[,url]]; backends: scripted, openai (any OpenAI-compatible URL), and for the
@@ -119,7 +124,15 @@ def generate(
         from intersafe.cluster import Cluster
 
         cluster = Cluster(ray, ray_workers)
-    made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display_for(own_stderr()), cluster=cluster)
+    display, servers = display_for(own_stderr()), None
+    if serve:
+        from intersafe.cli_serve import served_for
+
+        if ray not in (None, "local"):
+            remedy = "start them where the workers are: `intersafe serve`"
+            raise InputError("servers of this machine for a cluster", at="--serve, --ray", remedy=remedy)
+        servers = served_for(recipe, display.say)
+    made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display, cluster=cluster, servers=servers)
     print_funnel(made)
     click.echo(f"\n{made.path / 'dialogues.jsonl'}")
 

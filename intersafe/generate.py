@@ -57,12 +57,14 @@ def generate_dialogues(
     display: Display | None = None,
     cluster: Cluster | None = None,
     tries: int | None = None,
+    servers: contextlib.AbstractContextManager[None] | None = None,
 ) -> Run:
     """Grows dialogues until `n` are kept (default: the recipe's) and returns the run; goes on with a run that is there.
 
     Raises `InputError`, `SeedsExhausted`, `ServiceGone`, `BudgetReached` or `StorageError`; all but the first leave a
     run that the same call resumes, as does Ctrl-C (`KeyboardInterrupt`). Works inside a notebook's running event loop.
-    With `tries` a line has that many jobs for each outcome that it wants, and no more.
+    With `tries` a line has that many jobs for each outcome that it wants, and no more. `servers` are entered for as
+    long as models are asked: not at all where the input is wrong or the run is complete.
     """
     check_prices(recipe)
     if cluster:
@@ -79,7 +81,8 @@ def generate_dialogues(
         if tries is None and path.name.endswith("-estimate"):
             _check_no_samples(path, prepared)
         check_same(path, prepared)  # before anything is touched there; once more when the run is this process's
-        run_anywhere(lambda: _session(prepared, path, wanted, older, index, display or Display(), cluster, tries))
+        with servers or contextlib.nullcontext():
+            run_anywhere(lambda: _session(prepared, path, wanted, older, index, display or Display(), cluster, tries))
     return Run(path)
 
 

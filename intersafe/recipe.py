@@ -192,6 +192,11 @@ def _serve_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
         for variable in filter(_SECRET.search, engine.env):
             what = f"{here}: {variable} in `env` would be written into every run"
             yield f"{where}.env", InputError(what, remedy="export it: engines have the environment of intersafe")
+        for argument in (
+            name for name, value in engine.args.items() if _SECRET.search(name) and isinstance(value, str)
+        ):
+            what = f"{here}: {argument} in `args` would be written into every run"
+            yield f"{where}.args", InputError(what, remedy="export it as the environment variable that vLLM reads")
         urls = {url for spec in specs for url in spec.urls}
         if len(engine.gpus) not in (0, len(urls)) and urls:
             what = f"{here}: {len(engine.gpus)} entries of gpus for {len(urls)} URLs in the cast"

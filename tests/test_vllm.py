@@ -68,7 +68,7 @@ def serving(recipe: Path, folder: Path) -> Iterator["subprocess.Popen[str]"]:
             said = []
             for line in server.stderr:
                 said.append(line)
-                if "answer" in line:
+                if "Ctrl-C stops them" in line:
                     break
             else:
                 pytest.fail("".join(said))

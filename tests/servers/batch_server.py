@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from intersafe.models.scripted import ScriptedModel
-from tests.servers.scripted_server import Body, _completion
+from tests.servers.scripted_server import Body, completion
 
 KEY = "sk-batch-0123456789"
 LOOKS = 2
@@ -253,9 +253,9 @@ class _Desk:
                 raw = wish if isinstance(wish, bytes) else _line(request["custom_id"], wish, None)
                 (bad if isinstance(wish, dict) else good).append(raw)
                 continue
-            completion = await _completion(self.model, request["body"], None)
-            assert isinstance(completion.body, bytes)
-            answer = _line(request["custom_id"], {"status_code": 200, "body": json.loads(completion.body)}, None)
+            replied = await completion(self.model, request["body"], None)
+            assert isinstance(replied.body, bytes)
+            answer = _line(request["custom_id"], {"status_code": 200, "body": json.loads(replied.body)}, None)
             self.provider.answered[fingerprint(request["body"])] += 1
             good += [answer, answer] if wish == "twice" else [answer]
         # In any order, as the API has it.

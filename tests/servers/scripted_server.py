@@ -83,7 +83,7 @@ def scripted_server(hook: Hook | None = None, *, profile: str = "demo", delay: f
             hooked = hook(body) if hook else None
             if isinstance(hooked, web.Response):
                 return hooked
-            return await _completion(model, body, hooked)
+            return await completion(model, body, hooked)
         finally:
             server.in_flight -= 1
 
@@ -115,7 +115,8 @@ def scripted_server(hook: Hook | None = None, *, profile: str = "demo", delay: f
         loop.close()
 
 
-async def _completion(model: ScriptedModel, body: Body, text: str | None) -> web.Response:
+async def completion(model: ScriptedModel, body: Body, text: str | None = None) -> web.Response:
+    """The scripted reply to a request, or the text, as a chat completion."""
     finish, tokens = "stop", (1, 1)
     if text is None:
         form = body.get("response_format")
