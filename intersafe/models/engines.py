@@ -63,7 +63,7 @@ def check_engine(role: str, member: Member, engine: Engine) -> None:
     if missing:
         other = ", or name a server: vllm:model@http://localhost:8000/v1" if backend == "vllm" else ""
         raise InputError(
-            f"cast.{role}: {backend}: runs in this process, and {' and '.join(missing)} is not installed here",
+            f"cast.{role}: {backend}: runs in this process; not installed here: {', '.join(missing)}",
             remedy=f"pip install 'intersafe[{backend}]'{other}",
         )
     weights = weights_of(name, engine)
