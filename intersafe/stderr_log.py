@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TextIO
 
 _STDERR = 2
+_places: list[Path] = []
+"""Where stderr goes, the latest last: it is one for the whole process."""
 
 
 @contextlib.contextmanager
@@ -22,11 +24,19 @@ def stderr_to(path: Path) -> Iterator[None]:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, _STDERR)
         os.close(file)
+        _places.append(path)
         yield
     finally:
+        if path in _places:
+            _places.remove(path)
         _flush()
         os.dup2(before, _STDERR)
         os.close(before)
+
+
+def place() -> tuple[Path, int] | None:
+    """The file that stderr goes to now, and how many bytes it has; None where it goes to none."""
+    return (_places[-1], _places[-1].stat().st_size) if _places else None
 
 
 def _flush() -> None:

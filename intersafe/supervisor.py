@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from intersafe.engine_failures import ended, explain, lines_of, shown
 from intersafe.errors import InputError, ServiceGone
 from intersafe.loops import CLOSING
-from intersafe.server_failures import ended, explain, lines_of, shown
 from intersafe.serving import KEY, Server, check_can_start
 
 LOOK = 0.1

@@ -38,8 +38,6 @@ class Watch:
         self._engines: dict[str, Any] = {
             thread.name: thread for model in models.values() if (thread := getattr(model, "thread", None)) is not None
         }
-        for name in self._engines:
-            self.figures[name] = Figures(latest=Sample())  # which counts from nothing; a server has worked before
         self._looking: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Watch":
@@ -69,7 +67,9 @@ class Watch:
         found |= {name: thread.sample() for name, thread in self._engines.items()}
         for name, sample in found.items():
             if sample:
-                self.figures.setdefault(name, Figures()).look(sample)
+                # An engine of this process counts from nothing; a server may have worked before.
+                begun = Figures(latest=Sample() if name in self._engines else None)
+                self.figures.setdefault(name, begun).look(sample)
 
 
 def _metrics(url: str) -> str:

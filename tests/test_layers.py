@@ -10,15 +10,16 @@ import intersafe
 PACKAGE = Path(intersafe.__file__).parent
 FLOORS: dict[str, int] = {
     "errors": 0, "records": 0, "taxonomy": 0,
-    "files": 1, "sections": 1, "specs": 1, "gate_settings": 1, "engine_settings": 1, "gauges": 1, "settings": 1,
+    "files": 1, "sections": 1, "specs": 1, "gate_settings": 1, "engine_settings": 1, "settings": 1,
+    "gauges": 1, "engine_failures": 1, "stderr_log": 1,
     "recipe": 1, "budget": 1, "prompt_roles": 1, "templates": 1, "replies": 1, "images": 1,
     "journal": 1, "messages": 1, "refusal_texts": 1, "outcomes": 1, "owners": 1, "locks": 1, "runs": 1, "jobs": 1,
     "models": 2,
     "stages": 3, "gates": 3,
-    "prepare": 4, "conductor": 4, "shortfall": 4, "loops": 4, "stderr_log": 4,
+    "prepare": 4, "conductor": 4, "shortfall": 4, "loops": 4,
     "lines": 4, "worker": 4, "cluster": 4, "farm": 4,
     "watch": 4, "generate": 4, "estimate": 4, "rehearsal": 4, "regate": 4, "report": 4, "release": 4,
-    "serving": 4, "server_failures": 4, "supervisor": 4, "cli_serve": 5,
+    "serving": 4, "supervisor": 4, "cli_serve": 5,
     "doctor": 4, "probes": 4, "probe_line": 4, "cli_doctor": 5,
     "cli": 5, "cli_generate": 5, "cli_inputs": 5, "cli_release": 5, "display": 5, "shown": 5, "__main__": 6,
 }  # fmt: skip

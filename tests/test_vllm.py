@@ -172,22 +172,29 @@ def test_a_server_gives_the_same_texts_and_turns_down_the_same(
     assert [getattr(failed, "reason", "") for failed in found[14:]] == ["too_long", "bad_request"]
 
 
-def test_arguments_and_weights_that_are_none_are_one_line(store: ImageStore, tmp_path: Path) -> None:
-    os.environ |= ALONE
-    try:
-        for put, extra, word in (
-            (engine(args={"no_such": 1}), {}, "no_such"),
-            (engine(), {"top_n": 3}, "top_n"),
-            (engine(args=ARGS | {"kv_cache_memory_bytes": 200_000}), {}, "memory"),
-        ):
-            (found,) = answers("vllm:tiny", put, store, [[question("Hello.")]], extra=extra)
-            assert isinstance(found[0], InputError)
-            assert word in str(found[0])
-            assert "\n" not in str(found[0])
-            assert ";" in str(found[0])
-    finally:
-        for name in ALONE:
-            del os.environ[name]
+@pytest.mark.parametrize(
+    ("changes", "extra", "words"),
+    [
+        ({"args": {"no_such": 1}}, {}, ("no_such", "args")),
+        ({}, {"top_n": 3}, ("top_n", "sampling parameter")),
+        ({"env": {"VLLM_CPU_KVCACHE_SPACE": "9000"}}, {}, ("memory", "gpu_memory")),
+    ],
+)
+def test_an_engine_that_cannot_start_is_one_line(
+    changes: dict[str, Any],
+    extra: dict[str, Any],
+    words: tuple[str, ...],
+    store: ImageStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (ALONE | {"VLLM_CPU_KVCACHE_SPACE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    (found,) = answers("vllm:tiny", engine(**changes), store, [[question("Hello."), question("And?")]], extra=extra)
+    for error in found:
+        assert isinstance(error, InputError)
+        assert "\n" not in str(error)
+        assert all(word in str(error) for word in words)
+        assert ";" in str(error)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

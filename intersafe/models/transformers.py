@@ -14,12 +14,12 @@ from typing import Any
 import msgspec
 from jinja2 import TemplateError
 
+from intersafe.engine_failures import is_out_of_memory
 from intersafe.engine_settings import Engine
 from intersafe.errors import CallFailed, InputError, JobEnded
 from intersafe.gauges import Sample
 from intersafe.models import Reply
 from intersafe.models.inprocess import Asked, one_line, refused, weights_of
-from intersafe.models.memory import is_out_of_memory
 from intersafe.models.sampling import Row, Rows, Stops
 from intersafe.sections import nearest
 
@@ -232,13 +232,13 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
 
 
 def _failed(error: Exception) -> CallFailed:
-    if is_out_of_memory(str(error)):
+    if is_out_of_memory(error):
         return CallFailed("engine", "out_of_memory", f"{one_line(error)}; lower `batch` or `images.max`")
     return refused(error)
 
 
 def _unloadable(name: str, error: Exception) -> InputError:
-    if is_out_of_memory(str(error)):
+    if is_out_of_memory(error):
         remedy = "take a smaller model, another `device`, or `dtype: bfloat16` in `serve`"
         return InputError(f"not enough memory for {name!r} ({one_line(error)})", remedy=remedy)
     remedy = "give a folder of weights or owner/name of the Hugging Face Hub (`path` in `serve`)"

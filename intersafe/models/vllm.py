@@ -9,10 +9,12 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
+from intersafe.engine_failures import explain, lines_of
 from intersafe.engine_settings import Engine
 from intersafe.errors import InputError, JobEnded
 from intersafe.gauges import Sample, sample_of
@@ -21,6 +23,7 @@ from intersafe.models.endpoint import Part, as_data, message_body
 from intersafe.models.engine_arguments import engine_arguments
 from intersafe.models.inprocess import Asked, one_line, refused, weights_of
 from intersafe.records import Finish
+from intersafe.stderr_log import place
 
 REMEMBERED = 1024
 """Images that the engine is taken to remember."""
@@ -29,7 +32,6 @@ _KWARGS = ("chat_template_kwargs", "mm_processor_kwargs", "chat_template", "add_
 _BAD = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OSError, TemplateError)
 """What rendering raises about a conversation, beside vLLM's own client errors; an engine that died raises others."""
 _FINISH: dict[str | None, Finish] = {"stop": "stop", "length": "length"}
-_MEMORY = ("out of memory", "free memory on device", "kv cache", "cache blocks", "kvcache_space", "oom")
 
 
 class VllmLibrary:
@@ -39,6 +41,7 @@ class VllmLibrary:
         """`extras` are those of the members that will ask: what no engine knows is an `InputError` here."""
         self._name = name
         _quiet(engine)
+        log = place()
         try:
             from vllm import LLM, SamplingParams, exceptions  # type: ignore[import-not-found]
             from vllm.sampling_params import (  # type: ignore[import-not-found]
@@ -55,7 +58,7 @@ class VllmLibrary:
         try:
             self._llm: Any = LLM(model=weights_of(name, engine), **arguments)
         except (*self._bad, RuntimeError) as error:
-            raise unloadable(name, error) from error
+            raise _unloadable(name, error, log) from error
         default = self._llm.get_default_sampling_params()
         # The defaults that a server takes from the checkpoint's generation_config.json.
         self._defaults = {field: getattr(default, field) for field in ("repetition_penalty", "top_k", "min_p")}
@@ -181,11 +184,11 @@ def _quiet(engine: Engine) -> None:
         os.environ.setdefault(name, value)
 
 
-def unloadable(name: str, error: Exception) -> InputError:
-    """Why there is no engine, and what can be done."""
-    words = one_line(error)
-    if any(sign in words.lower() for sign in _MEMORY):
-        remedy = f"lower max_model_len, max_num_seqs or images of serve.{name}, or raise gpu_memory or tensor_parallel"
-        return InputError(f"not enough memory for {name!r} ({words})", remedy=remedy)
-    remedy = "give a folder of weights or owner/name of the Hugging Face Hub (`path` in `serve`), and check its `args`"
-    return InputError(f"vllm cannot load {name!r} ({words})", remedy=remedy)
+def _unloadable(name: str, error: Exception, log: tuple[Path, int] | None) -> InputError:
+    """Why there is no engine, and what can be done: vLLM's own words may stand in the log alone.
+
+    `log`: the file that its processes write to, and where in it they began.
+    """
+    lines = str(error).splitlines() + (lines_of(*log) if log else [])
+    failure = explain(lines, log[0] if log else Path("engines.log"), had_answered=False)
+    return InputError(f"vllm cannot load {name!r} ({failure.what or one_line(error)})", remedy=failure.remedy)

@@ -1,4 +1,7 @@
-"""Why a server of vLLM ended: the end of its log for the eye, and the words in it that are known, with their remedy."""
+"""Why an engine ended: the end of its log for the eye, and the words in it that are known, with their remedy.
+
+A server has a log of its own, an engine of this process writes into that of the run (`stderr_log.py`).
+"""
 
 import re
 import signal
@@ -22,6 +25,7 @@ class Failure(NamedTuple):
     remedy: str
 
 
+_NO_ROOM = r"CUDA out of memory|HIP out of memory|OutOfMemoryError|[Cc]an(?:no|')t allocate memory|DefaultCPUAllocator"
 _REMEDIES = (
     (
         r"Free memory on device|Available memory on node .* is less than",
@@ -32,7 +36,7 @@ _REMEDIES = (
         "lower `max_model_len` or `images`, or raise `gpu_memory` or `tensor_parallel`",
     ),
     (
-        r"CUDA out of memory|HIP out of memory|OutOfMemoryError|Cannot allocate memory|DefaultCPUAllocator",
+        _NO_ROOM,
         "lower `gpu_memory`, `max_model_len`, `max_num_seqs` or `images`, or raise `tensor_parallel`",
     ),
     (
@@ -61,6 +65,11 @@ _ECHO = re.compile(r"initialization failed. See root cause|validation errors? fo
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PREFIX = re.compile(r"^(?:\([^()]*pid=\d+\) )?(?:(?:ERROR|WARNING|INFO) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?\s*")
 """What vLLM writes before a line: process, level, time and file."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True if torch says that memory is short."""
+    return bool(re.search(_NO_ROOM, f"{type(error).__name__}: {error}"))
 
 
 def lines_of(log: Path, since: int, secret: str = "") -> list[str]:
