@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Print the commands and start nothing.")
 def serve(pipeline: Path, only: tuple[str, ...], logs: Path | None, dry_run: bool) -> None:
-    """Start a vLLM server for each local URL of RECIPE whose model stands in its `serve` section; Ctrl-C stops them.
+    """Start the models in the `serve` section of RECIPE as vLLM servers; Ctrl-C stops them.
 
     \b
     intersafe serve mine.yaml                                        all of them, until Ctrl-C
@@ -34,9 +34,10 @@ def serve(pipeline: Path, only: tuple[str, ...], logs: Path | None, dry_run: boo
     intersafe serve mine.yaml --dry-run                              the commands, for Slurm or a container
     intersafe generate --pipeline mine.yaml --serve                  serve, grow, and stop the servers again
 
-    The ports are those of the URLs in the cast; a model of several URLs gets as many servers. Each has its log in
-    --logs. One that cannot be started ends the command with exit code 2 and what to change; one that dies later is
-    started again, three times, and then ends it with exit code 4. docs/engines.md has the keys and what failures say.
+    Each local URL that the cast names for such a model becomes one server at that port; several are replicas. Each has
+    its log in --logs. One that cannot be started ends the command with exit code 2 and what to change; one that dies
+    later is started again, three times, and then ends it with exit code 4. docs/engines.md has the keys and what
+    failures say.
     """
     from intersafe.serving import left_alone, servers_of
 

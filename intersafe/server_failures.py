@@ -9,6 +9,8 @@ LINES = 15
 """Lines of a log that are shown."""
 READ = 2**20
 """Bytes of a log's end that are read: the cause stands above the traces of all that it took along."""
+LATEST = 200
+"""Lines of a log in which the death of a server that answered is looked for: what is older it survived."""
 LONGEST = 300
 """Letters of a line that are shown."""
 
@@ -81,8 +83,9 @@ def shown(lines: list[str]) -> list[str]:
     return [f"  | {line[:LONGEST]}" for line in lines[-LINES:]]
 
 
-def explain(lines: list[str], log: Path) -> Failure:
+def explain(lines: list[str], log: Path, *, had_answered: bool) -> Failure:
     """The first known cause in a log, or else its first error, with the log itself as the remedy."""
+    lines = lines[-LATEST:] if had_answered else lines
     for words, remedy in _KNOWN:
         for line in lines:
             if words.search(line):

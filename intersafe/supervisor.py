@@ -205,7 +205,7 @@ class Supervisor:
         lines = self._lines(place)
         for line in shown(lines):
             self._say(line)
-        what, remedy = explain(lines, place.log)
+        what, remedy = explain(lines, place.log, had_answered=place.state == "answering")
         said = f": {what}" if what else ""
         return f"ended with {ended(place.process.returncode)}{said}; {remedy}"
 

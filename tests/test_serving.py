@@ -388,9 +388,9 @@ def test_one_that_dies_is_started_again_and_given_up_in_the_end(tmp_path: Path, 
             ask(port)
         line = command.until("starting it again")
         assert line == (
-            f"{NAME} at port {port} ended with exit code 1: vllm.v1.engine.exceptions.EngineDeadError: EngineCore "
-            f"encountered an issue; the whole log is outputs/serve-logs/org-tiny-{port}.log; starting it again "
-            f"({number} of 3)\n"
+            f"{NAME} at port {port} ended with exit code 0: vllm.v1.engine.exceptions.EngineDeadError: EngineCore "
+            "encountered an issue. See stack trace (above) for the root cause; the whole log is "
+            f"outputs/serve-logs/org-tiny-{port}.log; starting it again ({number} of 3)\n"
         )
         command.until(f"{NAME}: answers at http://localhost:{port}/v1")
         assert ask(world.ports[0]) if number == 1 else True

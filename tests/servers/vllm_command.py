@@ -118,8 +118,12 @@ async def serve(found: argparse.Namespace) -> None:
             return web.json_response({"error": {"message": "The model does not exist."}}, status=404)
         asked += 1
         if asked == int(told("DIES_AT", "0")) and _is_first_time():
-            print(PREFIX + "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.", flush=True)
-            os._exit(1)
+            print(
+                PREFIX + "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. "
+                "See stack trace (above) for the root cause.",
+                flush=True,
+            )
+            os._exit(0)  # as it really does
         return await completion(model, body)
 
     app = web.Application(middlewares=[allowed], client_max_size=64 * 2**20)
