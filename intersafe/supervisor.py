@@ -1,7 +1,7 @@
 """Servers as processes of this one: started in turn, watched, started again when they die, and stopped with it.
 
 Each has a process group of its own, so that Ctrl-C in a terminal reaches intersafe alone, which then stops them in
-order; on Linux they also end when intersafe is killed.
+order. When intersafe is killed, its guard ends them.
 """
 
 import contextlib
@@ -21,6 +21,11 @@ from typing import BinaryIO, Literal
 from intersafe.engine_failures import ended, explain, lines_of, shown
 from intersafe.errors import InputError, ServiceGone
 from intersafe.loops import CLOSING
+<<<<<<< HEAD
+=======
+from intersafe.engine_failures import ended, explain, lines_of, shown
+from intersafe.server_guard import Guard
+>>>>>>> ffb179164aff433e2be7239aab4055b58021dbe7
 from intersafe.serving import KEY, Server, check_can_start
 
 LOOK = 0.1
@@ -43,6 +48,7 @@ class _Place:
     server: Server
     log: Path
     output: BinaryIO
+    guard: Guard
     state: Literal["waiting", "loading", "answering", "gone"] = "waiting"
     process: "subprocess.Popen[bytes] | None" = None
     began: float = 0.0
@@ -69,6 +75,7 @@ class _Place:
             start_new_session=True,
             preexec_fn=_dies_with_us(),
         )
+        self.guard.began(self.process.pid)
         self.state, self.began, self.asked = "loading", time.monotonic(), 0.0
 
     def is_dead(self) -> bool:
@@ -81,9 +88,9 @@ class _Place:
             if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
                 return False
         except ChildProcessError:  # the system reaped it, as where SIGCHLD is ignored
-            return process.poll() is not None
-        self.send(signal.SIGKILL)
-        process.wait()
+            if process.poll() is None:
+                return False
+        self.kill()
         return True
 
     def send(self, number: signal.Signals) -> None:
@@ -96,6 +103,7 @@ class _Place:
         """Ends the process at once, and all of its group."""
         self.send(signal.SIGKILL)
         if self.process is not None:
+            self.guard.ended(self.process.pid)
             self.process.wait()
 
     def is_healthy(self) -> bool:
@@ -122,7 +130,8 @@ class Supervisor:
         self._say, self._stopping = say, stopping
         self._lock, self._is_over = threading.Lock(), False
         folder.mkdir(parents=True, exist_ok=True)
-        self._places = [_opened(server, folder) for server in servers]
+        self._guard = Guard(stopping)
+        self._places = [_opened(server, folder, self._guard) for server in servers]
 
     def start(self) -> None:
         """Starts all and returns when each answers; `InputError` if one cannot be started."""
@@ -159,6 +168,7 @@ class Supervisor:
                     self._say(f"{place.at} did not end on SIGTERM: killed")
             for place in self._places:
                 place.output.close()
+            self._guard.close()
         if running:
             self._say(f"stopped {_counted(len(running))}")
 
@@ -266,11 +276,11 @@ def watched(servers: Sequence[Server], folder: Path, say: Say) -> Iterator[None]
         stopped.set()
 
 
-def _opened(server: Server, folder: Path) -> _Place:
+def _opened(server: Server, folder: Path, guard: Guard) -> _Place:
     """The place of a server, with an empty log."""
     log = folder / server.log
     log.write_bytes(b"")
-    return _Place(server, log, log.open("ab"))
+    return _Place(server, log, log.open("ab"), guard)
 
 
 def _counted(number: int) -> str:

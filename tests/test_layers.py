@@ -19,7 +19,7 @@ FLOORS: dict[str, int] = {
     "prepare": 4, "conductor": 4, "shortfall": 4, "loops": 4,
     "lines": 4, "worker": 4, "cluster": 4, "farm": 4,
     "watch": 4, "generate": 4, "estimate": 4, "rehearsal": 4, "regate": 4, "report": 4, "release": 4,
-    "serving": 4, "supervisor": 4, "cli_serve": 5,
+    "serving": 4, "supervisor": 4, "server_guard": 4, "cli_serve": 5,
     "doctor": 4, "probes": 4, "probe_line": 4, "cli_doctor": 5,
     "cli": 5, "cli_generate": 5, "cli_inputs": 5, "cli_release": 5, "display": 5, "shown": 5, "__main__": 6,
 }  # fmt: skip

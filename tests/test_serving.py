@@ -18,6 +18,7 @@ import pytest
 from intersafe.errors import InputError
 from intersafe.recipe import load_recipe
 from intersafe.runs import Run
+from intersafe.server_guard import Guard
 from intersafe.serving import servers_of
 from intersafe.supervisor import Supervisor, serving
 from tests.makers import cli, digest, rows, started
@@ -227,14 +228,29 @@ def test_two_signals_at_once_do_not_break_off_the_stop(tmp_path: Path, begin: Be
     assert len(world.events("ends")) == 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child that its parent is gone")
-def test_sigkill_of_intersafe_leaves_no_server_behind(tmp_path: Path, begin: Begin) -> None:
+@pytest.mark.parametrize("does", [{}, {"DEAF": "1"}])
+def test_sigkill_of_intersafe_leaves_no_server_behind(does: dict[str, str], tmp_path: Path, begin: Begin) -> None:
+    # A vLLM that loads is deaf: the signal is lost on it, and it ends because its engine does.
     world = World(tmp_path, 2)
-    world.write()
+    world.write(does=does)
     command = begin(world)
     command.until("2 of 2 answer")
     command.process.kill()
     command.process.communicate()
+    eventually(world.is_clean)
+
+
+def test_a_guard_kills_what_ignores_it(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    server = [*STANDIN.split(), "m", "--host", "127.0.0.1", "--port", str(world.ports[0]), "--served-model-name", "m"]
+    env = os.environ | world.engine(does={"STUBBORN": "1"})["env"]
+    with subprocess.Popen(server, env=env, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+        eventually(lambda: world.events("answers"))
+        guard = Guard(0.5)
+        guard.began(process.pid)
+        guard.close()
+        assert process.wait() == -signal.SIGKILL
+    assert world.events("sigterm")
     eventually(world.is_clean)
 
 

@@ -9,6 +9,7 @@ beside it in its group (the engine), and demands the key of VLLM_API_KEY.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -90,7 +91,7 @@ def fail(how: str) -> None:
     sys.exit(1)
 
 
-async def serve(found: argparse.Namespace) -> None:
+async def serve(found: argparse.Namespace, engine: "subprocess.Popen[bytes]") -> None:
     """Loads for `STANDIN_LOADS` seconds, then answers until SIGTERM, or dies at request `STANDIN_DIES_AT`."""
     from aiohttp import web
 
@@ -131,7 +132,8 @@ async def serve(found: argparse.Namespace) -> None:
     app.router.add_get("/v1/models", models)
     app.router.add_post("/v1/chat/completions", chat)
     stop = asyncio.Event()
-    ends = (lambda: note("sigterm")) if told("STUBBORN") else stop.set
+    is_deaf = told("STUBBORN") or told("DEAF")
+    ends = (lambda: note("sigterm")) if is_deaf else stop.set
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ends)
     await asyncio.sleep(float(told("LOADS", "0")))
     runner = web.AppRunner(app, access_log=None)
@@ -140,7 +142,11 @@ async def serve(found: argparse.Namespace) -> None:
         await web.TCPSite(runner, found.host, found.port).start()
         note("answers")
         print("Application startup complete.", flush=True)
-    await stop.wait()
+    while not stop.is_set():
+        if engine.poll() is not None and not told("STUBBORN"):
+            break  # as vLLM does, whatever it made of the signal itself
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), 0.1)
     await runner.cleanup()
 
 
@@ -168,7 +174,7 @@ def main(words: list[str]) -> None:
     with subprocess.Popen(["sleep", "1000"]) as engine:
         note("engine", engine=engine.pid)
         try:
-            asyncio.run(serve(found))
+            asyncio.run(serve(found, engine))
         finally:
             engine.kill()
     note("ends")
