@@ -21,11 +21,7 @@ from typing import BinaryIO, Literal
 from intersafe.engine_failures import ended, explain, lines_of, shown
 from intersafe.errors import InputError, ServiceGone
 from intersafe.loops import CLOSING
-<<<<<<< HEAD
-=======
-from intersafe.engine_failures import ended, explain, lines_of, shown
 from intersafe.server_guard import Guard
->>>>>>> ffb179164aff433e2be7239aab4055b58021dbe7
 from intersafe.serving import KEY, Server, check_can_start
 
 LOOK = 0.1

@@ -9,7 +9,6 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +26,8 @@ from intersafe.records import Message
 from intersafe.replies import Schema
 from intersafe.settings import Member
 
+LOOK = 0.5
+"""Seconds between two looks whether an engine's processes are there."""
 _LOADING = threading.RLock()
 """Held while a library loads: they measure free memory and switch settings of the whole process as they do so."""
 
@@ -42,7 +43,7 @@ class Asked(NamedTuple):
 
 
 class Library(Protocol):
-    """What the thread drives; all but `sample` runs in that thread alone."""
+    """What the thread drives; all but `sample` and `is_alive` runs in that thread alone."""
 
     @property
     def is_busy(self) -> bool:
@@ -63,6 +64,10 @@ class Library(Protocol):
 
     def sample(self) -> Sample | None:
         """What the engine says about itself; None where it says nothing."""
+        ...
+
+    def is_alive(self) -> bool:
+        """False once a process of the engine is gone: the thread may wait for its answers forever."""
         ...
 
     def close(self) -> None:
@@ -115,8 +120,10 @@ class EngineThread:
         self._ended: IntersafeError | None = None
         self._is_loaded = asyncio.Event()
         waiting[name] = "it loads"
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._worker.submit(self._work, load).add_done_callback(self._end)
+        self._looking: asyncio.Task[None] | None = None
+        # A daemon: one that waits for an engine that is gone must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, args=(load,), name=f"engine {name}", daemon=True)
+        self._thread.start()
 
     async def answer(self, asked: Asked) -> Reply:
         """The reply; `CallFailed` if the engine will not have the call, `ServiceGone` if there is no engine."""
@@ -148,11 +155,21 @@ class EngineThread:
     async def aclose(self) -> None:
         """Lets go of the engine once the step that is under way has ended."""
         await self._waits.aclose()
+        if self._looking:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
         self._orders.put(None)
-        await asyncio.to_thread(self._worker.shutdown, wait=True)
+        if not self._ended:
+            await asyncio.to_thread(self._thread.join)
         self._waiting.pop(self.name, None)
 
     # --- in the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self, load: Load) -> None:
+        try:
+            self._work(load)
+        except BaseException as error:  # noqa: BLE001  whatever ends the thread has to reach those who wait for it
+            self._tell(self._fail, error)
 
     def _work(self, load: Load) -> None:
         with _LOADING:
@@ -184,11 +201,6 @@ class EngineThread:
                     self._tell(self._settle, order.number, error)
         return True
 
-    def _end(self, done: "Future[None]") -> None:
-        """The thread is at its end, whatever brought it there."""
-        if error := done.exception():
-            self._tell(self._fail, error)
-
     def _tell(self, act: Callable[..., None], *values: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any longer
             self._loop.call_soon_threadsafe(act, *values)
@@ -199,6 +211,13 @@ class EngineThread:
         self._library = library
         self._waiting.pop(self.name, None)
         self._is_loaded.set()
+        self._looking = asyncio.create_task(self._look(library))
+
+    async def _look(self, library: Library) -> None:
+        while not self._ended:
+            await asyncio.sleep(LOOK)
+            if not library.is_alive():
+                self._fail(RuntimeError("its process is gone"))
 
     def _settle(self, number: int, outcome: Reply | JobEnded) -> None:
         answered = self._asked.get(number)
@@ -210,6 +229,8 @@ class EngineThread:
             answered.set_result(outcome)
 
     def _fail(self, error: BaseException) -> None:
+        if self._ended:
+            return
         if not isinstance(error, IntersafeError):
             error = ServiceGone(
                 f"the engine of {self.name} died ({one_line(error)}), engines.log in the run says more; "

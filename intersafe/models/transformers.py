@@ -117,6 +117,10 @@ class TransformersLibrary:
         """This library says nothing about itself."""
         return None
 
+    def is_alive(self) -> bool:
+        """True: it has no process of its own."""
+        return True
+
     def close(self) -> None:
         """Lets go of the weights."""
         del self._model

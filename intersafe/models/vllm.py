@@ -150,6 +150,11 @@ class VllmLibrary:
         metrics = (m for m in self._llm.get_metrics() if hasattr(m, "value"))
         return sample_of((metric.name, float(metric.value)) for metric in metrics)
 
+    def is_alive(self) -> bool:
+        """False once vLLM has noticed that its engine's process is gone; its `step` may wait for output all the same."""
+        core = self._llm.llm_engine.engine_core
+        return not getattr(getattr(core, "resources", None), "engine_dead", False)
+
     def close(self) -> None:
         """Ends the engine's processes."""
         with contextlib.suppress(AttributeError):
