@@ -32,8 +32,8 @@ test: .venv/ready-test
 # An environment of its own: torch is large, and torchvision, which others bring, breaks with some builds of it.
 T2I := .venv-t2i
 $(T2I)/ready: pyproject.toml
+	mkdir -p $(T2I) && echo '*' > $(T2I)/.gitignore
 	$(PYTHON) -m venv $(T2I)
-	echo '*' > $(T2I)/.gitignore
 	$(T2I)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[t2i]'
 	touch $@
 
@@ -43,8 +43,8 @@ test-t2i: $(T2I)/ready
 # An environment of its own too: Ray is large, and most runs want none.
 RAY := .venv-ray
 $(RAY)/ready: pyproject.toml
+	mkdir -p $(RAY) && echo '*' > $(RAY)/.gitignore
 	$(PYTHON) -m venv $(RAY)
-	echo '*' > $(RAY)/.gitignore
 	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray]' 'pytest>=8.3' 'pytest-timeout>=2.3'
 	touch $@
 
@@ -61,8 +61,8 @@ READS_pandas := pandas pyarrow
 READS_polars := polars
 READS_duckdb := duckdb
 .venv-loads/%/ready:
+	mkdir -p .venv-loads && echo '*' > .venv-loads/.gitignore
 	$(PYTHON) -m venv $(@D)
-	echo '*' > .venv-loads/.gitignore
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(READS_$*)
 	touch $@
 
