@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 N ?= 11270
 
-.PHONY: demo test test-loads test-t2i test-ray bench bench-peers bench-quick bench-soak bench-more clean
+.PHONY: demo test lint test-together test-alone test-loads test-t2i test-ray bench bench-peers bench-quick bench-soak bench-more clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("intersafe needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -23,11 +23,23 @@ N ?= 11270
 demo: .venv/ready
 	$(BIN)/intersafe generate --n $(N) --run demo
 
-test: .venv/ready-test
+test:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test-together
+	@$(MAKE) --no-print-directory test-alone
+
+lint: .venv/ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+# Most tests wait for servers and processes. A file stays with one worker, as its fixtures start servers of their own.
+test-together: .venv/ready-test
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'not alone'
+
+# Those that watch speeds, short time limits or memory, or take every core: one after the other.
+test-alone: .venv/ready-test
+	$(BIN)/python -m pytest -m alone
 
 # An environment of its own: torch is large, and torchvision, which others bring, breaks with some builds of it.
 T2I := .venv-t2i
