@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 N ?= 11270
 
-.PHONY: demo test lint test-together test-alone test-loads test-t2i test-ray bench bench-peers bench-quick bench-soak bench-more clean
+.PHONY: demo test lint test-together test-alone environments test-loads test-t2i test-ray bench bench-peers bench-quick bench-soak bench-more clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("intersafe needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -80,6 +80,9 @@ READS_duckdb := duckdb
 
 test-loads: .venv/ready-test $(LOADS:%=.venv-loads/%/ready)
 	$(BIN)/python -m pytest -m loads tests/test_loads_everywhere.py
+
+# The environments of the lanes above, which `.ci/run` builds while other lanes run.
+environments: $(T2I)/ready $(RAY)/ready $(LOADS:%=.venv-loads/%/ready)
 
 # The other libraries, each in an environment of its own; versions whose interfaces bench/peers/ was written for.
 PEERS := datatrove curator designer distilabel
