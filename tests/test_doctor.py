@@ -253,6 +253,7 @@ def test_a_dead_server_fails() -> None:
     assert [g.findings[0].status for g in report.groups if g.roles == ("painter",)] == ["FAIL"]
 
 
+@pytest.mark.alone
 def test_a_server_that_hangs_fails_and_is_asked_no_more() -> None:
     with FaultServer(lambda _: STALL) as server:
         (finding,) = findings(examine(recipe_at(server.url), timeout=0.3), server.url).values()
@@ -260,6 +261,7 @@ def test_a_server_that_hangs_fails_and_is_asked_no_more() -> None:
         assert len(server.requests) == 2  # the list of models and the small question
 
 
+@pytest.mark.alone
 def test_a_server_that_hangs_on_pictures_alone_is_looked_at_to_the_end() -> None:
     with FaultServer(but(lambda body: STALL if seen(body) else None)) as server:
         found = findings(examine(recipe_at(server.url), timeout=1.0), server.url)

@@ -28,6 +28,8 @@ from tests.servers.fault_server import Request
 from tests.servers.scripted_server import Body, asks_for
 from tests.studio import few, seeds_in, studio
 
+pytestmark = pytest.mark.alone  # the model computes on every core
+
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "black": (0, 0, 0), "white": (255,) * 3}
 REFUSAL = "I'm sorry, but I can't help with that."
 

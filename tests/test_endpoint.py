@@ -291,6 +291,7 @@ def test_a_passing_fault_is_tried_again_and_told_to_nobody(fault: Answer) -> Non
     assert said == []
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", [STALL, raw(reply("a" * 4000).body, how="trickle")], ids=["stall", "trickle"])
 def test_an_answer_that_stalls_or_never_ends_is_a_passing_fault(fault: Answer) -> None:
     with FaultServer(in_turn(fault, reply())) as server:
@@ -390,6 +391,7 @@ def test_retry_after_is_honoured_for_all_new_calls(retry_after: Callable[[], str
     assert server.requests[1].at - server.requests[0].at > 0.8
 
 
+@pytest.mark.alone
 def test_a_named_pause_holds_for_those_too_who_have_a_place_and_wait_for_their_quota() -> None:
     async def main() -> None:
         async with opened(server, concurrency=12, rpm=300) as ask:
@@ -465,6 +467,7 @@ def test_a_call_that_asks_for_more_than_a_minute_has_fails_at_once_and_stops_nob
     assert len(server.requests) == 2
 
 
+@pytest.mark.alone
 def test_a_limit_that_a_429_names_holds_from_then_on_and_is_told_once() -> None:
     named = error(429, "Rate limit reached on requests per min (RPM): Limit 120, Used 120. Please try again in 1ms.")
 
@@ -482,6 +485,7 @@ def test_a_limit_that_a_429_names_holds_from_then_on_and_is_told_once() -> None:
     assert all(b - a > 0.4 for a, b in itertools.pairwise(later[2:])), "two at once, then one each half a second"
 
 
+@pytest.mark.alone
 def test_the_lowest_quota_of_members_that_share_a_model_holds_over_all_replicas(tmp_path: Path) -> None:
     async def main() -> None:
         url = f"openai:m@{one.url},{other.url}"
@@ -498,6 +502,7 @@ def test_the_lowest_quota_of_members_that_share_a_model_holds_over_all_replicas(
     assert sent[-1] - sent[0] > 1.7, "two at once, then one each half a second"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("tokens", "calls"), [("estimated", 5), ("used", 16)])
 def test_tokens_a_minute_are_kept_to(tokens: str, calls: int) -> None:
     """About 63 tokens a call by estimate, of which 100 a second may go; 18 by the usage that comes back, if it does."""
@@ -513,6 +518,7 @@ def test_tokens_a_minute_are_kept_to(tokens: str, calls: int) -> None:
     assert server.requests[-1].at - server.requests[0].at > 1.2
 
 
+@pytest.mark.alone
 def test_calls_settle_near_the_capacity_of_a_server_and_all_finish() -> None:
     async def main() -> None:
         async with opened(server, concurrency=64) as ask:
@@ -529,6 +535,7 @@ def test_calls_settle_near_the_capacity_of_a_server_and_all_finish() -> None:
     assert sum(request.in_flight for request in later) / len(later) > 3
 
 
+@pytest.mark.alone
 def test_time_outs_lower_the_limit_until_a_slow_server_keeps_up() -> None:
     """Four slots of 50 ms each and 0.4 s for an answer: 32 at once are in time, a hundred are not."""
 
@@ -549,6 +556,7 @@ def test_time_outs_lower_the_limit_until_a_slow_server_keeps_up() -> None:
     assert len(server.requests) < 2 * 300
 
 
+@pytest.mark.alone
 def test_the_first_burst_lowers_the_limit_once() -> None:
     def script(request: Request) -> Answer:
         return error(429) if request.number < 32 else reply(delay=0.3)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from intersafe.conductor import WINDOW, Display, Progress
 from intersafe.generate import generate_dialogues
@@ -45,6 +46,7 @@ def command(url: str, n: int, *more: str) -> list[str]:
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_a_fifth_of_the_requests_meets_a_fault_and_no_byte_changes() -> None:
     done = bench("faults.py", "--n", "40", "--timeout", "1.0", "--json")
     assert done.stdout, done.stderr
@@ -59,6 +61,7 @@ def test_a_fifth_of_the_requests_meets_a_fault_and_no_byte_changes() -> None:
     assert len(set(FAULTS) & set(faulty["kinds"])) > 0.8 * len(FAULTS)
 
 
+@pytest.mark.alone
 def test_what_is_cut_off_or_filtered_is_counted_and_never_scored(tmp_path: Path) -> None:
     with running_chaos(outcomes=0.03, profile="flawless") as server:
         recipe = over_http(server.url, concurrency=16)
@@ -103,6 +106,7 @@ class Outage(Display):
                 server.set(down=False)
 
 
+@pytest.mark.alone
 def test_all_replicas_dead_and_alive_again_lose_nothing(tmp_path: Path) -> None:
     with running_chaos(latency=0.01) as one, running_chaos(latency=0.01) as other:
         recipe = over_http(f"{one.url},{other.url.removeprefix('openai:')}", concurrency=16)
@@ -210,6 +214,7 @@ class Hanging(Display):
                 self.server.set(hold=0)
 
 
+@pytest.mark.alone
 def test_one_call_that_hangs_lets_the_others_go_on_for_a_long_while(tmp_path: Path) -> None:
     with running_chaos(hold=5) as server:
         hanging = Hanging(server)

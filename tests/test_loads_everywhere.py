@@ -57,12 +57,12 @@ def expected(release: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "library"), [(n, library) for n, all_ in ENVIRONMENTS.items() for library in all_])
 def test_every_row_and_image_arrives(name: str, library: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    python = REPOSITORY / ".venv-loads" / name / "bin/python"
-    if not python.exists():
+    environment = REPOSITORY / ".venv-loads" / name
+    if not (environment / "ready").exists():  # written last: it may be under way
         pytest.skip("needs environments of its own: make test-loads")
     release, expected = request.getfixturevalue("release"), request.getfixturevalue("expected")
     done = subprocess.run(
-        [python, Path(__file__).parent / "load_release.py", library, release],
+        [environment / "bin/python", Path(__file__).parent / "load_release.py", library, release],
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

@@ -182,6 +182,7 @@ def lost(lease: Lease) -> None:
 ELSEWHERE = {"host": "elsewhere", "boot": "another"}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("clock", [-3600, 3600])
 def test_another_machines_owner_is_dead_once_its_heartbeat_stops(clock: int, run: Path) -> None:
     first = owner(run, "hold")
@@ -198,6 +199,7 @@ def test_another_machines_owner_is_dead_once_its_heartbeat_stops(clock: int, run
         assert "elsewhere" in lease.news
 
 
+@pytest.mark.alone
 def test_another_machines_owner_that_still_renews_it_is_alive_whatever_the_clock_says(run: Path) -> None:
     lease = lock(run, beat=BEAT)
     path = run / ".lock"
@@ -221,6 +223,7 @@ def test_another_machines_owner_that_still_renews_it_is_alive_whatever_the_clock
     lease.release()
 
 
+@pytest.mark.alone
 def test_an_owner_that_was_stopped_writes_nothing_once_another_has_taken_over(run: Path) -> None:
     first = owner(run, "write", "first")
     with ended(first):

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.alone
+
 SCRIPT = """
 import asyncio, io, os, sys
 from pathlib import Path

@@ -13,6 +13,8 @@ from intersafe.generate import generate_dialogues
 from tests.makers import demo
 from tests.servers.scripted_server import Body, scripted_server
 
+pytestmark = pytest.mark.alone
+
 
 class Watching(Display):
     """Keeps every line that a log would show."""

@@ -233,6 +233,7 @@ def test_a_passing_fault_is_tried_again_and_told_to_nobody(fault: Answer) -> Non
     assert said == []
 
 
+@pytest.mark.alone
 def test_a_stalled_answer_is_tried_again() -> None:
     with painting(in_turn(STALL, PICTURE)) as server:
         assert paint_once(server, timeout=0.3) == Painted(PNG)

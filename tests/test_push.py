@@ -382,6 +382,7 @@ def test_a_hub_that_hangs_meets_the_deadline(lfs: Bench, one: Path, repo: str, w
     assert lfs.push(one, repo=repo).code == 0
 
 
+@pytest.mark.alone
 def test_hf_xet_that_hangs_meets_the_deadline(xet: Bench, one: Path, repo: str) -> None:
     # Native code that waits has no time-out, and must not hold up the end of the process either.
     env = {"HF_ENDPOINT": xet.hub.hub_url, "HF_TOKEN": "hf_writer", "HF_HOME": str(one.parent), "PATH": ""}

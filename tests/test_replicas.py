@@ -18,6 +18,8 @@ from tests.servers.fault_server import RESET, STALL, Answer, FaultServer, Reques
 from tests.test_endpoint import Asked, opened, picture
 from tests.test_limits import run
 
+pytestmark = pytest.mark.alone
+
 OFTEN = Limits(timeout=10, patience=30, retries=2)
 
 

@@ -314,6 +314,7 @@ def sane(summary: Path) -> None:
     assert all(0 <= role["seconds"] < 3000 for role in roles.values()), roles
 
 
+@pytest.mark.alone
 def test_a_clock_that_jumps_back_an_hour_and_ahead_a_day_changes_nothing(
     words: tuple[str, ...], whole: Path, tmp_path: Path
 ) -> None:

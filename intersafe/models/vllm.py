@@ -151,7 +151,7 @@ class VllmLibrary:
         return sample_of((metric.name, float(metric.value)) for metric in metrics)
 
     def is_alive(self) -> bool:
-        """False once vLLM has noticed that its engine's process is gone; its `step` may wait for output all the same."""
+        """False once vLLM has noticed that its engine's process is gone; its `step` may wait all the same."""
         core = self._llm.llm_engine.engine_core
         return not getattr(getattr(core, "resources", None), "engine_dead", False)
 
