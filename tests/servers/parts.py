@@ -362,13 +362,12 @@ _ASKED: dict[str, Callable[[random.Random, dict[str, Any], Prompts], Asked]] = {
     "refusal/answer": _decline,
     "responder/aligned": _respond,
 }
-SHARES = dict.fromkeys(_ASKED, 0.6) | {
-    "attacker": 8,
-    "planner/decompose": 4,
-    "judge/turn": 4,
-    "painter/describe": 3,
+SHARES = dict.fromkeys(_ASKED, 1.0) | {
+    "attacker": 6,
+    "planner/decompose": 3,
+    "judge/turn": 3,
+    "painter/describe": 4,
     "judge/dialogue": 2,
-    "planner/rewrite": 1,
     "refusal/question": 2,
 }
 """How often each prompt is asked in training; `attacker` stands for every strategy."""
