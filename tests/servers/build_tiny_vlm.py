@@ -274,6 +274,10 @@ class Encoder:
             first += PAD * (rows * columns // MERGE**2) + tail
         return list(self.tokenizer.encode(first).ids)
 
+    def learned(self, talk: Talk) -> list[int]:
+        """The prompt as training shows it."""
+        return scrambled(self.prompt(talk))
+
     def hints(self, row: list[int], colours: list[str]) -> list[int]:
         """Labels of the prompt: the end of every image, and the mark behind it, shall tell that image's colour."""
         end, marks = self.token("<|vision_end|>"), [self.token("<|latest|>"), self.token("<|earlier|>")]
@@ -289,7 +293,7 @@ class Encoder:
         """Model inputs; with `learn` the replies are appended and labelled, all else is masked."""
         rows, labels = [], []
         for talk in talks:
-            row = scrambled(self.prompt(talk)) if learn else self.prompt(talk)
+            row = self.learned(talk) if learn else self.prompt(talk)
             label = self.hints(row, talk.colours) if learn else []
             for text, learned in [*(talk.pieces or [(talk.reply, True)]), (STOP, True)] if learn else []:
                 ids = self.tokenizer.encode(text).ids
@@ -331,6 +335,14 @@ def train(model: Any, encoder: Encoder, rng: random.Random, steps: int) -> None:
             sys.stderr.write(f"step {step} loss {total:.3f} {time.monotonic() - began:.0f} s\n")
 
 
+def reply_of(model: Any, encoder: Encoder, talk: Talk, most: int) -> str:
+    """The greedy reply of at most so many tokens."""
+    inputs = encoder.batch([talk], learn=False)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=most, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return str(encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+
+
 def measure(model: Any, encoder: Encoder, rng: random.Random, count: int) -> dict[str, float]:
     """Share of exact greedy replies per kind, on text and pictures that training never saw."""
     model.eval()
@@ -340,9 +352,7 @@ def measure(model: Any, encoder: Encoder, rng: random.Random, count: int) -> dic
         for _ in range(count):
             turns = rng.randint(2 if kind == "c" else 1, 7)
             talk = make_talk(rng, FRESH, turns, 60, kind)
-            inputs = encoder.batch([talk], learn=False)
-            ids = model.generate(**inputs, max_new_tokens=30, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-            reply = encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+            reply = reply_of(model, encoder, talk, 30)
             exact += reply == talk.reply
             if reply != talk.reply:
                 sys.stderr.write(f"kind {kind}, turn {turns}: {reply!r} instead of {talk.reply!r}\n")
