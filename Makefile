@@ -111,7 +111,7 @@ test-loads: .venv/ready-test $(LOADS:%=.venv-loads/%/ready)
 	$(BIN)/python -m pytest -m loads tests/test_loads_everywhere.py
 
 # The environments of the lanes above, which `.ci/run` builds while other lanes run.
-environments: $(T2I)/ready $(RAY)/ready $(LOADS:%=.venv-loads/%/ready)
+environments: $(VLLM)/ready $(TRANSFORMERS)/ready $(T2I)/ready $(RAY)/ready $(LOADS:%=.venv-loads/%/ready)
 
 # The other libraries, each in an environment of its own; versions whose interfaces bench/peers/ was written for.
 PEERS := datatrove curator designer distilabel

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -27,7 +27,6 @@ from tests.engines import (
     CAST,
     COLOURS,
     REFUSAL,
-    VICTIM,
     answers,
     blind_weights,
     engine,
@@ -113,26 +112,27 @@ def here(store: ImageStore, calls: list[Call]) -> list[Found]:
     """What the engine of this process makes of them, twice."""
     os.environ |= ALONE
     try:
-        return answers("vllm:tiny", engine(args=ARGS), store, [calls, calls])
+        return answers("vllm:tiny", engine(CAST, args=ARGS), store, [calls, calls])
     finally:
         for name in ALONE:
             del os.environ[name]
 
 
+class Served(NamedTuple):
+    """A real server that `intersafe serve` started and looks after."""
+
+    url: str
+    pid: int
+    """Of `intersafe serve`."""
+
+
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """URLs of two real servers that one recipe asks for: the tiny victim and the tiny cast."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    one, other = (f"http://127.0.0.1:{free_port()}/v1" for _ in range(2))
-    cast: dict[str, Any] = {
-        "attacker": f"vllm:tiny-cast@{other}",
-        "victims": [f"vllm:tiny@{one}"],
-        "judge": f"vllm:tiny-cast@{other}",
-    }
-    serve = {"tiny": put_up(VICTIM, args=ARGS), "tiny-cast": put_up(CAST, args=ARGS)}
-    recipe = write_recipe(folder / "recipe.json", cast["attacker"], {}, cast=cast, serve=serve)
-    with serving(recipe, folder):
-        yield one, other
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    recipe = write_recipe(folder / "recipe.json", f"vllm:tiny-cast@{url}", put_up(args=ARGS))
+    with serving(recipe, folder) as server:
+        yield Served(url, server.pid)
 
 
 def test_images_of_every_turn_are_seen_and_schemas_hold(here: list[Found]) -> None:
@@ -165,9 +165,9 @@ def test_what_the_engine_remembers_of_images_changes_no_answer(here: list[Found]
 
 
 def test_a_server_gives_the_same_texts_and_turns_down_the_same(
-    here: list[Found], served: tuple[str, str], store: ImageStore, calls: list[Call]
+    here: list[Found], served: Served, store: ImageStore, calls: list[Call]
 ) -> None:
-    (found,) = answers(f"vllm:tiny@{served[0]}", engine(), store, [calls])
+    (found,) = answers(f"vllm:tiny-cast@{served.url}", engine(), store, [calls])
     assert found[:14] == here[0][:14]
     assert [getattr(failed, "reason", "") for failed in found[14:]] == ["too_long", "bad_request"]
 
@@ -189,7 +189,9 @@ def test_an_engine_that_cannot_start_is_one_line(
 ) -> None:
     for name, value in (ALONE | {"VLLM_CPU_KVCACHE_SPACE": "1"}).items():
         monkeypatch.setenv(name, value)
-    (found,) = answers("vllm:tiny", engine(**changes), store, [[question("Hello."), question("And?")]], extra=extra)
+    (found,) = answers(
+        "vllm:tiny", engine(CAST, **changes), store, [[question("Hello."), question("And?")]], extra=extra
+    )
     for error in found:
         assert isinstance(error, InputError)
         assert "\n" not in str(error)
@@ -204,68 +206,84 @@ def run_of(recipe: Path, run: Path, **env: str) -> "subprocess.CompletedProcess[
     return cli("generate", "--pipeline", str(recipe), "--run", str(run), "--n", "20", cwd=recipe.parent, **env)
 
 
+@contextlib.contextmanager
+def begun(recipe: Path, run: Path, calls: int) -> Iterator["subprocess.Popen[str]"]:
+    """A run that has paid for so many calls and goes on."""
+    words = ("generate", "--pipeline", str(recipe), "--run", str(run), "--n", "20")
+    command = [sys.executable, "-m", "intersafe", *words]
+    with subprocess.Popen(command, cwd=run.parent, stderr=subprocess.PIPE, text=True) as running:
+        while len(list((run / "journal").glob("*.jsonl"))) == 0 or len(journal_keys(run)) < calls:
+            assert running.poll() is None, running.stderr.read() if running.stderr else ""
+            time.sleep(0.05)
+        yield running
+
+
 @pytest.fixture(scope="module")
-def runs(served: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One recipe, served and in this process: it differs in the URL alone, which is no part of it."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, spec, env in (
-        ("served", f"vllm:tiny-cast@{served[1]}", {}),
-        ("here", "vllm:tiny-cast", ALONE),
-    ):
-        recipe = write_recipe(folder / f"{name}.json", spec, put_up(CAST, args=ARGS))
-        done = run_of(recipe, folder / name, **env)
-        assert done.returncode == 0, done.stderr
-    return folder
+def here_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole cast on the engine of the run's own process."""
+    folder = tmp_path_factory.mktemp("here")
+    done = run_of(write_recipe(folder / "recipe.json", "vllm:tiny-cast", put_up(args=ARGS)), folder / "run", **ALONE)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
 
 
-def test_the_same_recipe_served_and_in_process_gives_the_same_bytes(runs: Path) -> None:
-    assert len(rows(runs / "served" / "dialogues.jsonl")) == 20
-    assert digest(runs / "served") == digest(runs / "here")
+@pytest.fixture(scope="module")
+def served_run(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same recipe with a URL, which is no part of it; the server's engine is killed in the middle."""
+    folder = tmp_path_factory.mktemp("served_run")
+    recipe = write_recipe(folder / "recipe.json", f"vllm:tiny-cast@{served.url}", put_up(args=ARGS))
+    with begun(recipe, folder / "run", 60) as running:
+        (core,) = children_named(served.pid, "EngineCore")
+        os.kill(core, signal.SIGKILL)
+        _, said = running.communicate(timeout=150)
+    assert running.returncode == 0, said
+    assert "no connection" in said or "HTTP 5" in said
+    assert children_named(served.pid, "EngineCore") not in ([], [core])
+    return folder / "run"
 
 
-def test_images_stand_in_several_turns_and_are_seen_there(runs: Path) -> None:
-    dialogues = rows(runs / "here" / "dialogues.jsonl")
+def test_served_with_its_engine_killed_and_in_process_give_the_same_bytes(served_run: Path, here_run: Path) -> None:
+    assert len(rows(here_run / "dialogues.jsonl")) == 20
+    assert digest(served_run) == digest(here_run)
+    keys = journal_keys(served_run)
+    assert len(keys) == len(set(keys))
+
+
+def test_images_stand_in_several_turns_and_are_seen_there(here_run: Path) -> None:
+    dialogues = rows(here_run / "dialogues.jsonl")
     places = [place for row in dialogues for place, turn in enumerate(row["turns"]) if turn.get("origins")]
     assert len(set(places)) >= 2
     assert max(len([t for t in row["turns"] if t.get("origins")]) for row in dialogues) >= 2
 
 
-def test_summary_and_funnel_tell_how_busy_the_engines_were(runs: Path) -> None:
-    for name in ("served", "here"):
-        (figures,) = json.loads((runs / name / "summary.json").read_text())["engines"].values()
+def test_summary_and_funnel_tell_how_busy_the_engines_were(served_run: Path, here_run: Path) -> None:
+    for run in (served_run, here_run):
+        (figures,) = json.loads((run / "summary.json").read_text())["engines"].values()
         assert figures["looks"] >= 1
         assert figures["queries"] > 1000
         assert 0 <= figures["hits"] <= figures["queries"]
-        shown = cli("show", str(runs / name), "--funnel", cwd=runs)
-        assert "prefix cache" in shown.stdout
+        assert "prefix cache" in cli("show", str(run), "--funnel", cwd=run.parent).stdout
 
 
-def test_an_engine_that_is_killed_ends_the_run_in_one_line_and_the_same_command_goes_on(
-    runs: Path, tmp_path: Path
+def test_an_engine_of_the_run_that_is_killed_ends_it_in_one_line_and_the_same_command_goes_on(
+    here_run: Path, tmp_path: Path
 ) -> None:
-    recipe = write_recipe(tmp_path / "recipe.json", "vllm:tiny-cast", put_up(CAST, args=ARGS))
-    words = ("generate", "--pipeline", str(recipe), "--run", str(tmp_path / "run"), "--n", "20", "--concurrency", "2")
-    command = [sys.executable, "-m", "intersafe", *words]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as running:
-        journal = tmp_path / "run" / "journal"
-        while not (sum(path.stat().st_size for path in journal.glob("*.jsonl")) if journal.exists() else 0) > 20_000:
-            assert running.poll() is None, running.stderr.read() if running.stderr else ""
-            time.sleep(0.02)
+    recipe = write_recipe(tmp_path / "recipe.json", "vllm:tiny-cast", put_up(args=ARGS))
+    with begun(recipe, tmp_path / "run", 60) as running:
         (core,) = children_named(running.pid, "EngineCore")
         os.kill(core, signal.SIGKILL)
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=60)
     assert running.returncode == 4, said
     last = said.strip().splitlines()[-1]
     assert last.startswith("intersafe: the engine of vllm:tiny-cast died")
     assert "run the same command again" in last
     assert "Traceback" not in said
+    assert not children_named(running.pid, "VLLM")
     resumed = run_of(recipe, tmp_path / "run", **ALONE)
     assert resumed.returncode == 0, resumed.stderr
     keys = journal_keys(tmp_path / "run")
     assert len(keys) == len(set(keys))
-    written = write_recipe(runs / "again.json", "vllm:tiny-cast", put_up(CAST, args=ARGS))
-    assert written.exists()
-    assert digest(tmp_path / "run") == digest(runs / "here")
+    assert digest(tmp_path / "run") == digest(here_run)
 
 
 def children_named(parent: int, word: str) -> list[int]:
@@ -286,13 +304,23 @@ def children_named(parent: int, word: str) -> list[int]:
     return found
 
 
-def test_a_server_of_text_alone_that_is_sent_images_ends_in_one_line(tmp_path: Path) -> None:
+def test_weights_of_text_alone_are_found_before_a_server_starts(tmp_path: Path) -> None:
     weights = blind_weights(tmp_path / "blind")
-    url = f"http://127.0.0.1:{free_port()}/v1"
-    recipe = write_recipe(tmp_path / "recipe.json", f"vllm:blind@{url}", put_up(weights, max_model_len=2048))
-    done = cli(
-        "generate", "--serve", "--pipeline", str(recipe), "--run", str(tmp_path / "run"), "--n", "5", cwd=tmp_path
-    )
-    assert done.returncode in (2, 4), done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert "vision-language" in last
+    spec = f"vllm:blind@http://127.0.0.1:{free_port()}/v1"
+    recipe = write_recipe(tmp_path / "recipe.json", spec, put_up(weights, max_model_len=2048))
+    done = cli("generate", "--serve", "--pipeline", str(recipe), "--run", str(tmp_path / "run"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "cannot see images" in done.stderr
+    assert "vision-language" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_finds_all_well_with_a_real_server(served: Served, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.json", f"vllm:tiny-cast@{served.url}", put_up(args=ARGS))
+    done = cli("doctor", str(recipe), "--json", "-", "--timeout", "60", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (group,) = [group for group in json.loads(done.stdout)["groups"] if group["url"] == served.url]
+    found = {finding["what"]: finding["status"] for finding in group["findings"]}
+    assert {found[what] for what in ("answers", "model", "usage", "finish", "images", "several", "schema")} == {"ok"}
+    assert found["metrics"] == "ok"
