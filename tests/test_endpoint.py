@@ -537,10 +537,10 @@ def test_calls_settle_near_the_capacity_of_a_server_and_all_finish() -> None:
 
 @pytest.mark.alone
 def test_time_outs_lower_the_limit_until_a_slow_server_keeps_up() -> None:
-    """Four slots of 50 ms each and 0.4 s for an answer: 32 at once are in time, a hundred are not."""
+    """Four slots of 100 ms each and 0.8 s for an answer: 32 at once are in time, a hundred are not."""
 
     async def main() -> None:
-        async with opened(server, limits=Limits(timeout=0.4, retries=6)) as ask:
+        async with opened(server, limits=Limits(timeout=0.8, retries=6)) as ask:
 
             async def worker(number: int) -> None:
                 for again in range(3):
@@ -548,7 +548,7 @@ def test_time_outs_lower_the_limit_until_a_slow_server_keeps_up() -> None:
 
             await asyncio.gather(*(worker(number) for number in range(100)))
 
-    with FaultServer(lambda _: reply(delay=0.05), slots=4) as server:
+    with FaultServer(lambda _: reply(delay=0.1), slots=4) as server:
         asyncio.run(main())
     later = server.requests[len(server.requests) // 2 :]
     assert server.most_in_flight == 100
