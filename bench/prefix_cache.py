@@ -32,8 +32,8 @@ from intersafe.serving import servers_of
 from intersafe.supervisor import watched
 from tests.engines import FIXTURES, put_up, write_recipe
 
-BLOCK = 16
-"""Tokens of a block of the KV cache, as on a GPU; the CPU's 128 are longer than many a turn here."""
+BLOCK = 32
+"""Tokens of a block of the KV cache: the fewest that a CPU has; the usual 128 are longer than many a turn here."""
 JSON = {"Content-Type": "application/json"}
 ENGINE = {
     "HF_HUB_OFFLINE": "1",

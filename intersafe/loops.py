@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from intersafe.errors import ServiceGone
+
 CLOSING = 5.0
 """Seconds that a run has to close in before a further signal counts."""
 
@@ -66,7 +68,8 @@ def stopped_by_signals() -> Iterator[None]:
         loop.add_signal_handler(name, stop)
     try:
         yield
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, ServiceGone):
+        # Ctrl-C in a terminal reaches the processes of an engine too: that it is gone is no news then.
         if stopped:
             raise KeyboardInterrupt from None
         raise

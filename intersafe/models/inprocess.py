@@ -159,7 +159,7 @@ class EngineThread:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
         self._orders.put(None)
-        if not self._ended:
+        if self._is_loaded.is_set() and not self._ended:  # what still loads ends with this process
             await asyncio.to_thread(self._thread.join)
         self._waiting.pop(self.name, None)
 

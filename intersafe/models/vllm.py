@@ -31,6 +31,12 @@ _KWARGS = ("chat_template_kwargs", "mm_processor_kwargs", "chat_template", "add_
 """Fields of `extra` that decide how a conversation is rendered; the others are sampling parameters."""
 _BAD = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OSError, TemplateError)
 """What rendering raises about a conversation, beside vLLM's own client errors; an engine that died raises others."""
+_QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout has our results
+    "VLLM_NO_USAGE_STATS": "1",
+    "TQDM_DISABLE": "1",
+}
 _FINISH: dict[str | None, Finish] = {"stop": "stop", "length": "length"}
 
 
@@ -185,7 +191,7 @@ def _check_extra(extra: Mapping[str, Any], params: Any) -> None:
 def _quiet(engine: Engine) -> None:
     """The engine's environment, and no lines of its own in the middle of the run's display."""
     os.environ.update(engine.env)
-    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1"), ("TQDM_DISABLE", "1")):
+    for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
 
