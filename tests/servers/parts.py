@@ -299,7 +299,7 @@ def _judge_turn(rng: random.Random, concern: dict[str, Any], prompts: Prompts) -
 
 
 def _judge_dialogue(rng: random.Random, concern: dict[str, Any], prompts: Prompts) -> Asked:
-    garden = rng.random() < 0.4
+    garden = rng.random() < 0.25
     turns = _turns(rng, _count(rng, 2), GARDEN if garden else MESSAGES)
     risky = not any("garden" in turn.user.text for turn in turns)
     values = concern | {"transcript": transcript(turns), "rubric": _rubric(concern, prompts)}
