@@ -103,9 +103,10 @@ def generate(
     intersafe generate --pipeline mine.yaml --serve     starts its models on this machine first, stops them at the end
     intersafe generate --run /shared/mine --ray auto     the nodes of a Ray cluster; --ray alone: all cores here
 
-    A model SPEC is backend:model[@url[,url]]; backends: scripted, openai (any OpenAI-compatible URL), and for the
-    painter diffusers (in process). Keys come from the environment variable that the recipe names. Refusal samples grow
-    beside the dialogues where the recipe asks for them. Ctrl-C stops cleanly; the same command goes on.
+    A model SPEC is backend:model[@url[,url]]; backends: scripted, openai (any OpenAI-compatible URL), vllm (its server,
+    or in process without a URL), transformers (in process), and for the painter diffusers (in process). Keys come from
+    the environment variable that the recipe names. Refusal samples grow beside the dialogues where the recipe asks for
+    them. Ctrl-C stops cleanly; the same command goes on.
 
     At a limit no further call starts, those in flight are kept, and the exit code is 5: the same command with a larger
     limit goes on. --max-tokens and --max-cost count the whole run, what it spent before included; --max-time counts
@@ -128,6 +129,10 @@ def generate(
     if serve:
         from intersafe.cli_serve import served_for
 
+        if cluster:
+            from intersafe.cluster import library
+
+            library()  # before models load for minutes
         if ray not in (None, "local"):
             remedy = "start them where the workers are: `intersafe serve`"
             raise InputError("servers of this machine for a cluster", at="--serve, --ray", remedy=remedy)

@@ -57,14 +57,23 @@ class Figures(msgspec.Struct):
         """Share of the prompt tokens that were in the prefix cache, 0 to 1; None where none was looked up."""
         return self.hits / self.queries if self.queries else None
 
-    def look(self, sample: Sample) -> None:
-        """Takes one more look into account; counters that fell belong to an engine that was started again."""
+    def look(self, sample: Sample, *, is_last: bool = False) -> None:
+        """Takes one more look into account; counters that fell belong to an engine that was started again.
+
+        The last look comes when all is done: it says nothing about how busy the engine was.
+        """
+        if is_last and self.latest:
+            self._count(sample)
+            return
         self.looks += 1
         share = 1 / self.looks
         self.running += (sample.running - self.running) * share
         self.waiting += (sample.waiting - self.waiting) * share
         self.idle += ((sample.running + sample.waiting == 0) - self.idle) * share
         self.kv_usage = max(self.kv_usage, sample.kv_usage)
+        self._count(sample)
+
+    def _count(self, sample: Sample) -> None:
         if before := self.latest:
             started_again = sample.queries < before.queries
             self.queries += sample.queries - (0 if started_again else before.queries)

@@ -178,7 +178,20 @@ def _batch_problem(member: Member) -> tuple[str, str] | None:
     return None
 
 
-_SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
+_SECRET = re.compile(r"(^|[_-])(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)([_-]|$)", re.IGNORECASE)
+_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+
+
+def _secrets_in(args: Any, name: str = "") -> Iterator[str]:
+    """Names of what looks like a secret, at any depth of the arguments."""
+    if isinstance(args, dict):
+        for key, value in args.items():
+            yield from _secrets_in(value, str(key))
+    elif isinstance(args, (list, tuple)):
+        for value in args:
+            yield from _secrets_in(value, name)
+    elif isinstance(args, str) and (_SECRET.search(name) or _IN_URL.search(args)):
+        yield name
 
 
 def _serve_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
@@ -189,12 +202,18 @@ def _serve_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
         if engine.images is not None and engine.images < recipe.most_images:
             what = f"{here}: images {engine.images}, and a request can have {recipe.most_images}"
             yield f"{where}.images", InputError(what, remedy="raise it, or leave it out; or lower `images.max`")
-        for variable in filter(_SECRET.search, engine.env):
+        for variable in engine.env:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+                what = f"{here}: {variable!r} is no name of an environment variable"
+                yield f"{where}.env", InputError(what, remedy="write letters, digits and _")
+        words = dict(word.split("=", 1) for word in engine.command.split() if "=" in word)
+        for variable in _secrets_in(words):
+            what = f"{here}: {variable} in `command` would be written into every run"
+            yield f"{where}.command", InputError(what, remedy="export it: engines have the environment of intersafe")
+        for variable in _secrets_in(engine.env):
             what = f"{here}: {variable} in `env` would be written into every run"
             yield f"{where}.env", InputError(what, remedy="export it: engines have the environment of intersafe")
-        for argument in (
-            name for name, value in engine.args.items() if _SECRET.search(name) and isinstance(value, str)
-        ):
+        for argument in _secrets_in(engine.args):
             what = f"{here}: {argument} in `args` would be written into every run"
             yield f"{where}.args", InputError(what, remedy="export it as the environment variable that vLLM reads")
         urls = {url for spec in specs for url in spec.urls}

@@ -29,7 +29,7 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 MODULE = "vllm.entrypoints.openai.api_server"
 KEY = "VLLM_API_KEY"
 """The environment variable in which vLLM finds the key that it shall demand; as a flag all users would see it."""
-OURS = ("model", "host", "port", "served_model_name", "api_key")
+OURS = ("model", "port", "served_model_name", "api_key")
 """Arguments that the cast decides."""
 
 
@@ -86,6 +86,8 @@ def servers_of(recipe: Recipe, only: Sequence[str] = (), *, is_here: bool = True
     if not servers:
         whose = ", ".join(names) or "`serve`"
         remedy = "name a local URL in the cast, as vllm:NAME@http://localhost:8000/v1"
+        if not recipe.serve:
+            raise InputError("nothing to serve: no `serve` section in the recipe", remedy="docs/engines.md shows one")
         raise InputError(f"nothing to serve: no local URL for {whose} in the cast", remedy=remedy)
     _check_ports_differ(servers)
     return servers

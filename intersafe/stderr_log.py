@@ -18,6 +18,13 @@ _places: list[Path] = []
 @contextlib.contextmanager
 def stderr_to(path: Path) -> Iterator[None]:
     """Sends the process's stderr to the end of that file; who has a stream of `own_stderr` goes on writing to it."""
+    try:
+        is_ours = sys.stderr is not None and sys.stderr.fileno() == _STDERR
+    except (OSError, ValueError):
+        is_ours = False
+    if not is_ours:  # closed, or a notebook's: the number 2 may be any file
+        yield
+        return
     _flush()
     before = os.dup(_STDERR)
     try:
@@ -51,6 +58,6 @@ def own_stderr() -> TextIO | None:
     try:
         if sys.stderr.fileno() != _STDERR:
             return sys.stderr
-        return os.fdopen(os.dup(_STDERR), "w", encoding=sys.stderr.encoding, errors="replace")
+        return os.fdopen(os.dup(_STDERR), "w", buffering=1, encoding=sys.stderr.encoding, errors="replace")
     except (OSError, ValueError):  # a stream of a test or a notebook
         return sys.stderr

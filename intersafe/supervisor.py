@@ -257,7 +257,7 @@ def watched(servers: Sequence[Server], folder: Path, say: Say) -> Iterator[None]
         while not over.wait(LOOK):
             try:
                 supervisor.look()
-            except ServiceGone as error:  # the others go on; the run waits for this one by its patience
+            except (ServiceGone, OSError) as error:  # the others go on; the run waits for this one by its patience
                 say(str(error))
         stopped.wait()  # a server that this thread started would get a SIGTERM of its own at the thread's end
 

@@ -59,9 +59,12 @@ class Watch:
                     await self._look_once(session)
                     await asyncio.sleep(PERIOD)
             finally:
-                await self._look_once(session)  # what the last answers found in the cache
+                # What the last answers found in the cache; a server that is gone is no reason to wait.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        await self._look_once(session, is_last=True)
 
-    async def _look_once(self, session: "aiohttp.ClientSession") -> None:
+    async def _look_once(self, session: "aiohttp.ClientSession", *, is_last: bool = False) -> None:
         samples = await asyncio.gather(*(ask_gauges(session, url) for url in self._urls.values()))
         found = dict(zip(self._urls, samples, strict=True))
         found |= {name: thread.sample() for name, thread in self._engines.items()}
@@ -69,7 +72,7 @@ class Watch:
             if sample:
                 # An engine of this process counts from nothing; a server may have worked before.
                 begun = Figures(latest=Sample() if name in self._engines else None)
-                self.figures.setdefault(name, begun).look(sample)
+                self.figures.setdefault(name, begun).look(sample, is_last=is_last)
 
 
 def _metrics(url: str) -> str:

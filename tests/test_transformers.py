@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,41 @@ def test_a_seed_decides_the_draw_whoever_shares_the_batch(store: ImageStore) -> 
     alone = answers(SPEC, engine(), store, [[question("Tell me more.", temperature=1.9, seed=s)] for s in range(6)])
     assert texts(drawn(0))[0] == texts(alone[0])[0]
     assert len({texts(found)[0] for found in alone}) > 1
+
+
+def drawn_by(rows: int, width: int = 0, **settings: Any) -> list[int]:
+    """The token that each of so many rows with seeds of their own draws from five logits."""
+    import torch  # type: ignore[import-not-found]
+
+    from intersafe.models.sampling import Row, Rows
+
+    defaults: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    made = [
+        Row(3, 9, **(defaults | settings), generator=torch.Generator("cpu").manual_seed(n), matcher=None)
+        for n in range(rows)
+    ]
+    ids = torch.tensor([[4] * width + [0, 0, 1]] * rows)
+    logits = torch.log(torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]] * rows))
+    return [int(row.argmax()) for row in Rows(torch, made, width + 3, 5, 4)(ids, logits)]
+
+
+def test_what_is_drawn_is_the_softmax_within_top_p_and_top_k() -> None:
+    for settings, shares in (
+        ({}, (0.4, 0.3, 0.15, 0.1, 0.05)),
+        ({"top_k": 2}, (4 / 7, 3 / 7, 0, 0, 0)),
+        ({"top_p": 0.65}, (4 / 7, 3 / 7, 0, 0, 0)),
+        ({"top_p": 0.3}, (1, 0, 0, 0, 0)),
+        ({"temperature": 0.0}, (1, 0, 0, 0, 0)),
+    ):
+        found = drawn_by(4000, **settings)
+        for token, share in enumerate(shares):
+            assert abs(found.count(token) / 4000 - share) < 0.03
+            assert share or token not in found
+
+
+def test_padding_counts_as_nothing_that_was_said() -> None:
+    assert drawn_by(50, width=7, repetition_penalty=3.0) == drawn_by(50, repetition_penalty=3.0)
+    assert drawn_by(1, repetition_penalty=9.0, temperature=0.0) == [2]
 
 
 def test_bad_conversations_fail_alone_and_cut_ones_say_so(store: ImageStore, colours: dict[str, str]) -> None:

@@ -279,7 +279,7 @@ def test_an_engine_of_the_run_that_is_killed_ends_it_in_one_line_and_the_same_co
     assert "run the same command again" in last
     assert "Traceback" not in said
     assert not children_named(running.pid, "VLLM")
-    resumed = run_of(recipe, tmp_path / "run", **ALONE)
+    resumed = run_of(recipe, tmp_path / "run")  # to its end with an engine in a process of its own
     assert resumed.returncode == 0, resumed.stderr
     keys = journal_keys(tmp_path / "run")
     assert len(keys) == len(set(keys))

@@ -203,7 +203,8 @@ class JobCast:
         try:
             yield time.perf_counter()
         except CallFailed as error:
-            if error.reason == "too_long":  # and always will be: the talk's own fault, not the server's
+            # It always will be, and is the talk's own fault; the first prompt of a job holds no talk yet.
+            if error.reason == "too_long" and call.ordinal:
                 raise JobRejected(call.role.partition(":")[0], "too_long", error.detail) from None
             # A failure may be the server's and costs nothing: no journal entry, so an undecided job asks again.
             raise CallFailed(call.role.partition(":")[0], error.reason, error.detail) from None

@@ -79,7 +79,7 @@ class EndpointModel:
         self.identity = member.identity
         self._member, self._images, self._say = member, images, say
         self._is_counting = False
-        self._refuses_schemas = False
+        self._refused_schemas: set[str] = set()
         self._known: dict[str, dict[str, None]] = {url: {} for url in member.spec.urls}
         hello = {"model": member.spec.model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
         small = msgspec.json.encode(hello | member.extra)
@@ -104,7 +104,8 @@ class EndpointModel:
 
     async def answer(self, call: Call) -> Reply:
         """The reply; waits out overload and outages, tries again what passes."""
-        if self._refuses_schemas or not self._member.json_schema:
+        schema = call.schema
+        if schema and (schema.name in self._refused_schemas or not self._member.json_schema):
             call = msgspec.structs.replace(call, schema=None)
         with_schema, refused = call, ""
 
@@ -134,12 +135,14 @@ class EndpointModel:
                     used=lambda reply: _used(with_schema, reply),
                 ),
             )
-        if refused and not self._refuses_schemas:
-            self._refuses_schemas = True
-            self._say(
-                f"{self.identity} refuses JSON schemas ({refused}): from now on the prompt alone asks for JSON; "
-                "`json_schema: false` in the recipe says so from the start"
-            )
+        if refused and schema and schema.name not in self._refused_schemas:
+            # Each by itself, so that it does not depend on the order of the calls which of them had a schema.
+            self._refused_schemas.add(schema.name)
+            if len(self._refused_schemas) == 1:
+                self._say(
+                    f"{self.identity} refuses JSON schemas ({refused}): then the prompt alone asks for JSON; "
+                    "`json_schema: false` in the recipe says so from the start"
+                )
         return reply
 
     async def _answer_by_uuid(

@@ -1,9 +1,14 @@
 """The members that a library of this process answers for: one engine for each model, whoever of the cast shares it."""
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from intersafe.engine_settings import Engine
 from intersafe.errors import InputError
@@ -14,8 +19,8 @@ from intersafe.settings import Member
 
 NEEDS = {"vllm": ("vllm",), "transformers": ("transformers", "torch")}
 """What must be importable for a backend."""
-_SEES = ("vision_config", "vision_tower", "visual", "image_token_id", "image_token_index")
-"""Keys of a `config.json` of which a model that sees images has one."""
+_SEES = re.compile(r"vis|image|img|mm_|auto_map", re.IGNORECASE)
+"""What stands in the `config.json` of a model that sees images, or whose own code may."""
 
 
 def open_engines(
@@ -45,6 +50,10 @@ def _loader(member: Member, engine: Engine, extras: Sequence[Mapping[str, Any]])
     name, revision = member.spec.model, member.revision
 
     def load() -> Library:
+        with _environment(engine.env):
+            return loaded()
+
+    def loaded() -> Library:
         if member.spec.backend == "vllm":
             from intersafe.models.vllm import VllmLibrary
 
@@ -54,6 +63,21 @@ def _loader(member: Member, engine: Engine, extras: Sequence[Mapping[str, Any]])
         return TransformersLibrary(name, engine, revision, extras)
 
     return load
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """The process's environment with these variables while an engine loads, which hands it on to its processes."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def check_engine(role: str, member: Member, engine: Engine) -> None:
@@ -73,9 +97,11 @@ def check_engine(role: str, member: Member, engine: Engine) -> None:
             f"cast.{role}: no model at {weights!r} (no config.json that can be read)",
             remedy="give a folder of weights, or owner/name of one on the Hugging Face Hub",
         )
+    if is_path and not any(Path(weights).glob(f"*.{kind}") for kind in ("safetensors", "bin", "pt", "pth", "gguf")):
+        raise InputError(f"cast.{role}: no weights in {weights!r}", remedy="put them there, or mend `path` in `serve`")
 
 
 def is_blind(member: Member, engine: Engine) -> bool:
     """True if the weights lie in a folder whose config.json is that of a model of text alone."""
     config = config_of(weights_of(member.spec.model, engine))
-    return config is not None and not any(key in config for key in _SEES)
+    return config is not None and not _SEES.search(msgspec.json.encode(config).decode())

@@ -109,9 +109,14 @@ _TOO_LONG = re.compile(
 )
 
 
+_TOO_MANY_WANTED = re.compile(r"max_(completion_)?tokens.{0,40}too (large|many)", re.IGNORECASE)
+"""The answer's room and not the prompt: a setting, and no fault of the talk."""
+
+
 def refusal_of(words: str, code: str = "") -> CallFailed:
     """What the words mean, and the server's code, by which a server or a library turns one call down for good."""
-    return CallFailed("endpoint", "too_long" if _TOO_LONG.search(f"{code} {words}") else "bad_request", words)
+    is_long = _TOO_LONG.search(f"{code} {words}") and not _TOO_MANY_WANTED.search(words)
+    return CallFailed("endpoint", "too_long" if is_long else "bad_request", words)
 
 
 _SIGHT = re.compile(
@@ -131,6 +136,8 @@ def is_about_schema(error: Exception) -> bool:
 
 def hint_for(words: str) -> str:
     """What helps against a refusal that the user can do something about; empty where nothing is known."""
+    if _TOO_MANY_WANTED.search(words):
+        return "lower the member's `max_tokens`, or raise `max_model_len` in `serve`"
     if _TOO_LONG.search(words):
         return "raise `max_model_len` in `serve`, or lower `turns.max` or `images.max`"
     if found := _SIGHT.search(words):

@@ -57,7 +57,7 @@ class Question(Generic[A]):
     """The outcome of a body over the cap; a passing fault where there is none."""
     amend: Callable[[Exception], bool] = lambda _: False
     """Asked after an answer of 4xx or 5xx, given what it means: True if the body is now another one, to be sent at
-    once, once."""
+    once; it says so a few times at most."""
     at: Callable[[str], None] | None = None
     """Told the replica's URL before each body is made."""
     tokens: Callable[[], int] = lambda: 0

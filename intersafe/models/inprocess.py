@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from intersafe.engine_failures import explain, lines_of
 from intersafe.engine_settings import Engine
 from intersafe.errors import CallFailed, IntersafeError, JobEnded, ServiceGone
 from intersafe.gauges import Sample
@@ -25,6 +26,7 @@ from intersafe.models.waits import Waits
 from intersafe.records import Message
 from intersafe.replies import Schema
 from intersafe.settings import Member
+from intersafe.stderr_log import place
 
 LOOK = 0.5
 """Seconds between two looks whether an engine's processes are there."""
@@ -118,7 +120,9 @@ class EngineThread:
         self._count, self._waiting = 0, waiting
         self._library: Library | None = None
         self._ended: IntersafeError | None = None
-        self._is_loaded = asyncio.Event()
+        self._is_closing = False
+        self._log = place()
+        self._is_loaded, self._is_over = asyncio.Event(), asyncio.Event()
         waiting[name] = "it loads"
         self._looking: asyncio.Task[None] | None = None
         # A daemon: one that waits for an engine that is gone must not keep the process from ending.
@@ -155,12 +159,15 @@ class EngineThread:
     async def aclose(self) -> None:
         """Lets go of the engine once the step that is under way has ended."""
         await self._waits.aclose()
+        self._is_closing = True
+        self._orders.put(None)
+        # What still loads ends with this process; a step of an engine that is gone may never end.
+        if self._library:
+            await self._is_over.wait()
         if self._looking:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
-        self._orders.put(None)
-        if self._is_loaded.is_set() and not self._ended:  # what still loads ends with this process
-            await asyncio.to_thread(self._thread.join)
+        self._fail(ServiceGone(f"the engine of {self.name} was closed"))  # nobody may wait for it any longer
         self._waiting.pop(self.name, None)
 
     # --- in the thread -----------------------------------------------------------------------------------------------
@@ -170,9 +177,13 @@ class EngineThread:
             self._work(load)
         except BaseException as error:  # noqa: BLE001  whatever ends the thread has to reach those who wait for it
             self._tell(self._fail, error)
+        finally:
+            self._tell(self._is_over.set)
 
     def _work(self, load: Load) -> None:
         with _LOADING:
+            if self._is_closing:
+                return
             library = load()
         try:
             self._tell(self._loaded, library)
@@ -208,6 +219,8 @@ class EngineThread:
     # --- in the event loop -------------------------------------------------------------------------------------------
 
     def _loaded(self, library: Library) -> None:
+        if self._is_closing:
+            return
         self._library = library
         self._waiting.pop(self.name, None)
         self._is_loaded.set()
@@ -232,11 +245,14 @@ class EngineThread:
         if self._ended:
             return
         if not isinstance(error, IntersafeError):
+            said = lines_of(*self._log) if self._log else []
+            what = explain(said, Path("engines.log"), had_answered=True).what or one_line(error)
             error = ServiceGone(
-                f"the engine of {self.name} died ({one_line(error)}), engines.log in the run says more; "
+                f"the engine of {self.name} died ({what}), engines.log in the run says more; "
                 "run the same command again: nothing is lost"
             )
         self._ended = error
+        self._is_over.set()
         self._waiting.pop(self.name, None)
         self._is_loaded.set()
         for answered in self._asked.values():

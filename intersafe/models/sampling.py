@@ -13,6 +13,8 @@ from typing import Any
 class Row:
     """How one conversation of a batch is answered."""
 
+    prompt: int
+    """Tokens of its prompt, padding left out."""
     most: int
     """New tokens."""
     temperature: float
@@ -52,7 +54,7 @@ class Rows:
         if row.matcher:
             logits = self._within_schema(row, ids, logits)
         if row.repetition_penalty != 1.0:
-            seen = ids.unique()
+            seen = ids[self._width - row.prompt :].unique()
             score = logits[seen]
             logits[seen] = torch.where(score > 0, score / row.repetition_penalty, score * row.repetition_penalty)
         if row.temperature < 1e-5:

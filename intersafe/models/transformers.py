@@ -6,7 +6,6 @@ of its own (Gumbel noise added to its logits, then the largest), so a reply does
 for the rounding of sums. JSON schemas are kept to by llguidance.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -35,11 +34,10 @@ class TransformersLibrary:
         """`extras` are those of the members that will ask: what nobody here knows is an `InputError`."""
         for extra in extras:
             _check_extra(extra)
-        os.environ.update(engine.env)
         self._most = engine.batch
         try:
             self._load(weights_of(name, engine), engine, revision)
-        except (*_BAD, ImportError) as error:
+        except (*_BAD, ImportError, AssertionError) as error:
             raise _unloadable(name, error) from error
         self._waiting: deque[tuple[int, Asked]] = deque()
 
@@ -99,18 +97,22 @@ class TransformersLibrary:
     def step(self) -> list[tuple[int, Reply | JobEnded]]:
         """Answers as many of those that wait as a batch holds, to their ends."""
         batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
-        try:
-            replies = self._answer([asked for _, asked in batch])
-        except _BAD as error:
-            if len(batch) == 1:
-                return [(batch[0][0], _failed(error))]
-            return [self._alone(number, asked) for number, asked in batch]
-        return [(number, reply) for (number, _), reply in zip(batch, replies, strict=True)]
+        if len(batch) > 1:
+            try:
+                replies = self._answer([asked for _, asked in batch])
+                return [(number, reply) for (number, _), reply in zip(batch, replies, strict=True)]
+            except _BAD as error:
+                _raise_if_device_is_lost(error)
+            # Out here nothing holds what the failed batch had on the device.
+            if self._torch.cuda.is_available():
+                self._torch.cuda.empty_cache()
+        return [self._alone(number, asked) for number, asked in batch]
 
     def _alone(self, number: int, asked: Asked) -> tuple[int, Reply | JobEnded]:
         try:
             return number, self._answer([asked])[0]
         except _BAD as error:
+            _raise_if_device_is_lost(error)
             return number, _failed(error)
 
     def sample(self) -> Sample | None:
@@ -139,7 +141,7 @@ class TransformersLibrary:
             left = self._context - int(length)
             if left < 1:
                 raise ValueError(f"a prompt of {length} tokens, and the maximum context length is {self._context}")
-            rows.append(self._row(asked, min(left, asked.sampling.max_tokens)))
+            rows.append(self._row(asked, min(left, asked.sampling.max_tokens), int(length)))
         with torch.inference_mode():
             made = self._model.generate(
                 **inputs.to(self._device),
@@ -174,9 +176,14 @@ class TransformersLibrary:
             pictures.append([_picture(asked, ref) for message in asked.messages for ref in message.images])
         if not self._sees:
             return self._tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
-        # Some processors take one list of images for each text, others one for all; none takes empty lists.
+        # The template has written the special tokens. Some processors take one list of images for all texts, others one
+        # for each.
+        options = {"text": texts, "padding": True, "return_tensors": "pt", "add_special_tokens": False}
         flat = [picture for group in pictures for picture in group]
-        return self._processor(text=texts, images=flat or None, padding=True, return_tensors="pt")
+        try:
+            return self._processor(images=flat or None, **options)
+        except (ValueError, TypeError, LookupError):
+            return self._processor(images=[group or None for group in pictures], **options)
 
     def _message(self, message: Any) -> dict[str, Any]:
         if not self._sees:
@@ -184,10 +191,11 @@ class TransformersLibrary:
         parts: list[dict[str, str]] = [{"type": "image"} for _ in message.images]
         return {"role": message.role, "content": [*parts, {"type": "text", "text": message.text}]}
 
-    def _row(self, asked: Asked, most: int) -> Row:
+    def _row(self, asked: Asked, most: int, prompt: int) -> Row:
         drawn, extra = asked.sampling, asked.extra
         matcher = self._matcher(asked.schema.schema) if asked.schema else None
         return Row(
+            prompt,
             most,
             drawn.temperature,
             drawn.top_p,
@@ -235,6 +243,12 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
             raise InputError(what, remedy="mend or drop it")
 
 
+def _raise_if_device_is_lost(error: Exception) -> None:
+    """An error of the device itself is that of every call after it too."""
+    if "CUDA error" in str(error) or "device-side assert" in str(error):
+        raise error
+
+
 def _failed(error: Exception) -> CallFailed:
     if is_out_of_memory(error):
         return CallFailed("engine", "out_of_memory", f"{one_line(error)}; lower `batch` or `images.max`")
@@ -246,6 +260,8 @@ def _unloadable(name: str, error: Exception) -> InputError:
         remedy = "take a smaller model, another `device`, or `dtype: bfloat16` in `serve`"
         return InputError(f"not enough memory for {name!r} ({one_line(error)})", remedy=remedy)
     remedy = "give a folder of weights or owner/name of the Hugging Face Hub (`path` in `serve`)"
+    if isinstance(error, AssertionError):
+        remedy = "mend `device`: this torch has none of that kind"
     if isinstance(error, ImportError):
         remedy = "pip install 'intersafe[transformers]'; torch and torchvision must be builds that go together"
     return InputError(f"transformers cannot load {name!r} ({one_line(error)})", remedy=remedy)

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 
 from intersafe.engine_failures import explain, lines_of
 from intersafe.engine_settings import Engine
-from intersafe.errors import InputError, JobEnded
+from intersafe.errors import CallFailed, InputError, JobEnded
 from intersafe.gauges import Sample, sample_of
 from intersafe.models import Reply
 from intersafe.models.endpoint import Part, as_data, message_body
@@ -33,6 +33,8 @@ _BAD = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError,
 """What rendering raises about a conversation, beside vLLM's own client errors; an engine that died raises others."""
 _QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
+    # A forked engine would share the signals of this process: its end would be heard here as our own.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout has our results
     "VLLM_NO_USAGE_STATS": "1",
     "TQDM_DISABLE": "1",
@@ -46,7 +48,7 @@ class VllmLibrary:
     def __init__(self, name: str, engine: Engine, revision: str, extras: Iterable[Mapping[str, Any]]) -> None:
         """`extras` are those of the members that will ask: what no engine knows is an `InputError` here."""
         self._name = name
-        _quiet(engine)
+        _quiet()
         log = place()
         try:
             from vllm import LLM, SamplingParams, exceptions  # type: ignore[import-not-found]
@@ -60,7 +62,7 @@ class VllmLibrary:
         self._bad = (*_BAD, getattr(exceptions, "VLLMClientError", ValueError))
         for extra in extras:
             _check_extra(extra, SamplingParams)
-        arguments = {"disable_log_stats": False} | engine_arguments(engine, revision)
+        arguments = {"disable_log_stats": False, "served_model_name": name} | engine_arguments(engine, revision)
         try:
             self._llm: Any = LLM(model=weights_of(name, engine), **arguments)
         except (*self._bad, RuntimeError) as error:
@@ -140,9 +142,17 @@ class VllmLibrary:
             if not output.finished:
                 continue
             number = self._numbers.pop(_plain(output.request_id), None)
-            if number is not None:
-                self._requests.pop(number, None)
-                ended.append((number, _reply(output)))
+            if number is None:
+                continue
+            self._requests.pop(number, None)
+            reason = output.outputs[0].finish_reason
+            if reason == "abort":  # nobody asked for that: the engine ends
+                raise RuntimeError("it broke off what it was answering")
+            if reason == "error":
+                self._known.clear()  # it may have been about an image that the engine does not have any longer
+                ended.append((number, CallFailed("engine", "server_error", "vLLM broke the answer off")))
+                continue
+            ended.append((number, _reply(output)))
         return ended
 
     def drop(self, number: int) -> None:
@@ -153,8 +163,9 @@ class VllmLibrary:
 
     def sample(self) -> Sample | None:
         """The engine's own gauges."""
-        metrics = (m for m in self._llm.get_metrics() if hasattr(m, "value"))
-        return sample_of((metric.name, float(metric.value)) for metric in metrics)
+        # They are those of all engines of this process, and of the latest alone once there are two.
+        mine = [m for m in self._llm.get_metrics() if hasattr(m, "value") and m.labels.get("model_name") == self._name]
+        return sample_of((metric.name, float(metric.value)) for metric in mine)
 
     def is_alive(self) -> bool:
         """False once vLLM has noticed that its engine's process is gone; its `step` may wait all the same."""
@@ -188,9 +199,8 @@ def _check_extra(extra: Mapping[str, Any], params: Any) -> None:
             raise InputError(what, remedy="mend or drop it")
 
 
-def _quiet(engine: Engine) -> None:
-    """The engine's environment, and no lines of its own in the middle of the run's display."""
-    os.environ.update(engine.env)
+def _quiet() -> None:
+    """No lines of the engine's own in the middle of the run's display."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
