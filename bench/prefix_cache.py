@@ -67,7 +67,8 @@ def at_random(urls: Sequence[str], seed: int) -> Iterator[str]:
     address: list[str] = []
 
     async def serve() -> None:
-        async with aiohttp.ClientSession() as session:
+        # A new connection for each call: a server closes those that were idle.
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
 
             async def forward(request: web.Request) -> web.Response:
                 body, url = await request.read(), die.choice(urls)

@@ -44,6 +44,7 @@ class _Group(click.Group):
             click.echo(f"intersafe: {error.filename or 'disk'}: {error.strerror}; mend its path or rights", err=True)
             ctx.exit(StorageError.exit_code)
         except KeyboardInterrupt:
+            _hear_no_more()
             click.echo("intersafe: stopped; the same command goes on where it was", err=True)
             ctx.exit(130)
 
@@ -57,6 +58,13 @@ def _hear_signals() -> None:
         for name in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(name) is signal.SIG_DFL:
                 signal.signal(name, signal.default_int_handler)
+
+
+def _hear_no_more() -> None:
+    """What a user presses again while the last line is written is no new wish."""
+    if threading.current_thread() is threading.main_thread():
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(name, signal.SIG_IGN)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -129,13 +129,13 @@ def generate(
     if serve:
         from intersafe.cli_serve import served_for
 
+        if ray not in (None, "local"):
+            remedy = "start them where the workers are: `intersafe serve`"
+            raise InputError("servers of this machine for a cluster", at="--serve, --ray", remedy=remedy)
         if cluster:
             from intersafe.cluster import library
 
             library()  # before models load for minutes
-        if ray not in (None, "local"):
-            remedy = "start them where the workers are: `intersafe serve`"
-            raise InputError("servers of this machine for a cluster", at="--serve, --ray", remedy=remedy)
         servers = served_for(recipe, display.say)
     made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display, cluster=cluster, servers=servers)
     print_funnel(made)

@@ -232,22 +232,23 @@ class _Session:
             return
         waiting: dict[str, str] = {}
         may_send = budget.check if budget.is_bound else None
-        models = open_models(
-            recipe.cast, recipe.limits, images, say, path / "batches", waiting, may_send, recipe.engine
-        )
-        drawing = recipe.cast.painter
-        self.watch = Watch(recipe, models)
-        painter = open_painter(drawing, recipe.limits, say, waiting, may_send) if drawing else None
-        older_images = ImageStore(older / "images") if older else None
-        company = Company(
-            recipe.cast, models, self.prepared.prompts, journal, index, None, painter, images, older_images
-        )
-        company.budget, company.waiting = budget, waiting
-        try:
+        async with contextlib.AsyncExitStack() as closing:
+            models = open_models(
+                recipe.cast, recipe.limits, images, say, path / "batches", waiting, may_send, recipe.engine
+            )
+            for model in set(models.values()):
+                closing.push_async_callback(model.aclose)
+            self.watch = Watch(recipe, models)
+            drawing = recipe.cast.painter
+            painter = open_painter(drawing, recipe.limits, say, waiting, may_send) if drawing else None
+            if painter:
+                closing.push_async_callback(painter.aclose)
+            older_images = ImageStore(older / "images") if older else None
+            company = Company(
+                recipe.cast, models, self.prepared.prompts, journal, index, None, painter, images, older_images
+            )
+            company.budget, company.waiting = budget, waiting
             yield Stages(recipe, self.prepared.manifest, company)
-        finally:
-            closing = [model.aclose() for model in set(models.values())]
-            await asyncio.gather(*closing, *([painter.aclose()] if painter else []))
 
     async def _lines(
         self,

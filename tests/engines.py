@@ -1,10 +1,14 @@
 """Real engines for the tests: the tiny checkpoints in this process or behind a URL, call by call or in a whole run."""
 
 import asyncio
+import contextlib
 import functools
 import io
 import json
-from collections.abc import Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from intersafe.models import Call, ChatModel, Reply, Sampling, open_models
 from intersafe.records import Message
 from intersafe.replies import Answer, schema_of
 from intersafe.settings import Cast, Limits, Member
+from tests.makers import cli, journal_keys
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VICTIM, CAST = FIXTURES / "tiny_vlm", FIXTURES / "tiny_cast"
@@ -156,3 +161,19 @@ def put_up(weights: Path = CAST, **changes: Any) -> dict[str, Any]:
     """A `serve` entry for the tiny cast."""
     kept = {name: value for name, value in structs.asdict(engine(weights, **changes)).items() if value}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
+
+def run_of(recipe: Path, run: Path, **env: str) -> "subprocess.CompletedProcess[str]":
+    return cli("generate", "--pipeline", str(recipe), "--run", str(run), "--n", "20", cwd=recipe.parent, **env)
+
+
+@contextlib.contextmanager
+def begun(recipe: Path, run: Path, calls: int) -> Iterator["subprocess.Popen[str]"]:
+    """A run that has paid for so many calls and goes on."""
+    words = ("generate", "--pipeline", str(recipe), "--run", str(run), "--n", "20")
+    command = [sys.executable, "-m", "intersafe", *words]
+    with subprocess.Popen(command, cwd=run.parent, stderr=subprocess.PIPE, text=True) as running:
+        while len(list((run / "journal").glob("*.jsonl"))) == 0 or len(journal_keys(run)) < calls:
+            assert running.poll() is None, running.stderr.read() if running.stderr else ""
+            time.sleep(0.05)
+        yield running

@@ -19,11 +19,13 @@ from tests.engines import (
     REFUSAL,
     VICTIM,
     answers,
+    begun,
     blind_weights,
     engine,
     picture,
     put_up,
     question,
+    run_of,
     texts,
     write_recipe,
 )
@@ -175,13 +177,12 @@ def test_a_model_of_text_alone_is_turned_down_before_anything_is_written(
 
 def test_a_whole_run_on_one_real_model_is_the_same_after_a_kill(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.json", "transformers:tiny-cast", put_up(CAST))
-    words = ("generate", "--pipeline", str(recipe), "--n", "20")
-    whole = cli(*words, "--run", str(tmp_path / "whole"), cwd=tmp_path)
+    whole = run_of(recipe, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     assert len(rows(tmp_path / "whole" / "dialogues.jsonl")) == 20
-    stopped = cli(*words, "--run", str(tmp_path / "part"), "--max-tokens", "60k", cwd=tmp_path)
-    assert stopped.returncode == 5
-    resumed = cli(*words, "--run", str(tmp_path / "part"), cwd=tmp_path)
+    with begun(recipe, tmp_path / "part", 60) as running:
+        running.kill()
+    resumed = run_of(recipe, tmp_path / "part")
     assert resumed.returncode == 0, resumed.stderr
     assert digest(tmp_path / "part") == digest(tmp_path / "whole")
     keys = journal_keys(tmp_path / "part")

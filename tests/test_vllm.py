@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +27,13 @@ from tests.engines import (
     COLOURS,
     REFUSAL,
     answers,
+    begun,
     blind_weights,
     engine,
     picture,
     put_up,
     question,
+    run_of,
     texts,
     write_recipe,
 )
@@ -200,22 +201,6 @@ def test_an_engine_that_cannot_start_is_one_line(
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
-
-
-def run_of(recipe: Path, run: Path, **env: str) -> "subprocess.CompletedProcess[str]":
-    return cli("generate", "--pipeline", str(recipe), "--run", str(run), "--n", "20", cwd=recipe.parent, **env)
-
-
-@contextlib.contextmanager
-def begun(recipe: Path, run: Path, calls: int) -> Iterator["subprocess.Popen[str]"]:
-    """A run that has paid for so many calls and goes on."""
-    words = ("generate", "--pipeline", str(recipe), "--run", str(run), "--n", "20")
-    command = [sys.executable, "-m", "intersafe", *words]
-    with subprocess.Popen(command, cwd=run.parent, stderr=subprocess.PIPE, text=True) as running:
-        while len(list((run / "journal").glob("*.jsonl"))) == 0 or len(journal_keys(run)) < calls:
-            assert running.poll() is None, running.stderr.read() if running.stderr else ""
-            time.sleep(0.05)
-        yield running
 
 
 @pytest.fixture(scope="module")

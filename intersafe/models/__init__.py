@@ -127,15 +127,15 @@ def open_models(
     """
     shared: dict[str, ChatModel] = {}
     members = list(cast.members.values())
-    if any(member.in_process for member in members):
-        from intersafe.models.engines import open_engines
-
-        shared = open_engines(members, _same, images, {} if waiting is None else waiting, may_send, engine_of)
     if lanes := _lanes(cast, limits, say, folder, waiting, may_send):
         for member in members:
             if member.batch:
                 shared.setdefault(_same(member), lanes.open(member, images))
         lanes.begin()
+    if any(member.in_process for member in members):  # last: they begin to load
+        from intersafe.models.engines import open_engines
+
+        shared |= open_engines(members, _same, images, {} if waiting is None else waiting, may_send, engine_of)
     return {
         role: _open(_within_limits_of_all(member, members), limits, images, say, shared, waiting, may_send)
         for role, member in cast.members.items()
