@@ -238,12 +238,12 @@ def _in_process(recipe: Recipe, model: Model) -> list[Finding]:
 def _engine(recipe: Recipe, member: Member) -> list[Finding]:
     """An engine of this process, which is not loaded: its weights, and whether they are of a model that sees."""
     from intersafe.models.engines import is_blind
-    from intersafe.models.inprocess import config_of, weights_of
+    from intersafe.models.weights import config_of, is_folder, weights_of
 
     name, engine = member.spec.model, recipe.engine(member.spec.model)
     weights = weights_of(name, engine)
     is_there = config_of(weights) is not None
-    if not is_there and (Path(weights).exists() or weights.startswith(("/", "."))):
+    if not is_there and is_folder(weights):
         remedy = f"put the folder of the weights into serve.{name}.path"
         return [Finding("FAIL", "weights", f"no model at {weights} (no config.json)", remedy)]
     if not is_there:
@@ -251,10 +251,9 @@ def _engine(recipe: Recipe, member: Member) -> list[Finding]:
     size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors"))
     found = [Finding("ok", "weights", f"{size / 2**30:.1f} GiB in {weights}")]
     if is_blind(member, engine):
-        says = "a model of text alone" + (
-            ", and this recipe sends images" if _wants(recipe, {"": member}).images else ""
-        )
-        status: Status = "FAIL" if _wants(recipe, {"": member}).images else "info"
+        is_shown = bool(_wants(recipe, {"": member}).images)
+        says = "a model of text alone" + (", and this recipe sends images" if is_shown else "")
+        status: Status = "FAIL" if is_shown else "info"
         found.append(Finding(status, "images", says, "name a vision-language model"))
     return found
 

@@ -20,7 +20,7 @@ import msgspec
 from intersafe.engine_settings import Engine
 from intersafe.errors import InputError
 from intersafe.models.engine_arguments import engine_arguments, flags_of, named
-from intersafe.models.inprocess import weights_of
+from intersafe.models.weights import weights_of
 from intersafe.sections import nearest
 from intersafe.settings import Model, Painter, Recipe
 from intersafe.specs import OPENAI_URL, SERVED

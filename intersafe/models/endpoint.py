@@ -5,7 +5,7 @@ run's own store, for a server on the same disk; or by vLLM's `uuid`, whose bytes
 more where it does not know them any longer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -165,11 +165,7 @@ class EndpointModel:
 
         def read(data: bytes) -> Reply:
             reply = self._counted(call, read_reply(data))
-            for ref in refs:
-                known.pop(ref, None)
-                known[ref] = None
-            while len(known) > REMEMBERED:
-                del known[next(iter(known))]
+            remember(known, refs)
             return reply
 
         def amend(error: Exception) -> bool:
@@ -230,6 +226,15 @@ def chat_body(member: Member, call: Call, part: Callable[[str], Part]) -> bytes:
             "json_schema": {"name": call.schema.name, "schema": call.schema.schema},
         }
     return msgspec.json.encode(body | member.extra)
+
+
+def remember(known: dict[str, None], refs: Iterable[str]) -> None:
+    """Puts the images last among those that are known, and forgets the longest unused."""
+    for ref in refs:
+        known.pop(ref, None)
+        known[ref] = None
+    while len(known) > REMEMBERED:
+        del known[next(iter(known))]
 
 
 def as_data(images: ImageStore, ref: str) -> Part:

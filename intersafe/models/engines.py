@@ -14,7 +14,8 @@ from intersafe.engine_settings import Engine
 from intersafe.errors import InputError
 from intersafe.images import ImageStore
 from intersafe.models import ChatModel
-from intersafe.models.inprocess import EngineThread, InProcessModel, Library, config_of, weights_of
+from intersafe.models.inprocess import EngineThread, InProcessModel, Library
+from intersafe.models.weights import config_of, is_folder, weights_of
 from intersafe.settings import Member
 
 NEEDS = {"vllm": ("vllm",), "transformers": ("transformers", "torch")}
@@ -91,7 +92,7 @@ def check_engine(role: str, member: Member, engine: Engine) -> None:
             remedy=f"pip install 'intersafe[{backend}]'{other}",
         )
     weights = weights_of(name, engine)
-    is_path = weights.startswith(("/", ".")) or Path(weights).exists()
+    is_path = is_folder(weights)
     if is_path and config_of(weights) is None:
         raise InputError(
             f"cast.{role}: no model at {weights!r} (no config.json that can be read)",

@@ -8,16 +8,13 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import msgspec
-
 from intersafe.engine_failures import explain, lines_of
-from intersafe.engine_settings import Engine
-from intersafe.errors import CallFailed, IntersafeError, JobEnded, ServiceGone
+from intersafe.errors import CallFailed, InputError, IntersafeError, JobEnded, ServiceGone
 from intersafe.gauges import Sample
 from intersafe.images import ImageStore
 from intersafe.models import Call, Reply, Sampling
@@ -25,6 +22,7 @@ from intersafe.models.faults import refusal_of
 from intersafe.models.waits import Waits
 from intersafe.records import Message
 from intersafe.replies import Schema
+from intersafe.sections import nearest
 from intersafe.settings import Member
 from intersafe.stderr_log import place
 
@@ -88,6 +86,13 @@ def refused(error: Exception) -> CallFailed:
 def one_line(error: BaseException) -> str:
     """The first words of an error, with its kind."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def check_extra(extra: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """`InputError` for a field of `extra` that the library does not know: it is `what`."""
+    for name in extra:
+        if name not in known:
+            raise InputError(f"extra: {name!r} is {what}" + nearest(name, list(known)), remedy="mend or drop it")
 
 
 @dataclass(frozen=True)
@@ -276,17 +281,3 @@ class InProcessModel:
     async def aclose(self) -> None:
         """Lets go of the engine."""
         await self.thread.aclose()
-
-
-def weights_of(name: str, engine: Engine) -> str:
-    """Folder or Hub name of a model's weights."""
-    return str(Path(engine.path).expanduser()) if engine.path else name
-
-
-def config_of(weights: str) -> dict[str, Any] | None:
-    """The `config.json` of a folder of weights; None where they are no folder, or have none that can be read."""
-    try:
-        config = msgspec.json.decode((Path(weights) / "config.json").read_bytes())
-    except (OSError, msgspec.DecodeError):
-        return None
-    return config if isinstance(config, dict) else None

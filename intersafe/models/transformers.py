@@ -18,9 +18,9 @@ from intersafe.engine_settings import Engine
 from intersafe.errors import CallFailed, InputError, JobEnded
 from intersafe.gauges import Sample
 from intersafe.models import Reply
-from intersafe.models.inprocess import Asked, one_line, refused, weights_of
+from intersafe.models.inprocess import Asked, check_extra, one_line, refused
 from intersafe.models.sampling import Row, Rows, Stops
-from intersafe.sections import nearest
+from intersafe.models.weights import weights_of
 
 _KNOWN = ("chat_template_kwargs", "top_k", "repetition_penalty")
 """Fields of `extra` that this backend knows."""
@@ -33,7 +33,7 @@ class TransformersLibrary:
     def __init__(self, name: str, engine: Engine, revision: str, extras: Iterable[Mapping[str, Any]]) -> None:
         """`extras` are those of the members that will ask: what nobody here knows is an `InputError`."""
         for extra in extras:
-            _check_extra(extra)
+            check_extra(extra, _KNOWN, "nothing that the transformers backend knows")
         self._most = engine.batch
         try:
             self._load(weights_of(name, engine), engine, revision)
@@ -234,13 +234,6 @@ def _picture(asked: Asked, ref: str) -> Any:
     from PIL import Image
 
     return Image.open(io.BytesIO(asked.images.read(ref))).convert("RGB")
-
-
-def _check_extra(extra: Mapping[str, Any]) -> None:
-    for name in extra:
-        if name not in _KNOWN:
-            what = f"extra: {name!r} is nothing that the transformers backend knows" + nearest(name, _KNOWN)
-            raise InputError(what, remedy="mend or drop it")
 
 
 def _raise_if_device_is_lost(error: Exception) -> None:

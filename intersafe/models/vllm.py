@@ -19,14 +19,13 @@ from intersafe.engine_settings import Engine
 from intersafe.errors import CallFailed, InputError, JobEnded
 from intersafe.gauges import Sample, sample_of
 from intersafe.models import Reply
-from intersafe.models.endpoint import Part, as_data, message_body
+from intersafe.models.endpoint import Part, as_data, message_body, remember
 from intersafe.models.engine_arguments import engine_arguments
-from intersafe.models.inprocess import Asked, one_line, refused, weights_of
+from intersafe.models.inprocess import Asked, check_extra, one_line, refused
+from intersafe.models.weights import weights_of
 from intersafe.records import Finish
 from intersafe.stderr_log import place
 
-REMEMBERED = 1024
-"""Images that the engine is taken to remember."""
 _KWARGS = ("chat_template_kwargs", "mm_processor_kwargs", "chat_template", "add_generation_prompt")
 """Fields of `extra` that decide how a conversation is rendered; the others are sampling parameters."""
 _BAD = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OSError, TemplateError)
@@ -60,8 +59,9 @@ class VllmLibrary:
             raise InputError(f"vllm cannot be imported ({one_line(error)})", remedy="mend its installation") from None
         self._params, self._structured, self._final = SamplingParams, StructuredOutputsParams, RequestOutputKind
         self._bad = (*_BAD, getattr(exceptions, "VLLMClientError", ValueError))
+        sampling = inspect.signature(SamplingParams).parameters
         for extra in extras:
-            _check_extra(extra, SamplingParams)
+            check_extra(extra, [*sampling, *_KWARGS], "no sampling parameter of vLLM")
         arguments = {"disable_log_stats": False, "served_model_name": name} | engine_arguments(engine, revision)
         try:
             self._llm: Any = LLM(model=weights_of(name, engine), **arguments)
@@ -92,11 +92,7 @@ class VllmLibrary:
         except self._bad as error:
             raise refused(error) from None
         assert request is not None
-        for ref in refs:
-            self._known.pop(ref, None)
-            self._known[ref] = None
-        while len(self._known) > REMEMBERED:
-            del self._known[next(iter(self._known))]
+        remember(self._known, refs)
         self._numbers[_plain(request)], self._requests[number] = number, request
 
     def _enqueue(self, asked: Asked, params: Any, known: Mapping[str, None]) -> str | None:
@@ -187,16 +183,6 @@ def _reply(output: Any) -> Reply:
     answer = output.outputs[0]
     tokens = len(output.prompt_token_ids or ()), len(answer.token_ids)
     return Reply(answer.text, _FINISH.get(answer.finish_reason, "blocked"), tokens)
-
-
-def _check_extra(extra: Mapping[str, Any], params: Any) -> None:
-    known = [*inspect.signature(params).parameters, *_KWARGS]
-    for name in extra:
-        if name not in known:
-            from intersafe.sections import nearest
-
-            what = f"extra: {name!r} is no sampling parameter of vLLM" + nearest(name, known)
-            raise InputError(what, remedy="mend or drop it")
 
 
 def _quiet() -> None:
