@@ -6,8 +6,8 @@ from itertools import combinations
 from pathlib import Path
 
 from intersafe import Dialogue, Run, open_run
-from intersafe.images import ImageStore, distance
-from intersafe.messages import fold
+from intersafe.checks.messages import fold
+from intersafe.images.store import ImageStore, distance
 
 
 def main() -> None:

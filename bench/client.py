@@ -29,17 +29,17 @@ import msgspec
 from server import LATENCY, SLOTS, serving
 from work import CORES, demo_recipe
 
-from intersafe.files import bundled
-from intersafe.generate import generate_dialogues
-from intersafe.images import ImageStore
-from intersafe.journal import GroupWriter, Journal
-from intersafe.models import Call, Sampling
+from intersafe.generation.generate import generate_dialogues
+from intersafe.images.store import ImageStore
+from intersafe.models.base import Call, Sampling
 from intersafe.models.cast import Company, JobCast
-from intersafe.models.endpoint import EndpointModel
-from intersafe.recipe import load_recipe
+from intersafe.models.http.chat import EndpointModel
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Job, Message, Seed
-from intersafe.settings import Cast, Limits, Member
-from intersafe.templates import load_prompts
+from intersafe.run.journal import GroupWriter, Journal
+from intersafe.storage.files import bundled
+from intersafe.templates.load import load_prompts
 
 AT_ONCE = (64, 96)
 MESSAGES = tuple(

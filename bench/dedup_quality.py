@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from intersafe.gate_settings import DuplicateSettings
 from intersafe.gates.dedup import DuplicateIndex, shingles
+from intersafe.recipe.gates import DuplicateSettings
 from intersafe.records import Check, Dialogue, Message, Plan, Provenance, Seed, Turn, Verdict
 
 Messages = list[str]

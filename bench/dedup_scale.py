@@ -27,16 +27,16 @@ import dedup_quality as quality
 import msgspec
 from dedup_quality import Messages
 
-from intersafe.gate_settings import DuplicateSettings
 from intersafe.gates.chain import Chain
 from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, signature_of
-from intersafe.generate import _remember
-from intersafe.journal import lines_of
-from intersafe.outcomes import outcome_row
-from intersafe.prepare import values_of
+from intersafe.generation.generate import _remember
+from intersafe.generation.prepare import values_of
+from intersafe.recipe.gates import DuplicateSettings
+from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue
-from intersafe.runs import Funnel, Run
-from intersafe.settings import Recipe
+from intersafe.run.directory import Funnel, Run
+from intersafe.run.journal import lines_of
+from intersafe.run.outcomes import outcome_row
 
 Write = Callable[[random.Random], str]
 

@@ -20,15 +20,15 @@ from msgspec import structs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the server is the tests'
 
-from intersafe.conductor import WINDOW, Display
-from intersafe.files import bundled
-from intersafe.generate import generate_dialogues
-from intersafe.jobs import jobs
-from intersafe.journal import entries_of
-from intersafe.prepare import prepare
-from intersafe.recipe import load_recipe, override
-from intersafe.runs import Run
-from intersafe.settings import Recipe
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.jobs import jobs
+from intersafe.generation.prepare import prepare
+from intersafe.generation.scheduler import WINDOW, Display
+from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.sections import Recipe
+from intersafe.run.directory import Run
+from intersafe.run.journal import entries_of
+from intersafe.storage.files import bundled
 from tests.servers.chaos_server import AWAY, FAULTS, Running, running_chaos
 
 ALL_KINDS = 1_000

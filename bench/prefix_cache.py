@@ -25,11 +25,11 @@ from aiohttp import web
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkpoint and the recipe are the tests'
 
-from intersafe.gauges import Sample, parse_metrics
-from intersafe.generate import generate_dialogues
-from intersafe.recipe import load_recipe
-from intersafe.serving import servers_of
-from intersafe.supervisor import watched
+from intersafe.engines.metrics import Sample, parse_metrics
+from intersafe.generation.generate import generate_dialogues
+from intersafe.recipe.load import load_recipe
+from intersafe.serving.plan import servers_of
+from intersafe.serving.supervisor import watched
 from tests.engines import FIXTURES, put_up, write_recipe
 
 BLOCK = 32

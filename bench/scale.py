@@ -18,18 +18,18 @@ from pathlib import Path
 
 import msgspec
 
-from intersafe.cluster import Cluster
-from intersafe.conductor import Display, Progress
-from intersafe.files import bundled
 from intersafe.gates.chain import Chain
-from intersafe.generate import generate_dialogues
-from intersafe.journal import GroupWriter, Journal
-from intersafe.outcomes import outcome_row
-from intersafe.prepare import values_of
-from intersafe.recipe import load_recipe, override
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.prepare import values_of
+from intersafe.generation.scheduler import Display, Progress
+from intersafe.generation.workers.ray_cluster import Cluster
+from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue
-from intersafe.runs import Run
-from intersafe.settings import Recipe
+from intersafe.run.directory import Run
+from intersafe.run.journal import GroupWriter, Journal
+from intersafe.run.outcomes import outcome_row
+from intersafe.storage.files import bundled
 
 
 class Watch(Display):

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import msgspec
 from aiohttp import web
 
-from intersafe.models import Call, Sampling
-from intersafe.models.scripted import ScriptedModel
+from intersafe.models.base import Call, Sampling
+from intersafe.models.scripted.chat import ScriptedModel
 from intersafe.records import Message
 from intersafe.replies import Schema
 

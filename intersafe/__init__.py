@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from intersafe.errors import IntersafeError
-    from intersafe.generate import generate_dialogues
-    from intersafe.recipe import load_recipe, override
+    from intersafe.generation.generate import generate_dialogues
+    from intersafe.recipe.load import load_recipe, override
+    from intersafe.recipe.sections import Recipe
     from intersafe.records import Dialogue, Turn
-    from intersafe.runs import Run, open_run
-    from intersafe.settings import Recipe
+    from intersafe.run.directory import Run, open_run
 
 __all__ = [
     "Dialogue",
@@ -38,13 +38,13 @@ __all__ = [
 _HOMES = {
     "Dialogue": "records",
     "IntersafeError": "errors",
-    "Recipe": "settings",
-    "Run": "runs",
+    "Recipe": "recipe.sections",
+    "Run": "run.directory",
     "Turn": "records",
-    "generate_dialogues": "generate",
-    "load_recipe": "recipe",
-    "open_run": "runs",
-    "override": "recipe",
+    "generate_dialogues": "generation.generate",
+    "load_recipe": "recipe.load",
+    "open_run": "run.directory",
+    "override": "recipe.load",
 }
 
 

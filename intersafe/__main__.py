@@ -1,5 +1,5 @@
 """`python -m intersafe` is `intersafe`."""
 
-from intersafe.cli import main
+from intersafe.cli.main import main
 
 main()

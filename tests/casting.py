@@ -9,11 +9,10 @@ from typing import TypeVar
 
 from PIL import Image
 
-from intersafe.files import bundled
-from intersafe.images import ImageStore, normalise
-from intersafe.journal import Entry
-from intersafe.models import open_models
+from intersafe.images.store import ImageStore, normalise
+from intersafe.models.base import open_models
 from intersafe.models.cast import Company, JobCast
+from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import (
     Check,
     Dialogue,
@@ -29,8 +28,9 @@ from intersafe.records import (
     Turn,
     Verdict,
 )
-from intersafe.settings import Cast, Limits, Member
-from intersafe.templates import Prompts, load_prompts
+from intersafe.run.journal import Entry
+from intersafe.storage.files import bundled
+from intersafe.templates.load import Prompts, load_prompts
 from tests.servers.scripted_server import Body, text_of
 
 T = TypeVar("T")

@@ -15,13 +15,13 @@ from typing import Any
 from msgspec import structs
 from PIL import Image
 
-from intersafe.engine_settings import Engine
 from intersafe.errors import IntersafeError
-from intersafe.images import ImageStore, normalise
-from intersafe.models import Call, ChatModel, Reply, Sampling, open_models
+from intersafe.images.store import ImageStore, normalise
+from intersafe.models.base import Call, ChatModel, Reply, Sampling, open_models
+from intersafe.recipe.engine import Engine
+from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Message
 from intersafe.replies import Answer, schema_of
-from intersafe.settings import Cast, Limits, Member
 from tests.makers import cli, journal_keys
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -14,11 +14,11 @@ import pytest
 from msgspec import structs
 
 from intersafe.errors import InputError
-from intersafe.files import bundled
-from intersafe.gate_settings import Gates
-from intersafe.outcomes import LINES, files_of
-from intersafe.recipe import load_recipe, override
-from intersafe.settings import Recipe
+from intersafe.recipe.gates import Gates
+from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.sections import Recipe
+from intersafe.run.outcomes import LINES, files_of
+from intersafe.storage.files import bundled
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"

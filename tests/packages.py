@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from intersafe.files import bundled
-from intersafe.generate import generate_dialogues
-from intersafe.recipe import load_recipe
+from intersafe.generation.generate import generate_dialogues
+from intersafe.recipe.load import load_recipe
 from intersafe.records import Dialogue
-from intersafe.runs import Run
+from intersafe.run.directory import Run
+from intersafe.storage.files import bundled
 
 Row = dict[str, Any]
 

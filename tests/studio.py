@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from intersafe.gate_settings import Gates
-from intersafe.models.scripted_painter import PROFILES, draw
-from intersafe.settings import Images, Recipe, Turns
+from intersafe.models.scripted.painter import PROFILES, draw
+from intersafe.recipe.gates import Gates
+from intersafe.recipe.sections import Images, Recipe, Turns
 from tests.makers import demo
 from tests.servers.fault_server import Answer, FaultServer, Request, raw
 from tests.servers.scripted_server import Hook, Server, scripted_server

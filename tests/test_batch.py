@@ -16,13 +16,13 @@ import pytest
 from aiohttp import web
 from msgspec import structs
 
-from intersafe.conductor import Display, Progress
 from intersafe.errors import BudgetReached, ServiceGone
-from intersafe.files import bundled
-from intersafe.generate import generate_dialogues
-from intersafe.models import batch, batch_api
-from intersafe.recipe import load_recipe, override
-from intersafe.settings import Limits, Member, Recipe, Turns
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.scheduler import Display, Progress
+from intersafe.models.batch import api, lane
+from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.sections import Limits, Member, Recipe, Turns
+from intersafe.storage.files import bundled
 from tests.makers import demo, digest, journal_keys, refusal, rows
 from tests.servers.batch_server import KEY, Line, Provider, batch_server, fingerprint, problem
 from tests.servers.scripted_server import Body, asks_for, scripted_server
@@ -37,9 +37,9 @@ def _pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lane's clocks run faster; nothing else of it is touched."""
     monkeypatch.setenv("BATCH_KEY", KEY)
     for name, value in PACE.items():
-        monkeypatch.setattr(batch, name, value)
+        monkeypatch.setattr(lane, name, value)
     for name, value in API_PACE.items():
-        monkeypatch.setattr(batch_api, name, value)
+        monkeypatch.setattr(api, name, value)
 
 
 class Heard(Display):
@@ -107,10 +107,10 @@ samples: 6
 turns: {{min: 2, mean: 2, max: 2}}
 limits: {{concurrency: 6, patience: 5}}
 """
-SETTINGS = [f"batch.{name} = {value}" for name, value in PACE.items()]
-SETTINGS += [f"batch_api.{name} = {value}" for name, value in API_PACE.items()]
+SETTINGS = [f"lane.{name} = {value}" for name, value in PACE.items()]
+SETTINGS += [f"api.{name} = {value}" for name, value in API_PACE.items()]
 MAIN = "; ".join(
-    ["from intersafe.models import batch, batch_api", *SETTINGS, "from intersafe.cli import main", "main()"]
+    ["from intersafe.models.batch import api, lane", *SETTINGS, "from intersafe.cli.main import main", "main()"]
 )
 STEPS = ["upload", "uploaded", "create", "created", "list", "look", "content", "served"]
 
@@ -340,7 +340,7 @@ def test_a_file_that_is_too_large_is_sent_in_parts(direct: Path, tmp_path: Path)
 def test_full_collections_are_sent_at_once_and_side_by_side(
     direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "MOST_REQUESTS", 5)
+    monkeypatch.setattr(lane, "MOST_REQUESTS", 5)
     with batch_server() as provider:
         generate_dialogues(through(provider.url), run=tmp_path / "run", n=N)
         sizes = [len(provider.requests_of(name)) for name in provider.batches]
@@ -531,12 +531,12 @@ def test_a_finished_run_keeps_of_batches_only_what_is_under_way(tmp_path: Path) 
 # --- budgets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("status", "code"), [(503, None), (400, batch_api.QUEUE_FULL)])
+@pytest.mark.parametrize(("status", "code"), [(503, None), (400, api.QUEUE_FULL)])
 def test_no_batch_is_sent_once_a_limit_is_reached(
     status: int, code: str | None, direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every batch but the first is kept from the provider until the replies of the first are in the journal."""
-    monkeypatch.setattr(batch, "MOST_REQUESTS", 3)
+    monkeypatch.setattr(lane, "MOST_REQUESTS", 3)
     journal = tmp_path / "run" / "journal" / "main.jsonl"
 
     def closed(step: str, provider: Provider) -> web.Response | None:
@@ -583,7 +583,7 @@ class Watching(Heard):
 def test_a_provider_that_is_away_is_shown_for_as_long_as_it_is(
     step: str, status: int, direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_api, "TELL_AFTER", 0.1)
+    monkeypatch.setattr(api, "TELL_AFTER", 0.1)
     display = Watching()
 
     def away(now: str, _: Provider) -> web.Response | None:
@@ -601,7 +601,7 @@ def test_a_provider_that_is_away_is_shown_for_as_long_as_it_is(
 def test_a_provider_that_takes_no_connection_is_shown_until_it_does(
     direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_api, "TELL_AFTER", 0.1)
+    monkeypatch.setattr(api, "TELL_AFTER", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with ExitStack() as stack:
@@ -620,7 +620,7 @@ def test_a_provider_that_takes_no_connection_is_shown_until_it_does(
 
 
 def test_a_long_retry_after_is_told_before_it_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_api, "TELL_AFTER", 0.5)
+    monkeypatch.setattr(api, "TELL_AFTER", 0.5)
 
     def busy(step: str, provider: Provider) -> web.Response | None:
         if step != "create" or provider.steps[step] > 1:

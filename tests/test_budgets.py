@@ -15,16 +15,16 @@ import pytest
 from aiohttp import web
 from msgspec import structs
 
-from intersafe.budget import Budget, Spent, limits_of, prices_of
-from intersafe.conductor import Display, Progress
-from intersafe.display import LivePanel, PlainLines, rate_of
+from intersafe.cli.live import LivePanel, PlainLines, rate_of
 from intersafe.errors import BudgetReached
-from intersafe.files import bundled
-from intersafe.generate import generate_dialogues
-from intersafe.journal import GroupWriter, Journal, RoleTally
-from intersafe.recipe import load_recipe, override
-from intersafe.runs import Funnel, Run
-from intersafe.settings import Limits, Price, Recipe
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.scheduler import Display, Progress
+from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.sections import Limits, Price, Recipe
+from intersafe.run.budget import Budget, Spent, limits_of, prices_of
+from intersafe.run.directory import Funnel, Run
+from intersafe.run.journal import GroupWriter, Journal, RoleTally
+from intersafe.storage.files import bundled
 from tests.makers import cli, demo, digest, journal_keys, refusal, rows, started
 from tests.servers.scripted_server import Body, scripted_server
 

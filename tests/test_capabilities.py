@@ -12,14 +12,14 @@ from aiohttp import web
 from PIL import Image
 
 from intersafe.errors import CallFailed, SeedsExhausted, ServiceGone
-from intersafe.generate import generate_dialogues
-from intersafe.images import ImageStore
-from intersafe.models import Call, Sampling
-from intersafe.models.endpoint import EndpointModel
+from intersafe.generation.generate import generate_dialogues
+from intersafe.images.store import ImageStore
+from intersafe.models.base import Call, Sampling
+from intersafe.models.http.chat import EndpointModel
+from intersafe.recipe.sections import Limits, Member
 from intersafe.records import Message
 from intersafe.replies import MessageAnswer, schema_of
-from intersafe.runs import Run
-from intersafe.settings import Limits, Member
+from intersafe.run.directory import Run
 from tests.casting import stored
 from tests.makers import demo, digest, rows
 from tests.servers.fault_server import Answer, FaultServer, Request, error, reply

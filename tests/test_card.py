@@ -17,7 +17,7 @@ from intersafe.release.manifest import Manifest, Version
 from intersafe.release.package import Options, Packaged, address, package
 from intersafe.release.rows import COLUMNS
 from intersafe.release.shards import check_release
-from intersafe.runs import Run
+from intersafe.run.directory import Run
 from tests.packages import digests, grown, kept_turns, rows_of, shards
 
 

@@ -11,11 +11,11 @@ from msgspec import structs
 from PIL import Image
 
 from intersafe.errors import SeedsExhausted
-from intersafe.generate import generate_dialogues
-from intersafe.images import dhash, distance
+from intersafe.generation.generate import generate_dialogues
+from intersafe.images.store import dhash, distance
+from intersafe.recipe.sections import CleanSettings, Recipe
 from intersafe.records import Dialogue
-from intersafe.runs import Run
-from intersafe.settings import CleanSettings, Recipe
+from intersafe.run.directory import Run
 from tests.servers.fault_server import Request
 from tests.servers.scripted_server import Body, Hook, asks_for, images_of, text_of
 from tests.studio import Studio, few, hashed, seeds_in, studio, uri

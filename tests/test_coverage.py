@@ -10,18 +10,18 @@ import pytest
 from aiohttp import web
 from msgspec import structs
 
-from intersafe.conductor import FAILURES, FULL, HOPELESS, LOST, Drought
 from intersafe.errors import InputError, SeedsExhausted, ServiceGone
-from intersafe.files import bundled
-from intersafe.gate_settings import CoverageSettings, Gates
-from intersafe.generate import generate_dialogues
-from intersafe.prepare import prepare
-from intersafe.recipe import load_recipe, override
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.prepare import prepare
+from intersafe.generation.scheduler import FAILURES, FULL, HOPELESS, LOST, Drought
+from intersafe.recipe.gates import CoverageSettings, Gates
+from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.sections import Recipe, Turns
 from intersafe.records import Ended
-from intersafe.runs import Run
-from intersafe.settings import Recipe, Turns
+from intersafe.run.directory import Run
+from intersafe.storage.files import bundled
 from intersafe.taxonomy import CATEGORIES
-from intersafe.templates import load_prompts
+from intersafe.templates.load import load_prompts
 from tests.makers import cli, demo, digest, journal_keys, refusal, rows
 from tests.servers.scripted_server import Body, Server, asks_for, scripted_server, text_of
 

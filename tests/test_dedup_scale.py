@@ -15,13 +15,13 @@ import msgspec
 import pytest
 from rensa import RMinHash, RMinHashLSH
 
-from intersafe.gate_settings import DuplicateSettings
-from intersafe.gates.banded import BandedSignatures
 from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, bands_for, signature_of, text_shingles
-from intersafe.generate import generate_dialogues
-from intersafe.recipe import override
+from intersafe.gates.index.banded import BandedSignatures
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.regate import regate
+from intersafe.recipe.gates import DuplicateSettings
+from intersafe.recipe.load import override
 from intersafe.records import Dialogue
-from intersafe.regate import regate
 from tests.makers import cli, demo, digest, started
 from tests.test_gates import edited, made_up
 

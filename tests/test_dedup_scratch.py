@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from intersafe.errors import StorageError
-from intersafe.gates.banded import BandedSignatures
 from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, TextIndex
+from intersafe.gates.index.banded import BandedSignatures
 from tests.test_dedup_scale import DEFAULT, offered, small_values
 
 
@@ -89,7 +89,7 @@ def test_a_disk_that_refuses_a_scratch_file_changes_no_answer(after: int, allowe
     code = f"""
 import random, resource
 from pathlib import Path
-from intersafe.gates.banded import BandedSignatures
+from intersafe.gates.index.banded import BandedSignatures
 from tests.test_dedup_scale import small_values
 rng = random.Random(6)
 made = small_values(5500, rng)
@@ -147,7 +147,7 @@ def test_memory_for_each_dialogue(folder: str, least: int, most: int, tmp_path: 
     code = f"""
 import os, random
 from pathlib import Path
-from intersafe.gate_settings import DuplicateSettings
+from intersafe.recipe.gates import DuplicateSettings
 from intersafe.gates.dedup import TextIndex
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

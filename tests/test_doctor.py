@@ -15,11 +15,11 @@ import pytest
 from msgspec import structs
 from PIL import Image
 
-from intersafe.doctor import Report, examine
-from intersafe.files import bundled
-from intersafe.probes import Finding
-from intersafe.recipe import load_recipe
-from intersafe.settings import Cast, Limits, Member, Painter, Recipe
+from intersafe.doctor.examine import Report, examine
+from intersafe.doctor.probes import Finding
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.sections import Cast, Limits, Member, Painter, Recipe
+from intersafe.storage.files import bundled
 from tests.makers import cli
 from tests.servers import running_vlm
 from tests.servers.fault_server import STALL, Answer, FaultServer, Request, Script, error, raw, reply

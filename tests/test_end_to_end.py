@@ -15,13 +15,13 @@ import msgspec
 import pytest
 from PIL import Image
 
-from intersafe.gate_settings import Gates
-from intersafe.generate import generate_dialogues
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.rehearse import calls_of
+from intersafe.recipe.gates import Gates
+from intersafe.recipe.sections import Recipe, Turns
 from intersafe.records import Dialogue
-from intersafe.rehearsal import calls_of
-from intersafe.runs import Run
-from intersafe.settings import Recipe, Turns
-from intersafe.stages.seeding import import_figstep
+from intersafe.run.directory import Run
+from intersafe.seeds.load import import_figstep
 from tests.makers import SHARED, cli, demo
 from tests.servers import running_vlm
 from tests.servers.fault_server import Request

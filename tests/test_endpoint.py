@@ -22,12 +22,12 @@ import pytest
 from PIL import Image
 
 from intersafe.errors import CallFailed, InputError, ServiceGone
-from intersafe.images import ImageStore, normalise
-from intersafe.models import Call, Reply, Sampling, open_models
-from intersafe.models.endpoint import EndpointModel
+from intersafe.images.store import ImageStore, normalise
+from intersafe.models.base import Call, Reply, Sampling, open_models
+from intersafe.models.http.chat import EndpointModel
+from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Message
 from intersafe.replies import MessageAnswer, Schema, schema_of
-from intersafe.settings import Cast, Limits, Member
 from tests.servers.fault_server import CUT, RESET, STALL, Answer, FaultServer, Request, error, in_turn, raw, reply
 
 KEY_NAME, KEY = "INTERSAFE_TEST_KEY", "sk-test-0123456789-abcdefghij-0123456789"

@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from intersafe.conductor import WINDOW, Display, Progress
-from intersafe.generate import generate_dialogues
-from intersafe.runs import Run
-from intersafe.settings import Recipe
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.scheduler import WINDOW, Display, Progress
+from intersafe.recipe.sections import Recipe
+from intersafe.run.directory import Run
 from tests.makers import REPOSITORY, cli, demo, digest, journal_keys, rows, started
 from tests.servers.chaos_server import FAULTS, Running, running_chaos
 from tests.servers.scripted_server import Body, asks_for, scripted_server, text_of

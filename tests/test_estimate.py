@@ -6,13 +6,13 @@ import pytest
 from msgspec import structs
 
 from intersafe.errors import BudgetReached, SeedsExhausted
-from intersafe.estimate import Estimate, estimate_from, estimate_run, sample_recipe
-from intersafe.files import bundled
-from intersafe.generate import generate_dialogues
-from intersafe.journal import RoleTally
-from intersafe.recipe import load_recipe, override
-from intersafe.runs import Run
-from intersafe.settings import Limits, Price
+from intersafe.generation.estimate import Estimate, estimate_from, estimate_run, sample_recipe
+from intersafe.generation.generate import generate_dialogues
+from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.sections import Limits, Price
+from intersafe.run.directory import Run
+from intersafe.run.journal import RoleTally
+from intersafe.storage.files import bundled
 from tests.makers import cli, demo, journal_keys, refusal, whole_demo
 from tests.servers.scripted_server import Body, asks_for, scripted_server
 from tests.test_budgets import Said

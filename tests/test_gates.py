@@ -13,12 +13,12 @@ import msgspec
 import pytest
 
 from intersafe import records
-from intersafe.gate_settings import CoverageSettings, DuplicateSettings, RuleSettings
+from intersafe.checks.messages import fold
 from intersafe.gates import Gate
 from intersafe.gates.dedup import DuplicateIndex, bands_for, shingles, similar_images
 from intersafe.gates.quota import Quota
 from intersafe.gates.rules import check_rules
-from intersafe.messages import fold
+from intersafe.recipe.gates import CoverageSettings, DuplicateSettings, RuleSettings
 from intersafe.records import Dialogue, Message, Plan, PrunedTurn, Reason, Refusal, Seed, Step, Turn, Verdict
 
 Texts = tuple[str, ...]

@@ -14,11 +14,11 @@ import pytest
 from aiohttp import web
 
 from intersafe.errors import InputError, SeedsExhausted, ServiceGone
-from intersafe.gate_settings import Gates
-from intersafe.generate import generate_dialogues
+from intersafe.generation.generate import generate_dialogues
+from intersafe.recipe.gates import Gates
+from intersafe.recipe.sections import Member, PlanSettings, Recipe
 from intersafe.records import Dialogue
-from intersafe.runs import Run
-from intersafe.settings import Member, PlanSettings, Recipe
+from intersafe.run.directory import Run
 from tests.makers import cli, demo, digest, journal_keys, rows, started, whole_demo
 from tests.servers.scripted_server import Body, asks_for, images_of, scripted_server, text_of
 

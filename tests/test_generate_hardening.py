@@ -16,15 +16,15 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from intersafe.conductor import FAILURES
 from intersafe.errors import InputError, SeedsExhausted, ServiceGone, StorageError
-from intersafe.gate_settings import Gates
-from intersafe.generate import generate_dialogues
-from intersafe.journal import GroupWriter
-from intersafe.outcomes import align_outcomes
-from intersafe.prepare import open_directory, prepare
-from intersafe.runs import Run
-from intersafe.settings import Recipe
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.prepare import open_directory, prepare
+from intersafe.generation.scheduler import FAILURES
+from intersafe.recipe.gates import Gates
+from intersafe.recipe.sections import Recipe
+from intersafe.run.directory import Run
+from intersafe.run.journal import GroupWriter
+from intersafe.run.outcomes import align_outcomes
 from tests.makers import REPOSITORY, demo, digest, hears_ctrl_c, journal_keys, rows
 from tests.servers.scripted_server import Body, asks_for, scripted_server, text_of
 
@@ -279,7 +279,7 @@ def test_ctrl_c_in_a_notebook_stops_the_run(tmp_path: Path) -> None:
     code = f"""
 import asyncio, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from intersafe.generate import generate_dialogues
+from intersafe.generation.generate import generate_dialogues
 from tests.makers import demo
 async def cell():
     try:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from intersafe.errors import InputError, StorageError
-from intersafe.images import ImageStore, Normalised, dhash, distance, normalise, read_image
+from intersafe.images.store import ImageStore, Normalised, dhash, distance, normalise, read_image
 from tests.makers import refusal
 
 AT = "here"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from intersafe.engines.metrics import Sample
 from intersafe.errors import BudgetReached, CallFailed, InputError, JobEnded, ServiceGone
-from intersafe.gauges import Sample
-from intersafe.images import ImageStore
-from intersafe.models import Reply, Sampling
-from intersafe.models.inprocess import Asked, EngineThread
+from intersafe.images.store import ImageStore
+from intersafe.models.base import Reply, Sampling
+from intersafe.models.local.thread import Asked, EngineThread
 from intersafe.records import Message
 
 

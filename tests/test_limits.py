@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from intersafe.models.limits import Absence, Limiter
+from intersafe.models.http.limits import Absence, Limiter
 
 T = TypeVar("T")
 

@@ -10,14 +10,14 @@ import pytest
 from aiohttp import web
 from msgspec import structs
 
-from intersafe.conductor import FAILURES
 from intersafe.errors import SeedsExhausted, ServiceGone
-from intersafe.files import bundled
-from intersafe.generate import generate_dialogues
-from intersafe.recipe import load_recipe, override
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.scheduler import FAILURES
+from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.sections import Recipe, RefusalGroup, TwinSettings
 from intersafe.records import Dialogue
-from intersafe.runs import Run
-from intersafe.settings import Recipe, RefusalGroup, TwinSettings
+from intersafe.run.directory import Run
+from intersafe.storage.files import bundled
 from tests.makers import cli, digest, journal_keys, rows, started
 from tests.servers.scripted_server import Body, Hook, asks_for, scripted_server, text_of
 from tests.test_generate import seed_file
@@ -347,9 +347,9 @@ def test_show_finds_what_is_there_and_names_what_is_not(reference: Path, tmp_pat
 
 
 def test_every_prompt_can_be_rendered_with_the_demo(tmp_path: Path) -> None:
-    from intersafe.rehearsal import rehearse
-    from intersafe.stages.seeding import load_seeds
-    from intersafe.templates import load_prompts
+    from intersafe.generation.rehearse import rehearse
+    from intersafe.seeds.load import load_seeds
+    from intersafe.templates.load import load_prompts
 
     recipe = load_recipe(bundled("pipelines/demo.yaml"))
     seed = load_seeds(recipe.seed_paths).seeds[0].id

@@ -16,10 +16,10 @@ from typing import IO, Any
 import pytest
 
 from intersafe.errors import InputError, StorageError
-from intersafe.generate import generate_dialogues
-from intersafe.locks import LIMIT, Lease, lock
-from intersafe.owners import read_owner
-from intersafe.regate import regate
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.regate import regate
+from intersafe.run.lock import LIMIT, Lease, lock
+from intersafe.run.owner import read_owner
 from tests.makers import REPOSITORY, cli, demo, digest, refusal, rows, started
 from tests.servers.shims import shim
 
@@ -28,8 +28,8 @@ OWNER = """
 import asyncio, sys
 from pathlib import Path
 from intersafe.errors import InputError, StorageError
-from intersafe.journal import GroupWriter
-from intersafe.locks import lock
+from intersafe.run.journal import GroupWriter
+from intersafe.run.lock import lock
 
 async def write(lease):
     writer = GroupWriter(Path(sys.argv[1]), lease.check)

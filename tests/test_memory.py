@@ -13,11 +13,11 @@ import asyncio, io, os, sys
 from pathlib import Path
 from aiohttp import web
 from PIL import Image
-from intersafe.images import ImageStore, normalise
-from intersafe.models import Call, Sampling
-from intersafe.models.endpoint import EndpointModel
+from intersafe.images.store import ImageStore, normalise
+from intersafe.models.base import Call, Sampling
+from intersafe.models.http.chat import EndpointModel
 from intersafe.records import Message
-from intersafe.settings import Limits, Member
+from intersafe.recipe.sections import Limits, Member
 
 store = ImageStore(Path(sys.argv[1]))
 

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from intersafe.errors import InputError
-from intersafe.files import bundled
-from intersafe.generate import generate_dialogues
-from intersafe.recipe import load_recipe
-from intersafe.runs import Run
-from intersafe.templates import load_prompts, needed_by
+from intersafe.generation.generate import generate_dialogues
+from intersafe.recipe.load import load_recipe
+from intersafe.run.directory import Run
+from intersafe.storage.files import bundled
+from intersafe.templates.load import load_prompts, needed_by
 from tests.makers import cli, demo, digest, refusal, whole_demo
 
 

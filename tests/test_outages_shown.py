@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from intersafe.conductor import Display, Progress
-from intersafe.display import line_of
+from intersafe.cli.live import line_of
 from intersafe.errors import ServiceGone
-from intersafe.generate import generate_dialogues
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.scheduler import Display, Progress
 from tests.makers import demo
 from tests.servers.scripted_server import Body, scripted_server
 

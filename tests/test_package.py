@@ -23,14 +23,14 @@ import pytest
 from msgspec import structs
 
 from intersafe.errors import InputError
-from intersafe.generate import generate_dialogues
+from intersafe.generation.generate import generate_dialogues
+from intersafe.recipe.sections import digest_of
 from intersafe.release.card import KEEP, KEEP_END
 from intersafe.release.manifest import MANIFEST, Version, read_manifest, sha256_of, write_manifest
 from intersafe.release.package import Options, Packaged, VersionTaken, package, parse_size
 from intersafe.release.rows import COLUMNS, bare, refusal_row, split_of
 from intersafe.release.shards import check_release, write_shard
-from intersafe.runs import Run
-from intersafe.settings import digest_of
+from intersafe.run.directory import Run
 from tests.makers import cli, refusal, rows
 from tests.packages import digests, grown, kept_turns, published, rows_of, shards, unsafe_texts
 from tests.studio import few, seeds_in, studio
@@ -593,7 +593,7 @@ def test_sizes() -> None:
 
 def test_without_pyarrow_it_says_what_to_install(run: Run) -> None:
     code = (
-        "import sys; sys.modules['pyarrow'] = None; from intersafe.cli import main; "
+        "import sys; sys.modules['pyarrow'] = None; from intersafe.cli.main import main; "
         f"main(['package', {str(run.path)!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -603,7 +603,7 @@ def test_without_pyarrow_it_says_what_to_install(run: Run) -> None:
 
 def test_nothing_loads_pyarrow_before_it_is_needed() -> None:
     code = (
-        "import sys, intersafe.cli, intersafe.release.package, intersafe.release.shards\n"
+        "import sys, intersafe.cli.main, intersafe.release.package, intersafe.release.shards\n"
         "print([name for name in ('pyarrow', 'huggingface_hub', 'yaml') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

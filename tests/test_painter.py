@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from intersafe.errors import CallFailed, InputError, ServiceGone
-from intersafe.models import Call, Painted, PaintModel, Sampling, check_cast, open_painter
-from intersafe.models.painter import MAX_BODY, SMALL_PICTURE
+from intersafe.models.base import Call, Painted, PaintModel, Sampling, check_cast, open_painter
+from intersafe.models.http.images import MAX_BODY, SMALL_PICTURE
+from intersafe.recipe.sections import Cast, Limits, Member, Painter
 from intersafe.records import Message
-from intersafe.settings import Cast, Limits, Member, Painter
 from tests.servers.fault_server import RESET, STALL, Answer, FaultServer, Request, Script, error, in_turn, raw
 
 KEY_NAME, KEY = "INTERSAFE_TEST_KEY", "sk-test-0123456789-abcdefghij-0123456789"

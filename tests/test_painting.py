@@ -19,16 +19,16 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from intersafe.conductor import FAILURES
+from intersafe.checks.messages import fold, message_problem, regularise, repeats_description
 from intersafe.errors import SeedsExhausted, ServiceGone
-from intersafe.gate_settings import Gates, RuleSettings
-from intersafe.generate import generate_dialogues
-from intersafe.images import ImageStore, distance
-from intersafe.jobs import jobs
-from intersafe.messages import fold, message_problem, regularise, repeats_description
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.jobs import jobs
+from intersafe.generation.scheduler import FAILURES
+from intersafe.images.store import ImageStore, distance
+from intersafe.recipe.gates import Gates, RuleSettings
+from intersafe.recipe.sections import ConverseSettings, Painter
 from intersafe.records import Plan
-from intersafe.runs import Run
-from intersafe.settings import ConverseSettings, Painter
+from intersafe.run.directory import Run
 from tests.makers import digest, journal_keys, rows, started
 from tests.servers.fault_server import Answer, Request, error, raw
 from tests.servers.scripted_server import Body, asks_for, images_of, text_of

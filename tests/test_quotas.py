@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from intersafe.models.limits import seconds_of
-from intersafe.models.quotas import Quota, span_of, words_of
+from intersafe.models.http.limits import seconds_of
+from intersafe.models.http.quotas import Quota, span_of, words_of
 from tests.test_limits import run
 
 Sent = list[tuple[float, int]]

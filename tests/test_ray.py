@@ -22,16 +22,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from intersafe.budget import Budget
-from intersafe.files import bundled
-from intersafe.generate import generate_dialogues
-from intersafe.images import ImageStore
-from intersafe.jobs import jobs
-from intersafe.journal import GROUP_LINES, GROUP_SECONDS, GroupWriter, Journal
-from intersafe.prepare import Prepared, open_directory, prepare
-from intersafe.recipe import load_recipe
-from intersafe.runs import Run
-from intersafe.worker import Setup, Worker, share_of, versions_here
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.jobs import jobs
+from intersafe.generation.prepare import Prepared, open_directory, prepare
+from intersafe.generation.workers.worker import Setup, Worker, share_of, versions_here
+from intersafe.images.store import ImageStore
+from intersafe.recipe.load import load_recipe
+from intersafe.run.budget import Budget
+from intersafe.run.directory import Run
+from intersafe.run.journal import GROUP_LINES, GROUP_SECONDS, GroupWriter, Journal
+from intersafe.storage.files import bundled
 from tests.makers import cli, demo, digest, hears_ctrl_c, journal_keys, rows, started, whole_demo
 from tests.servers.scripted_server import Server, scripted_server
 
@@ -430,8 +430,8 @@ def test_a_node_is_killed_in_the_middle(tmp_path: Path) -> None:
 
 @with_ray
 def test_a_worker_that_hangs_is_given_up_and_keeps_its_file_to_itself(cluster: str, tmp_path: Path) -> None:
-    from intersafe.cluster import Cluster, joined
-    from intersafe.farm import Farm
+    from intersafe.generation.workers.driver import Farm
+    from intersafe.generation.workers.ray_cluster import Cluster, joined
 
     with scripted_server(profile="flawless") as server:
         recipe, _ = whole_over_http(tmp_path, server, delay=0.02)

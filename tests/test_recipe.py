@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from intersafe.errors import InputError
-from intersafe.files import bundled
-from intersafe.jobs import seeds_by_group
-from intersafe.recipe import load_recipe, override
-from intersafe.settings import Limits, Member, Recipe, Turns
-from intersafe.specs import parse_spec
-from intersafe.stages.seeding import load_seeds
+from intersafe.generation.jobs import seeds_by_group
+from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.sections import Limits, Member, Recipe, Turns
+from intersafe.recipe.specs import parse_spec
+from intersafe.seeds.load import load_seeds
+from intersafe.storage.files import bundled
 
 BASE: dict[str, Any] = {
     "name": "t",

@@ -13,14 +13,14 @@ import msgspec
 import pytest
 
 from intersafe.errors import JobEnded, JobRejected
-from intersafe.files import bundled
-from intersafe.gate_settings import DuplicateSettings
 from intersafe.gates.refusals import DuplicateQuestions, check_refusal
-from intersafe.images import ImageStore, read_image
-from intersafe.jobs import refusal_job_count, refusal_jobs, seeds_by_group
-from intersafe.models import open_models, open_painter
+from intersafe.generation.jobs import refusal_job_count, refusal_jobs, seeds_by_group
+from intersafe.images.store import ImageStore, read_image
+from intersafe.models.base import open_models, open_painter
 from intersafe.models.cast import Company, JobCast
-from intersafe.models.refusal_phrases import DETAIL, GIVES_IN, VAGUE
+from intersafe.models.scripted.refusal_phrases import DETAIL, GIVES_IN, VAGUE
+from intersafe.recipe.gates import DuplicateSettings
+from intersafe.recipe.sections import Cast, Limits, Member, Painter, Recipe, RefusalGroup, Refusals
 from intersafe.records import (
     ImageOrigin,
     Provenance,
@@ -32,10 +32,10 @@ from intersafe.records import (
     from_row,
     to_row,
 )
-from intersafe.settings import Cast, Limits, Member, Painter, Recipe, RefusalGroup, Refusals
+from intersafe.seeds.load import load_seeds
 from intersafe.stages.refusing import RefusalDraft, refuse
-from intersafe.stages.seeding import load_seeds
-from intersafe.templates import check_refusals, lint_prompts, load_prompts
+from intersafe.storage.files import bundled
+from intersafe.templates.load import check_refusals, lint_prompts, load_prompts
 from tests.casting import Memory
 from tests.makers import refusal
 from tests.servers.scripted_server import Body, Hook, Server, asks_for, images_of, scripted_server, text_of

@@ -10,14 +10,14 @@ import pytest
 from msgspec import structs
 
 from intersafe.errors import InputError
-from intersafe.files import bundled
-from intersafe.gate_settings import CoverageSettings, DuplicateSettings, Gates, RuleSettings
-from intersafe.generate import generate_dialogues
-from intersafe.locks import lock
-from intersafe.recipe import load_recipe, override
-from intersafe.regate import regate
-from intersafe.runs import Run
-from intersafe.settings import Recipe
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.regate import regate
+from intersafe.recipe.gates import CoverageSettings, DuplicateSettings, Gates, RuleSettings
+from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.sections import Recipe
+from intersafe.run.directory import Run
+from intersafe.run.lock import lock
+from intersafe.storage.files import bundled
 from tests.makers import OUTCOMES, cli, digest, journal_keys, refusal, rows, started
 from tests.servers.scripted_server import scripted_server
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from intersafe.errors import CallFailed, ServiceGone
-from intersafe.images import ImageStore, normalise
-from intersafe.models.replicas import PLACES, Replicas
-from intersafe.settings import Limits
+from intersafe.images.store import ImageStore, normalise
+from intersafe.models.http.replicas import PLACES, Replicas
+from intersafe.recipe.sections import Limits
 from tests.servers.fault_server import RESET, STALL, Answer, FaultServer, Request, error, reply
 from tests.test_endpoint import Asked, opened, picture
 from tests.test_limits import run

@@ -11,10 +11,10 @@ import pytest
 from aiohttp import web
 
 from intersafe.errors import JobRejected
-from intersafe.images import ImageStore
-from intersafe.models.scripted import PLACEHOLDER
+from intersafe.images.store import ImageStore
+from intersafe.models.scripted.chat import PLACEHOLDER
+from intersafe.recipe.sections import RespondSettings
 from intersafe.records import Message, Turn
-from intersafe.settings import RespondSettings
 from intersafe.stages.responding import respond
 from tests.casting import DESCRIPTION, QUERY, REASON, STEP, Memory, job_of, sent, stored, turn_of, with_cast
 from tests.servers.scripted_server import Body, Hook, Server, asks_for, images_of, scripted_server, text_of

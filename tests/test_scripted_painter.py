@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from intersafe.errors import InputError
-from intersafe.images import dhash, distance, normalise
-from intersafe.models import Painted, open_painter
-from intersafe.models.scripted_painter import PROFILES, STOCK, draw
-from intersafe.settings import Limits, Painter
+from intersafe.images.store import dhash, distance, normalise
+from intersafe.models.base import Painted, open_painter
+from intersafe.models.scripted.painter import PROFILES, STOCK, draw
+from intersafe.recipe.sections import Limits, Painter
 from tests.test_painter import call
 
 WORDS = ("kitchen", "poster", "bottle", "street", "warning", "market", "ladder", "tunnel", "garden", "window", "crowd")
@@ -81,7 +81,7 @@ def test_the_scripted_painter_misbehaves_at_its_rates_and_its_stock_pictures_res
 DIGEST = """
 import hashlib
 from tests.test_scripted_painter import descriptions
-from intersafe.models.scripted_painter import PROFILES, draw
+from intersafe.models.scripted.painter import PROFILES, draw
 for given in descriptions(200):
     painted = draw(*given, (96, 96), PROFILES["demo"])
     print(hashlib.sha256(painted.data).hexdigest(), painted.problem)

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from intersafe.errors import InputError
-from intersafe.generate import generate_dialogues
-from intersafe.prepare import KNOWN
-from intersafe.settings import Recipe
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.prepare import KNOWN
+from intersafe.recipe.sections import Recipe
 from tests.makers import demo, digest
 
 

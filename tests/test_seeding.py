@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from intersafe.images import read_image
-from intersafe.stages.seeding import import_figstep, load_seeds
+from intersafe.images.store import read_image
+from intersafe.seeds.load import import_figstep, load_seeds
 from tests.makers import refusal
 
 FIGSTEP = Path(__file__).parents[2] / "shared/data/figstep-tiny"

@@ -10,10 +10,10 @@ from urllib.request import url2pathname
 import pytest
 
 from intersafe.errors import CallFailed
-from intersafe.images import ImageStore, normalise
-from intersafe.models import open_models
-from intersafe.models.endpoint import REMEMBERED
-from intersafe.settings import Cast, Limits, Member
+from intersafe.images.store import ImageStore, normalise
+from intersafe.models.base import open_models
+from intersafe.models.http.chat import REMEMBERED
+from intersafe.recipe.sections import Cast, Limits, Member
 from tests.servers.fault_server import CUT, Answer, FaultServer, Request, error, reply
 from tests.test_endpoint import call, failure, opened, picture
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from intersafe.errors import InputError
-from intersafe.recipe import load_recipe
-from intersafe.runs import Run
-from intersafe.server_guard import Guard
-from intersafe.serving import servers_of
-from intersafe.supervisor import Supervisor, serving
+from intersafe.recipe.load import load_recipe
+from intersafe.run.directory import Run
+from intersafe.serving.guard import Guard
+from intersafe.serving.plan import servers_of
+from intersafe.serving.supervisor import Supervisor, serving
 from tests.makers import cli, digest, rows, started
 from tests.servers.vllm_command import FAILURES
 from tests.test_serving_plan import at, written

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from intersafe.files import bundled
-from intersafe.models.engine_arguments import engine_arguments
-from intersafe.recipe import load_recipe
-from intersafe.serving import Server, left_alone, servers_of
-from intersafe.settings import Recipe
+from intersafe.engines.arguments import engine_arguments
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.sections import Recipe
+from intersafe.serving.plan import Server, left_alone, servers_of
+from intersafe.storage.files import bundled
 from tests.makers import cli, refusal
 
 VLLM = "/opt/vllm/bin/vllm serve"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from intersafe.locks import lock
-from intersafe.runs import Run
+from intersafe.run.directory import Run
+from intersafe.run.lock import lock
 from tests.makers import REPOSITORY, cli, digest, hears_ctrl_c, journal_keys
 from tests.servers.chaos_server import Running, running_chaos
 from tests.servers.fault_server import STALL, FaultServer
@@ -193,7 +193,7 @@ def test_with_nohup_a_run_outlives_its_terminal(server: Running, reference: Path
 def test_a_host_program_keeps_its_own_handlers(tmp_path: Path) -> None:
     code = """
 import signal
-from intersafe.generate import generate_dialogues
+from intersafe.generation.generate import generate_dialogues
 from tests.makers import demo
 heard = []
 mine = lambda *_: heard.append(1)

@@ -17,8 +17,8 @@ import msgspec
 import pytest
 
 from intersafe.errors import ServiceGone
-from intersafe.journal import Entry
-from intersafe.outcomes import outcome_row
+from intersafe.models.http.embeddings import Embedder, open_embedder
+from intersafe.recipe.sections import Limits, digest_of
 from intersafe.records import (
     Aligned,
     Check,
@@ -37,12 +37,12 @@ from intersafe.records import (
 )
 from intersafe.report.cost import parse_prices
 from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_bleu, tokens_of, vendi_score
-from intersafe.report.embedding import Embedder, open_embedder
 from intersafe.report.figures import Stats
 from intersafe.report.stats import stats_of
 from intersafe.report.table import sections
-from intersafe.runs import Funnel, Manifest, Run, Summary
-from intersafe.settings import Limits, digest_of
+from intersafe.run.directory import Funnel, Manifest, Run, Summary
+from intersafe.run.journal import Entry
+from intersafe.run.outcomes import outcome_row
 from tests.makers import cli, refusal
 from tests.servers.fault_server import Answer, FaultServer, Request, error, raw, reply
 

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 from intersafe.errors import InputError, StorageError
-from intersafe.files import bundled
-from intersafe.generate import generate_dialogues
-from intersafe.images import ImageStore, read_image
-from intersafe.journal import GroupWriter
-from intersafe.outcomes import LINES, align_outcomes, files_of
-from intersafe.recipe import load_recipe
-from intersafe.runs import Run
+from intersafe.generation.generate import generate_dialogues
+from intersafe.images.store import ImageStore, read_image
+from intersafe.recipe.load import load_recipe
+from intersafe.run.directory import Run
+from intersafe.run.journal import GroupWriter
+from intersafe.run.outcomes import LINES, align_outcomes, files_of
+from intersafe.storage.files import bundled
 from tests.makers import cli, digest, journal_keys, rows, started
 from tests.servers.scripted_server import scripted_server
 from tests.servers.shims import shim
@@ -145,7 +145,7 @@ def test_an_image_of_a_run_that_was_moved_away_is_a_fault_of_the_disk(tmp_path: 
 def test_a_full_disk_leaves_no_half_image(tmp_path: Path) -> None:
     Image.frombytes("RGB", (200, 200), os.urandom(120_000)).save(tmp_path / "noise.png")
     code = (
-        "import sys; from pathlib import Path; from intersafe.images import ImageStore, read_image\n"
+        "import sys; from pathlib import Path; from intersafe.images.store import ImageStore, read_image\n"
         "ImageStore(Path('store')).put(read_image(Path('noise.png')))"
     )
     done = subprocess.run(

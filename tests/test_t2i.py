@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from intersafe.errors import CallFailed, InputError
-from intersafe.images import normalise
-from intersafe.models import Call, Painted, Sampling, open_painter
+from intersafe.images.store import normalise
+from intersafe.models.base import Call, Painted, Sampling, open_painter
+from intersafe.recipe.sections import Limits, Painter
 from intersafe.records import Message
-from intersafe.settings import Limits, Painter
 
 SERVERS = Path(__file__).parent / "servers"
 MISSING = [name for name in ("torch", "diffusers", "transformers") if importlib.util.find_spec(name) is None]

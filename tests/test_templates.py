@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from intersafe.errors import InputError
-from intersafe.files import bundled
-from intersafe.prepare import prepare
-from intersafe.prompt_roles import PROMPTS, STRATEGY
-from intersafe.recipe import load_recipe
-from intersafe.templates import lint_prompts, load_prompts
+from intersafe.generation.prepare import prepare
+from intersafe.recipe.load import load_recipe
+from intersafe.storage.files import bundled
+from intersafe.templates.load import lint_prompts, load_prompts
+from intersafe.templates.roles import PROMPTS, STRATEGY
 from tests.makers import cli
 
 NAME = "judge/dialogue"

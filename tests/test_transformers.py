@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from intersafe.engine_settings import Engine
 from intersafe.errors import CallFailed, InputError, IntersafeError
-from intersafe.images import ImageStore
-from intersafe.models import Reply
+from intersafe.images.store import ImageStore
+from intersafe.models.base import Reply
+from intersafe.recipe.engine import Engine
 from intersafe.records import Message
 from intersafe.replies import CheckAnswer, PlanAnswer, StepScoreAnswer, VerdictAnswer
 from tests.engines import (
@@ -101,7 +101,7 @@ def drawn_by(rows: int, width: int = 0, **settings: Any) -> list[int]:
     """The token that each of so many rows with seeds of their own draws from five logits."""
     import torch  # type: ignore[import-not-found]
 
-    from intersafe.models.sampling import Row, Rows
+    from intersafe.models.local.sampling import Row, Rows
 
     defaults: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     made = [
@@ -193,9 +193,9 @@ def test_a_whole_run_on_one_real_model_is_the_same_after_a_kill(tmp_path: Path) 
 
 
 def test_the_weights_must_be_there(tmp_path: Path) -> None:
-    from intersafe.recipe import load_recipe
+    from intersafe.recipe.load import load_recipe
 
     recipe = load_recipe(write_recipe(tmp_path / "recipe.json", SPEC, put_up(VICTIM) | {"path": "./nowhere"}))
-    from intersafe.prepare import prepare
+    from intersafe.generation.prepare import prepare
 
     assert "no model at" in refusal(lambda: prepare(recipe))

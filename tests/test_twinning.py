@@ -11,12 +11,12 @@ import pytest
 from aiohttp import web
 
 from intersafe.errors import JobRejected
-from intersafe.gate_settings import RuleSettings
 from intersafe.gates.rules import check_rules
-from intersafe.images import ImageStore
-from intersafe.models.scripted import PLACEHOLDER
+from intersafe.images.store import ImageStore
+from intersafe.models.scripted.chat import PLACEHOLDER
+from intersafe.recipe.gates import RuleSettings
+from intersafe.recipe.sections import ConverseSettings
 from intersafe.records import Dialogue, Job
-from intersafe.settings import ConverseSettings
 from intersafe.stages.judging import check_dialogue
 from intersafe.stages.twinning import UNSCORED, Twin, make_twin
 from tests.casting import (

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from intersafe.errors import CallFailed, InputError, IntersafeError
-from intersafe.images import ImageStore
-from intersafe.models import Call, Reply
+from intersafe.images.store import ImageStore
+from intersafe.models.base import Call, Reply
 from intersafe.records import Message
 from intersafe.replies import CheckAnswer, PlanAnswer, StepScoreAnswer, VerdictAnswer
 from tests.engines import (

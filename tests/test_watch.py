@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from intersafe.conductor import Display, Progress
-from intersafe.display import LivePanel, PlainLines
-from intersafe.gauges import Figures, Sample, parse_metrics
-from intersafe.generate import generate_dialogues
-from intersafe.journal import GroupWriter, Journal
-from intersafe.runs import Funnel
+from intersafe.cli.live import LivePanel, PlainLines
+from intersafe.engines.metrics import Figures, Sample, parse_metrics
+from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.scheduler import Display, Progress
+from intersafe.run.directory import Funnel
+from intersafe.run.journal import GroupWriter, Journal
 from tests.makers import cli, demo
 from tests.servers.scripted_server import scripted_server
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from asked import read_work
 
-from intersafe.files import bundled
-from intersafe.images import ImageStore, read_image
-from intersafe.journal import GroupWriter, Journal
+from intersafe.images.store import ImageStore, read_image
 from intersafe.models.cast import Company, JobCast
-from intersafe.models.endpoint import EndpointModel
+from intersafe.models.http.chat import EndpointModel
+from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Job, Message, Seed
-from intersafe.settings import Cast, Limits, Member
-from intersafe.templates import load_prompts
+from intersafe.run.journal import GroupWriter, Journal
+from intersafe.storage.files import bundled
+from intersafe.templates.load import load_prompts
 
 
 async def main() -> None:

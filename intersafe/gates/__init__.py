@@ -11,7 +11,7 @@ The contract:
 - The word of a reason is snake_case and of a small set, so that a funnel can count it. Its detail is for people, names
   turns from 1, and never quotes the dialogue.
 
-Every gate's settings are a frozen section of the recipe (`intersafe/recipe.py`).
+Every gate's settings are a frozen section of the recipe (`intersafe/recipe/gates.py`).
 """
 
 from typing import Protocol

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from intersafe.gate_settings import Gates
 from intersafe.gates import Gate
 from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, similar_images
 from intersafe.gates.quota import Quota
 from intersafe.gates.rules import check_excluded, check_rules
+from intersafe.recipe.gates import Gates
 from intersafe.records import Dialogue, Job, Reason
 
 

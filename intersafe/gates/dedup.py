@@ -15,11 +15,11 @@ from pathlib import Path
 import msgspec
 from rensa import RMinHash
 
-from intersafe.gate_settings import DuplicateSettings
-from intersafe.gates.banded import BandedSignatures
-from intersafe.gates.scratch import Scratch
-from intersafe.gates.signature_file import SignatureFile
-from intersafe.messages import fold
+from intersafe.checks.messages import fold
+from intersafe.gates.index.banded import BandedSignatures
+from intersafe.gates.index.scratch import Scratch
+from intersafe.gates.index.signatures import SignatureFile
+from intersafe.recipe.gates import DuplicateSettings
 from intersafe.records import Dialogue, Reason
 
 SIGNATURES = "index/duplicates.bin"

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from intersafe.gate_settings import CoverageSettings
+from intersafe.recipe.gates import CoverageSettings
 from intersafe.records import Dialogue, Job, Reason
 
 AXES = ("category", "strategy", "victim", "turns")

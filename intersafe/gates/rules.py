@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable
 from itertools import combinations
 
-from intersafe.gate_settings import RuleSettings
-from intersafe.messages import fold, fold_steps, image_leak, is_blank, plan_leak, repeats_description, same
+from intersafe.checks.messages import fold, fold_steps, image_leak, is_blank, plan_leak, repeats_description, same
+from intersafe.recipe.gates import RuleSettings
 from intersafe.records import Dialogue, Reason
 from intersafe.taxonomy import excluded_together
 

@@ -16,16 +16,16 @@ from typing import Any, Protocol
 
 from msgspec import structs
 
-from intersafe.budget import Budget
 from intersafe.errors import CallFailed, InputError, JobRejected
-from intersafe.images import ImageStore, distance, normalise
-from intersafe.journal import Entry
-from intersafe.models import Call, ChatModel, Painted, PaintModel, Reply, Sampling
+from intersafe.images.store import ImageStore, distance, normalise
+from intersafe.models.base import Call, ChatModel, Painted, PaintModel, Reply, Sampling
+from intersafe.recipe.sections import Cast, Member, Painter
 from intersafe.records import ImageOrigin, Job, Message, RefusalJob
 from intersafe.replies import A, ReplyError, Schema, parse, schema_of
-from intersafe.settings import Cast, Member, Painter
+from intersafe.run.budget import Budget
+from intersafe.run.journal import Entry
 from intersafe.taxonomy import excluded
-from intersafe.templates import Prompts
+from intersafe.templates.load import Prompts
 
 
 class Replies(Protocol):

@@ -10,7 +10,7 @@ import msgspec
 from intersafe.release.rows import Row, references_of
 from intersafe.report.figures import ranked
 from intersafe.report.stats import stats_of
-from intersafe.runs import Run
+from intersafe.run.directory import Run
 
 
 @dataclass

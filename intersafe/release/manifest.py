@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from intersafe.errors import InputError
-from intersafe.files import write_whole
+from intersafe.storage.files import write_whole
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1

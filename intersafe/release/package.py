@@ -18,8 +18,7 @@ import msgspec
 from msgspec import structs
 
 from intersafe.errors import InputError, IntersafeError, StorageError
-from intersafe.files import write_whole
-from intersafe.images import ImageStore
+from intersafe.images.store import ImageStore
 from intersafe.release.card import CARD, CHANGELOG, KEEP, KEEP_END, PLACEHOLDER, card_files, changelog, kept_text
 from intersafe.release.counts import Tally, figures_of, licenses_of
 from intersafe.release.manifest import (
@@ -36,7 +35,8 @@ from intersafe.release.manifest import (
 from intersafe.release.plan import Target, plan_shards, rows_at, survey
 from intersafe.release.rows import COLUMNS, UNSAFE, bare
 from intersafe.release.shards import check_release, need_pyarrow, write_shard
-from intersafe.runs import Run
+from intersafe.run.directory import Run
+from intersafe.storage.files import write_whole
 
 TEST_SHARE = 0.05
 SHARD_BYTES = 300_000_000

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from intersafe.errors import InputError
-from intersafe.images import ImageStore
-from intersafe.journal import lines_of
-from intersafe.outcomes import files_of
+from intersafe.images.store import ImageStore
 from intersafe.records import Dialogue, RefusalSample, from_row
 from intersafe.release.counts import Tally
 from intersafe.release.manifest import Manifest, Shard, sha256_of
@@ -31,7 +29,9 @@ from intersafe.release.rows import (
     twin_row,
 )
 from intersafe.release.shards import read_rows
-from intersafe.runs import Run
+from intersafe.run.directory import Run
+from intersafe.run.journal import lines_of
+from intersafe.run.outcomes import files_of
 
 SHARD_ROWS = 5_000
 

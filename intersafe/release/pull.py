@@ -15,7 +15,7 @@ from intersafe.release.manifest import (
     read_manifest,
 )
 from intersafe.release.push import versions_of
-from intersafe.runs import run_path
+from intersafe.run.directory import run_path
 
 
 def parse_source(text: str) -> tuple[str, Version | None]:

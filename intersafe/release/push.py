@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from intersafe.errors import InputError, StorageError
-from intersafe.files import write_whole
 from intersafe.release.card import CARD
 from intersafe.release.client import (
     AccessRefused,
@@ -28,6 +27,7 @@ from intersafe.release.client import (
 from intersafe.release.manifest import MANIFEST, Manifest, Version, decode_manifest, parse_version, sha256_of
 from intersafe.release.staged import DATA, Release, Staged, data_is, same_content, stage
 from intersafe.release.verify import check_bytes, check_local_rows, check_rows
+from intersafe.storage.files import write_whole
 
 BATCH = 20
 REBASES = 5

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from intersafe.errors import InputError
-from intersafe.images import normalise
+from intersafe.images.store import normalise
 from intersafe.release.manifest import Shard, check_files, read_manifest
 from intersafe.release.rows import COLUMNS, Row, references_of
 

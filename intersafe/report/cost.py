@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from intersafe.errors import InputError
-from intersafe.journal import RoleTally
-from intersafe.settings import Price
+from intersafe.recipe.sections import Price
+from intersafe.run.journal import RoleTally
 
 _HOW = "write ROLE=IN,OUT or ROLE=IN,OUT,CALL, for example judge=0.4,1.6 or painter=0,0,0.02"
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from intersafe.errors import InputError
-from intersafe.outcomes import LINES
+from intersafe.models.http.embeddings import Embedder
+from intersafe.recipe.sections import Price
 from intersafe.records import Dialogue, RefusalSample
 from intersafe.report.cost import check_roles, costs_of
 from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_bleu, tokens_of, vendi_score
-from intersafe.report.embedding import Embedder
 from intersafe.report.figures import (
     About,
     AlignedFigures,
@@ -36,8 +36,8 @@ from intersafe.report.figures import (
     ranked,
 )
 from intersafe.report.published import Compared, compare
-from intersafe.runs import Run
-from intersafe.settings import Price
+from intersafe.run.directory import Run
+from intersafe.run.outcomes import LINES
 
 SAMPLE = 200
 

@@ -8,10 +8,10 @@ from itertools import combinations
 from typing import NamedTuple
 
 from intersafe.errors import JobRejected
-from intersafe.gate_settings import RuleSettings
 from intersafe.models.cast import JobCast
+from intersafe.recipe.gates import RuleSettings
+from intersafe.recipe.sections import CleanSettings, ConverseSettings
 from intersafe.records import ImageOrigin, Job, Plan, RemovedImage, Turn
-from intersafe.settings import CleanSettings, ConverseSettings
 from intersafe.stages.conversing import Asking, take_turn, write_message
 from intersafe.stages.judging import same_picture
 

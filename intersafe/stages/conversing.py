@@ -10,13 +10,13 @@ pruned branches of one prefix make preference pairs.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from intersafe.checks.messages import message_problem, regularise, repeats_description
 from intersafe.errors import CallFailed, JobRejected
-from intersafe.gate_settings import RuleSettings
-from intersafe.messages import message_problem, regularise, repeats_description
 from intersafe.models.cast import JobCast, Unanswered
+from intersafe.recipe.gates import RuleSettings
+from intersafe.recipe.sections import ConverseSettings
 from intersafe.records import ImageOrigin, Job, Message, Plan, PrunedTurn, Reason, Turn, transcript
 from intersafe.replies import MessageAnswer
-from intersafe.settings import ConverseSettings
 from intersafe.stages.judging import concern_of, judge_turn, seed_images
 from intersafe.stages.painting import paint
 from intersafe.taxonomy import excluded_together

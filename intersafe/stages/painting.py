@@ -6,8 +6,8 @@ asked for again: with another description where its service blocked the last one
 
 from collections.abc import Sequence
 
+from intersafe.checks.messages import is_blank
 from intersafe.errors import CallFailed, JobRejected
-from intersafe.messages import is_blank
 from intersafe.models.cast import JobCast, Unanswered, Unpainted
 from intersafe.records import ImageOrigin, Job, RefusalJob
 from intersafe.replies import DescriptionAnswer

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from intersafe.errors import JobRejected
 from intersafe.models.cast import JobCast, Unanswered
+from intersafe.recipe.sections import PlanSettings
 from intersafe.records import Job, Plan, Step, StepScore
 from intersafe.replies import PicturePlanAnswer, PlanAnswer, StepAnswer
-from intersafe.settings import PlanSettings
 from intersafe.stages.judging import concern_of, score_step, seed_images
 from intersafe.taxonomy import excluded_together
 

@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 from intersafe.errors import JobRejected
 from intersafe.models.cast import JobCast, Unanswered
+from intersafe.recipe.sections import RefusalGroup, Refusals
 from intersafe.records import ImageOrigin, Reason, RefusalCheck, RefusalJob
-from intersafe.refusal_texts import answer_problem, plain_sorry, question_problem
 from intersafe.replies import QuestionAnswer, RefusalAnswer, RefusalCheckAnswer
-from intersafe.settings import RefusalGroup, Refusals
 from intersafe.stages.judging import concern_of, judged, seed_images
 from intersafe.stages.painting import paint
 from intersafe.taxonomy import excluded_together
+from intersafe.templates.refusals import answer_problem, plain_sorry, question_problem
 
 _SAID = {
     "empty_message": "nothing can be seen in it",

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
+from intersafe.checks.messages import fold, is_blank, same
 from intersafe.errors import JobRejected
-from intersafe.gate_settings import RuleSettings
-from intersafe.messages import fold, is_blank, same
 from intersafe.models.cast import JobCast, Unanswered
+from intersafe.recipe.gates import RuleSettings
+from intersafe.recipe.sections import RespondSettings
 from intersafe.records import Aligned, Job, Message, Reason, Turn, Verdict, transcript
 from intersafe.replies import AlignedAnswer, AlignedVerdictAnswer
-from intersafe.settings import RespondSettings
 from intersafe.stages.conversing import images_of, said_in
 from intersafe.stages.judging import concern_of, judged
 from intersafe.taxonomy import BY_NAME, excluded_together

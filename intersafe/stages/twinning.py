@@ -7,13 +7,13 @@ images. What it refuses is over-refusal: it is kept, labelled by the judge, and 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from intersafe.checks.messages import fold, is_blank, message_problem, regularise, same
 from intersafe.errors import JobRejected
-from intersafe.gate_settings import RuleSettings
-from intersafe.messages import fold, is_blank, message_problem, regularise, same
 from intersafe.models.cast import JobCast, Unanswered
+from intersafe.recipe.gates import RuleSettings
+from intersafe.recipe.sections import ConverseSettings
 from intersafe.records import Check, Dialogue, Job, Message, Plan, Reason, Step, StepScore, Turn, transcript
 from intersafe.replies import TwinAnswer
-from intersafe.settings import ConverseSettings
 from intersafe.stages.conversing import origins_of, take_turn
 from intersafe.stages.judging import concern_of, judge_dialogue
 from intersafe.stages.responding import IMAGE_MARK

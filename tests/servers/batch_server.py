@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from intersafe.models.scripted import ScriptedModel
+from intersafe.models.scripted.chat import ScriptedModel
 from tests.servers.scripted_server import Body, completion
 
 KEY = "sk-batch-0123456789"

@@ -28,8 +28,8 @@ from typing import Any
 
 from aiohttp import web
 
-from intersafe.models import Call, Sampling
-from intersafe.models.scripted import ScriptedModel
+from intersafe.models.base import Call, Sampling
+from intersafe.models.scripted.chat import ScriptedModel
 from intersafe.records import Message
 from intersafe.replies import Schema
 from tests.servers.scripted_server import Body, text_of

@@ -22,7 +22,7 @@ import pyarrow.parquet  # noqa: F401
 import intersafe.release.pull
 import intersafe.release.push
 import intersafe.release.status  # noqa: F401
-from intersafe.cli import main
+from intersafe.cli.main import main
 
 
 def run(argv: list[str], cwd: str, env: dict[str, str | None], out: str) -> None:

@@ -43,9 +43,9 @@ from intersafe.replies import (
     TwinAnswer,
     VerdictAnswer,
 )
-from intersafe.stages.seeding import load_seeds
+from intersafe.seeds.load import load_seeds
 from intersafe.taxonomy import BY_NAME
-from intersafe.templates import Prompts, load_prompts
+from intersafe.templates.load import Prompts, load_prompts
 from tests.servers.talks import HUES, PICTURE, REFUSAL, Talk, training_image, training_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]

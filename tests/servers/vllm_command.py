@@ -95,7 +95,7 @@ async def serve(found: argparse.Namespace, engine: "subprocess.Popen[bytes]") ->
     """Loads for `STANDIN_LOADS` seconds, then answers until SIGTERM, or dies at request `STANDIN_DIES_AT`."""
     from aiohttp import web
 
-    from intersafe.models.scripted import ScriptedModel
+    from intersafe.models.scripted.chat import ScriptedModel
     from tests.servers.scripted_server import completion
 
     model, key, asked = ScriptedModel("demo"), os.environ.get("VLLM_API_KEY"), 0

@@ -1,0 +1,1 @@
+"""Rules on one message or one answer, shared by the stages and the gates."""

@@ -1,0 +1,285 @@
+"""The commands of releases: `package`, `push`, `pull` and `diff`.
+
+Exit codes: 0 done or done before, 2 bad input, 3 the tag names other content, 4 somebody else changed the repository,
+5 no right to do that, 6 the network gave up (safe to run again).
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from intersafe.errors import InputError
+
+if TYPE_CHECKING:
+    from intersafe.release.client import Hub
+    from intersafe.release.manifest import Version
+    from intersafe.release.push import Outcome
+
+
+def _finite(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise InputError(f"{value} is no number to reckon with", at=f"--{option.name}", remedy="give a plain number")
+    return value
+
+
+@click.command()
+@click.argument("run", metavar="RUN")
+@click.option("--version", metavar="X.Y.Z", help="Default: 1.0.0, or the next minor version after the newest release.")
+@click.option("--parent", type=click.Path(path_type=Path), help="Release to go on from. Default: the run's newest.")
+@click.option(
+    "--test-share",
+    type=click.FloatRange(0, 0.5),
+    callback=_finite,
+    help="Share of the seeds in the split `test`. Default: that of the release before, or 0.05.",
+)
+@click.option("--max-shard-size", metavar="SIZE", default="300MB", show_default=True, help="Texts and images together.")
+@click.option("--include-unsafe", is_flag=True, help="Add the config dialogues_unsafe with unsafe replies in full.")
+@click.option("--allow-incomplete", is_flag=True, help="Package a run that is not complete.")
+def package(run: str, version: str | None, max_shard_size: str, **options: Any) -> None:
+    """Make a release of RUN: Parquet shards, card, changelog and manifest, in RUN/release/X.Y.Z.
+
+    \b
+    intersafe package demo
+    intersafe package demo --version 1.1.0          after the run has grown: only new shards are written
+
+    Replies that the judge did not call safe are withheld. The same run gives the same bytes. docs/release.md has the
+    columns and all rules. Exit code 3: the version is there with other content.
+    """
+    from intersafe.release.manifest import parse_version
+    from intersafe.release.package import Options, parse_size
+    from intersafe.release.package import package as make_release
+    from intersafe.run.directory import Run
+
+    opened = Run(run)
+    asked = parse_version(version) if version else None
+    made = make_release(opened, Options(version=asked, shard_bytes=parse_size(max_shard_size), **options))
+    if options["include_unsafe"]:
+        click.echo("the config dialogues_unsafe holds unsafe replies in full: keep it private and gated", err=True)
+    if opened.summary is None:
+        click.echo("the run is not complete; its card says so", err=True)
+    for config, counts in made.manifest.counts["configs"].items():
+        splits = ", ".join(f"{split} {rows:,}" for split, rows in counts["splits"].items())
+        click.echo(f"{counts['rows']:>8,} {config}: {splits}")
+    shards, size = made.manifest.shards, sum(shard.bytes for shard in made.manifest.shards)
+    click.echo(
+        f"{len(shards):>8,} shards, {size / 1e6:,.1f} MB, {made.taken_over:,} as they were in the release before"
+    )
+    click.echo(f"\n{made.path}" + ("" if made.made else "   was there already with the same content"))
+
+
+_endpoint = click.option(
+    "--endpoint", metavar="URL", help="The Hub's address. Default: HF_ENDPOINT, or the public Hub."
+)
+_no_xet = click.option("--no-xet", is_flag=True, help="Move large files over plain HTTP, without hf_xet.")
+_deadline = click.option(
+    "--deadline",
+    type=click.FloatRange(min=0, min_open=True, max=30 * 86_400),
+    callback=_finite,
+    default=3 * 3600.0,
+    show_default=True,
+    help="Seconds after which it gives up; a second run goes on.",
+)
+
+
+@click.command()
+@click.argument("repo", metavar="ORG/NAME")
+@click.argument("run", metavar="[RUN]", required=False)
+@click.option("--version", "version", metavar="X.Y.Z", help="Which release of the run. Default: its newest.")
+@click.option(
+    "--bump",
+    type=click.Choice(["major", "minor", "patch"]),
+    help="Push the newest release, and only if it is that step after the newest tag.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be sent and change nothing.")
+@click.option(
+    "--verify",
+    type=click.Choice(["tree", "rows", "full"]),
+    default="rows",
+    show_default=True,
+    help="Before the tag: compare sha256s; row counts too; or download every shard.",
+)
+@click.option(
+    "--status", "only_status", is_flag=True, help="Show which versions are here and which there; push nothing."
+)
+@click.option("--public", is_flag=True, help="Allow a public repository; asks for its name.")
+@click.option("--no-gate", is_flag=True, help="Allow a repository without a gate; asks for its name.")
+@click.option("--yes-really", metavar="ORG/NAME", help="The answer to that question, for scripts.")
+@click.option("--allow-scripted", is_flag=True, help="Publish a run in which a script played a model.")
+@click.option("--take-over", is_flag=True, help="Replace data on main that no tag names or that was changed by hand.")
+@click.option(
+    "--message", metavar="TEXT", default="", help="Of the commit. Default: the version and the recipe's name."
+)
+@_endpoint
+@_no_xet
+@_deadline
+def push(
+    repo: str,
+    run: str | None,
+    version: str | None,
+    bump: str | None,
+    only_status: bool,
+    public: bool,
+    no_gate: bool,
+    yes_really: str | None,
+    allow_scripted: bool,
+    no_xet: bool,
+    **options: Any,
+) -> None:
+    """Publish a release on the Hugging Face Hub as version vX.Y.Z, whole or not at all.
+
+    \b
+    intersafe package demo && intersafe push my-org/my-data demo --version 1.0.0 --dry-run
+    intersafe push my-org/my-data demo --bump minor
+    intersafe push my-org/my-data demo --status
+
+    RUN is a run or a release folder; default: the run of the recipe here. The repository is made private and gated, and
+    nothing is sent to one that is not. A version is never replaced. Any stop leaves nothing half published: run the
+    same command again. Exit codes: 3 the version is there with other content, 4 somebody else changed the repository,
+    5 the token or the repository refuses, 6 the network gave up.
+    """
+    from intersafe.release.client import Hub, check_repo_id
+    from intersafe.release.push import Options
+    from intersafe.release.push import push as push_release
+    from intersafe.release.staged import open_release
+    from intersafe.release.status import releases_in, status
+
+    check_repo_id(repo)
+    deadline, endpoint = options.pop("deadline"), options.pop("endpoint")
+
+    def hub() -> Hub:
+        return Hub(repo, endpoint=endpoint, xet=not no_xet, deadline=deadline, say=_say)
+
+    found = releases_in(_folder_of(run))
+    if only_status:
+        there = hub()
+        for line in there.within(lambda: status(there, found)):
+            click.echo(line)
+        return
+    if (public or no_gate) and not options["dry_run"]:
+        _confirm(repo, "public" if public else "without a gate", yes_really)
+    if not found:
+        raise InputError("no release there", at=_folder_of(run), remedy="make one with `intersafe package RUN`")
+    release = open_release(_pick(found, version), allow_scripted=allow_scripted)
+    there = hub()
+    if bump:
+        _check_bump(there, release.version, bump)
+    chosen = Options(public=public, gate=not no_gate, **options)
+    _print(repo, there.within(lambda: push_release(there, release, chosen)))
+
+
+def _folder_of(run: str | None) -> Path:
+    from intersafe.recipe.load import load_recipe
+    from intersafe.run.directory import run_path
+    from intersafe.storage.files import bundled
+
+    if run is not None:
+        return run_path(run)
+    here = Path("pipelines/demo.yaml")
+    return run_path(load_recipe(here if here.exists() else bundled("pipelines/demo.yaml")).name)
+
+
+def _pick(found: "dict[Version, Path]", version: str | None) -> Path:
+    from intersafe.release.manifest import parse_version
+
+    if version is None:
+        return found[max(found)]
+    wanted = parse_version(version)
+    if wanted not in found:
+        here = ", ".join(map(str, found))
+        raise InputError(
+            f"no release {wanted} here, only {here}", at="--version", remedy="make it: `intersafe package`"
+        )
+    return found[wanted]
+
+
+def _check_bump(hub: "Hub", version: "Version", part: str) -> None:
+    """`InputError` unless the version is that step after the newest tag, or is the newest tag (a push run again)."""
+    from intersafe.release.manifest import Version
+    from intersafe.release.push import versions_of
+
+    newest = max(versions_of(hub.within(lambda: hub.tags() if hub.state() else {})), default=Version(0, 0, 0))
+    if version not in (newest, newest.bumped(part)):
+        raise InputError(
+            f"the newest release here is {version}, a {part} step after {newest} is {newest.bumped(part)}",
+            at="--bump",
+            remedy=f"intersafe package RUN --version {newest.bumped(part)}",
+        )
+
+
+def _confirm(repo: str, what: str, answer: str | None) -> None:
+    if answer is None:
+        click.echo(f"{repo} will be, or may stay, {what}. Type its name to go on:", err=True)
+        answer = sys.stdin.readline().strip()
+    if answer != repo:
+        raise InputError(f"that is not {repo}; nothing was sent", remedy="type ORG/NAME, or give --yes-really ORG/NAME")
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _print(repo: str, outcome: "Outcome") -> None:
+    if outcome.status == "dry run":
+        for path in outcome.adds:
+            click.echo(f"add    {path}")
+        for path in outcome.deletes:
+            click.echo(f"delete {path}")
+    shards = sum(path.endswith(".parquet") for path in outcome.adds)
+    sent = (
+        "nothing was sent"
+        if not outcome.adds
+        else f"{shards} shards of {len(outcome.adds)} files, {outcome.bytes:,} bytes"
+    )
+    click.echo(f"{outcome.status}: {repo} {outcome.tag} ({sent})")
+    if outcome.status != "dry run":
+        click.echo(f'load_dataset("{repo}", "dialogues", revision="{outcome.tag}")')
+
+
+@click.command()
+@click.argument("source", metavar="ORG/NAME[@vX.Y.Z]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder. Default: outputs/NAME/release/X.Y.Z.")
+@_endpoint
+@_no_xet
+@_deadline
+def pull(source: str, out: Path | None, endpoint: str | None, no_xet: bool, deadline: float) -> None:
+    """Bring a published release back, checked against its manifest, whole or not at all.
+
+    \b
+    intersafe pull my-org/my-data@v1.2.0
+    intersafe pull my-org/my-data --out there          the newest version
+
+    A second run after a stop goes on where the first one was. Exit codes as those of push.
+    """
+    from intersafe.release.client import Hub
+    from intersafe.release.pull import parse_source
+    from intersafe.release.pull import pull as pull_release
+
+    repo, version = parse_source(source)
+    hub = Hub(repo, endpoint=endpoint, xet=not no_xet, deadline=deadline, say=_say)
+    click.echo(hub.within(lambda: pull_release(hub, version, out)))
+
+
+@click.command()
+@click.argument("old", metavar="OLD")
+@click.argument("new", metavar="NEW")
+@_endpoint
+@_no_xet
+@_deadline
+def diff(old: str, new: str, endpoint: str | None, no_xet: bool, deadline: float) -> None:
+    """Rows added, removed and changed between two releases, by category and label.
+
+    \b
+    intersafe diff my-org/my-data@v1.0.0 v1.1.0
+    intersafe diff my-org/my-data@v1.1.0 outputs/demo/release/1.2.0
+
+    OLD and NEW are ORG/NAME@vX.Y.Z or release folders; a bare version is of the repository that OLD names. Shards that
+    both releases have are not read.
+    """
+    from intersafe.release.diff import compare, describe, open_sides
+
+    with open_sides(old, new, endpoint=endpoint, xet=not no_xet, deadline=deadline, say=_say) as (before, after):
+        for line in describe(compare(before, after)):
+            click.echo(line)

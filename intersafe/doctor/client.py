@@ -1,0 +1,144 @@
+"""One replica of a model as `doctor` asks it: at most twice, by short time-outs, without waiting for its return."""
+
+import asyncio
+import base64
+import functools
+import io
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import aiohttp
+from msgspec import structs
+
+from intersafe.errors import CallFailed
+from intersafe.models.base import Call, Reply, Sampling
+from intersafe.models.http.chat import Part, chat_body, read_reply
+from intersafe.models.http.faults import Away, Overloaded, Passing, TooSlow, error_of, raise_for
+from intersafe.models.http.replicas import open_replica
+from intersafe.recipe.sections import Member, Model
+from intersafe.records import Message
+from intersafe.replies import Answer, schema_of
+
+AT_ONCE = 4
+"""Requests in flight to one replica."""
+MAX_BODY = 48 * 2**20
+PAUSE = 0.5
+"""Seconds before the one retry."""
+SEED = 20_260_101
+
+
+class Line:
+    """One replica of a model, asked without waiting for its return."""
+
+    def __init__(self, session: aiohttp.ClientSession, model: Model, url: str, timeout: float) -> None:
+        """`timeout` is in seconds, for one answer."""
+        self.model, self.url, self.timeout = model, url, timeout
+        self._session, self._gate = session, asyncio.Semaphore(AT_ONCE)
+        self._key = os.environ.get(model.key, "").strip() if model.key else ""
+
+    async def send(self, route: str, body: bytes | None = None) -> bytes:
+        """The body of a 200, tried twice at most; a `Fault` or `CallFailed` otherwise. No body: a GET."""
+        async with self._gate:
+            try:
+                return await self._once(route, body)
+            except (Passing, Overloaded) as error:
+                if isinstance(error, TooSlow):
+                    raise
+            await asyncio.sleep(PAUSE)
+            return await self._once(route, body)
+
+    async def _once(self, route: str, body: bytes | None) -> bytes:
+        spot = open_replica(self.url, route, 1, 0.0)
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        try:
+            async with self._session.request(
+                "GET" if body is None else "POST",
+                spot.address,
+                data=body,
+                headers=headers if body is None else headers | {"Content-Type": "application/json"},
+                timeout=aiohttp.ClientTimeout(total=self.timeout),
+                allow_redirects=False,
+                **spot.proxy,
+            ) as response:
+                data, status, heads = await _whole(response), response.status, response.headers
+        except aiohttp.ClientConnectorError as error:
+            raise Away(f"no connection ({self.clean(error.os_error.strerror or 'unknown host')})") from None
+        except TimeoutError:
+            raise TooSlow(f"no answer within {self.timeout:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise Passing(self.clean(f"{type(error).__name__} {error}".strip())) from None
+        return data if status == 200 else self._refused(status, heads, data)
+
+    def _refused(self, status: int, heads: Mapping[str, str], data: bytes) -> bytes:
+        message, code = error_of(data)
+        if 300 <= status < 400:
+            message = f"redirects to {heads.get('Location', 'nowhere')}"
+        if status in (401, 403):
+            message = ""  # some servers repeat a part of the key
+        what = self.clean(f"HTTP {status} {message}".strip())
+        raise_for(status, heads, data, what, code)
+        raise CallFailed("endpoint", "blocked", what)
+
+    def clean(self, text: str) -> str:
+        """One printable line of at most 200 characters, without the key."""
+        if self._key:
+            text = text.replace(self._key, "***")
+        return "".join(c if c.isprintable() else " " for c in text[:200])
+
+
+class ChatLine(Line):
+    """A replica that answers in words."""
+
+    def __init__(self, session: aiohttp.ClientSession, member: Member, url: str, timeout: float) -> None:
+        super().__init__(session, member, url, timeout)
+        self.member = member
+
+    async def raw(
+        self,
+        *messages: Message,
+        most: int = 64,
+        temperature: float = 0.0,
+        seed: int = SEED,
+        answer: type[Answer] | None = None,
+        part: Callable[[str], Part] | None = None,
+        **extra: Any,
+    ) -> bytes:
+        """The body of the answer to the question; an image's reference is a colour, `most` the tokens it may take."""
+        member = structs.replace(self.member, json_schema=True, extra=self.member.extra | extra)
+        sampling = Sampling(temperature, member.top_p, most, seed)
+        schema = schema_of(answer) if answer else None
+        call = Call("doctor", "", messages, sampling, schema, "doctor", 0)
+        return await self.send("/chat/completions", chat_body(member, call, part or as_colour))
+
+    async def ask(self, *messages: Message, **options: Any) -> Reply:
+        """The answer, read as a run reads it."""
+        return read_reply(await self.raw(*messages, **options))
+
+
+async def _whole(response: aiohttp.ClientResponse) -> bytes:
+    data = bytearray()
+    async for chunk in response.content.iter_any():
+        data += chunk
+        if len(data) > MAX_BODY:
+            raise Passing(f"answer over {MAX_BODY // 2**20} MiB")
+    return bytes(data)
+
+
+@functools.cache
+def _uri(colour: str) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (112, 112), colour).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def as_colour(colour: str) -> Part:
+    """A picture of one colour, as a data URI."""
+    return {"type": "image_url", "image_url": {"url": _uri(colour)}}
+
+
+def user(text: str, *colours: str) -> Message:
+    """A user's message with pictures of these colours before its text."""
+    return Message("user", text, colours)

@@ -1,0 +1,1 @@
+"""What inference engines need and report: arguments, weights, metrics, failures, logs."""

@@ -1,0 +1,1 @@
+"""The near-duplicate index: banded MinHash signatures in scratch files."""

@@ -1,0 +1,1 @@
+"""Ray workers: many processes and machines grow the jobs of one run."""

@@ -1,0 +1,1 @@
+"""Images: read and verify untrusted image files, and store them by content."""

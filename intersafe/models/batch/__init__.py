@@ -1,0 +1,1 @@
+"""Models behind a provider's batch API."""

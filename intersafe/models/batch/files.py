@@ -1,0 +1,260 @@
+"""What the batch lane keeps on the disk, in `batches/` of the run directory, so that nothing is paid for twice.
+
+| file                   | holds                                                   | there                            |
+|------------------------|---------------------------------------------------------|----------------------------------|
+| `<nonce>.jsonl`        | the requests, written as the calls come                 | until the provider has the batch |
+| `<nonce>.json`         | `State`: whose it is, its keys, the ids at the provider | from the upload to the end       |
+| `<nonce>-output.jsonl` | the results, whole                                      | until all are in the journal     |
+
+The nonce goes into the batch's metadata: by it a batch is found again whose id never came back. Results are looked up
+by key where they stand in their file, some 200 bytes of memory for each that nobody has taken yet. Results that the
+journal holds are deleted when the folder is opened, all of them when the run's jobs are decided.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from intersafe.errors import InputError
+from intersafe.models.base import Reply
+from intersafe.models.http.chat import read_reply
+from intersafe.models.http.faults import FILTERED, UNREADABLE, Passing, error_of, refusal_of
+from intersafe.run.journal import entries_of, lines_of
+from intersafe.storage.files import write_whole
+
+LINGER = 60.0
+"""Seconds from the moment the last result of a file was taken until it is deleted: by then the journal is synced."""
+_PASSING = (0, 401, 402, 403, 404, 408, 409, 425, 429)
+"""Status of a line that speaks of the account, the moment or the service, and not of the request."""
+
+
+class State(msgspec.Struct, frozen=True):
+    """A batch from before it is sent until its results are here."""
+
+    nonce: str
+    lane: str
+    made: float
+    """Unix time."""
+    keys: list[str]
+    """Of its calls, in the order of the lines of the file."""
+    file: str = ""
+    """Id of the input file at the provider, noted before the batch is asked for."""
+    batch: str = ""
+    """Id of the batch at the provider."""
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A line with a result; `old` if an earlier process fetched it."""
+
+    line: bytes
+    old: bool
+
+
+class _Response(msgspec.Struct, frozen=True):
+    status_code: int | None = None
+    body: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Status(msgspec.Struct, frozen=True):
+    status_code: int | None = None
+
+
+class _Line(msgspec.Struct, frozen=True):
+    response: _Response | None = None
+    error: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Head(msgspec.Struct, frozen=True):
+    custom_id: str
+    response: _Status | None = None
+
+
+class _File(msgspec.Struct):
+    path: Path
+    old: bool
+    left: int
+    """Results that nobody has taken yet."""
+    drained: float = 0.0
+    """When the last one was taken."""
+
+
+class BatchFolder:
+    """The files of all lanes of a run."""
+
+    def __init__(self, path: Path) -> None:
+        """`batches/` beside `journal/`. Takes up what an earlier process left; `InputError` for an unreadable state."""
+        self._path = path
+        self._files: dict[int, _File] = {}
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self.states: list[State] = []
+        """Batches that an earlier process may have under way."""
+        if not path.exists():
+            return
+        for output in sorted(path.glob("*-output.jsonl"), key=lambda output: output.stat().st_mtime):
+            self._state_path(output.name.removesuffix("-output.jsonl")).unlink(missing_ok=True)
+            places, answered = _index(output)
+            self._merge(output, {key: places[key] for key in answered}, old=True)
+        self._drop_written(path.parent / "journal")
+        for left in (*path.glob(".*.tmp"), *path.glob("*.part")):
+            left.unlink()
+        self.states = [_read_state(file) for file in sorted(path.glob("*.json"))]
+        for requests in path.glob("*.jsonl"):
+            if not requests.name.endswith("-output.jsonl"):
+                requests.unlink()  # never sent, or sent and found by its nonce: what is still owed is written anew
+
+    def _drop_written(self, journal: Path) -> None:
+        """Deletes the results that the journal holds, and those that are no answer: none is asked for again."""
+        for key in _written(journal, {key.hex() for key in self._places}) if self._places else ():
+            number, _ = self._places.pop(bytes.fromhex(key))
+            self._files[number].left -= 1
+        self._delete_drained(linger=0.0)
+
+    # --- a batch on its way ------------------------------------------------------------------------------------------
+
+    def requests(self, nonce: str) -> Path:
+        """Where the requests of a batch are written."""
+        self._path.mkdir(parents=True, exist_ok=True)
+        return self._path / f"{nonce}.jsonl"
+
+    def note(self, state: State) -> None:
+        """Puts the state on the disk, whole."""
+        write_whole(self._state_path(state.nonce), msgspec.json.encode(state))
+
+    def forget(self, state: State) -> None:
+        """Nothing of the batch is under way any longer."""
+        self._state_path(state.nonce).unlink(missing_ok=True)
+        (self._path / f"{state.nonce}.jsonl").unlink(missing_ok=True)
+
+    def part(self, nonce: str) -> Path:
+        """Where results are written until they are whole."""
+        return self._path / f"{nonce}.part"
+
+    def _state_path(self, nonce: str) -> Path:
+        return self._path / f"{nonce}.json"
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    def index(self, state: State) -> tuple[dict[bytes, int], int]:
+        """Where the results of the batch's own keys stand in the part, and how many are answers; fit for a thread."""
+        own = {bytes.fromhex(key) for key in state.keys}
+        places, answered = _index(self.part(state.nonce))
+        return {key: offset for key, offset in places.items() if key in own}, len(answered & own)
+
+    def keep(self, state: State, places: dict[bytes, int]) -> None:
+        """From now on the results are served, and outlive a kill; old files that all is taken from go."""
+        output = self._path / f"{state.nonce}-output.jsonl"
+        self.part(state.nonce).replace(output)
+        self.forget(state)
+        self.sweep()
+        self._merge(output, places, old=False)
+
+    def _merge(self, path: Path, places: dict[bytes, int], *, old: bool) -> None:
+        """Takes up a file; a later result of a key counts, since it was asked again for what the earlier one was."""
+        number = max(self._files, default=-1) + 1
+        for key in places.keys() & self._places.keys():
+            self._files[self._places[key][0]].left -= 1
+        self._files[number] = _File(path, old, len(places), time.monotonic())
+        self._places.update((key, (number, offset)) for key, offset in places.items())
+
+    def take(self, key: str) -> Found | None:
+        """The result of that call, handed out once."""
+        place = self._places.pop(bytes.fromhex(key), None)
+        if place is None:
+            return None
+        file = self._files[place[0]]
+        file.left -= 1
+        file.drained = time.monotonic()
+        with file.path.open("rb") as opened:
+            opened.seek(place[1])
+            return Found(opened.readline(), file.old)
+
+    def sweep(self) -> None:
+        """Deletes the files whose results were all taken a while ago."""
+        self._delete_drained(LINGER)
+
+    def _delete_drained(self, linger: float) -> None:
+        now = time.monotonic()
+        for number, file in list(self._files.items()):
+            if not file.left and now - file.drained >= linger:
+                file.path.unlink(missing_ok=True)
+                del self._files[number]
+
+
+def close(file: BinaryIO) -> None:
+    """Closes the file once it is on the disk for good."""
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def clear(path: Path) -> None:
+    """Deletes what a run whose jobs are all decided needs no more: everything but the states of what was sent."""
+    never_sent = [state for state in path.glob("*.json") if not _read_state(state).file]
+    for file in (*never_sent, *path.glob("*.jsonl"), *path.glob("*.part"), *path.glob(".*.tmp")):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # batches are under way, or it holds what is not ours
+        path.rmdir()
+
+
+def _written(journal: Path, keys: Container[str]) -> set[str]:
+    """Which of the keys the journal holds, on the disk for good."""
+    found: set[str] = set()
+    for path in journal.glob("*.jsonl"):
+        found.update(entry.key for entry in entries_of(path) if entry.key in keys)
+        with path.open("rb+") as file:  # the process that wrote it may have been killed before it was synced
+            os.fsync(file.fileno())
+    return found
+
+
+def _read_state(path: Path) -> State:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=State)
+    except msgspec.DecodeError as error:
+        raise InputError(
+            f"cannot be read: {error}", at=path, remedy="restore the file; without it its calls are paid for again"
+        ) from None
+
+
+def _index(path: Path) -> tuple[dict[bytes, int], set[bytes]]:
+    """Offsets of the results by key: of several the first that is an answer, else the first; and who has an answer."""
+    places: dict[bytes, int] = {}
+    answered: set[bytes] = set()
+    for key, status, offset in _heads(path):
+        if key not in places or (status == 200 and key not in answered):
+            places[key] = offset
+        if status == 200:
+            answered.add(key)
+    return places, answered
+
+
+def _heads(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Key, status and offset of every line that can be read and has a key of ours."""
+    decoder = msgspec.json.Decoder(_Head)
+    for offset, line in lines_of(path):
+        with contextlib.suppress(*UNREADABLE, ValueError):
+            head = decoder.decode(line)
+            yield bytes.fromhex(head.custom_id), (head.response.status_code or 0) if head.response else 0, offset
+
+
+def reply_in(line: bytes) -> Reply:
+    """The reply in a line of results; `CallFailed` if the request is at fault, `Passing` if not."""
+    try:
+        result = msgspec.json.decode(line, type=_Line)
+    except UNREADABLE as error:
+        raise Passing(f"unreadable result: {error}") from None
+    status = (result.response.status_code or 0) if result.response else 0
+    body = bytes(result.response.body) if result.response else b""
+    if status == 200:
+        return read_reply(body)
+    message, code = error_of(body if status else bytes(result.error) or b"{}")
+    what = " ".join(f"HTTP {status} {message}".split() if status else f"{code} {message}".split())[:300]
+    if status == 400 and code in FILTERED:
+        return Reply("", "blocked")
+    if status in _PASSING or status < 400 or status >= 500:
+        raise Passing(what or "no answer")
+    raise refusal_of(what)

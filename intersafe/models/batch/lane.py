@@ -1,0 +1,449 @@
+"""The batch lane: calls of members with `batch: true` go to the provider's batch endpoint, many in one file.
+
+A call waits in a *collection* until the collection is full or nothing came for a while: then every dialogue that can go
+on is waiting. The collection becomes a batch, of which several may be under way, and each call takes its answer by its
+key, in this process or in a later one. Nothing is sent before it is noted on the disk (`files.py`); a batch that
+the provider has is taken up again and never sent twice (`api.py`).
+"""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from msgspec import structs
+
+from intersafe.errors import BudgetReached, CallFailed, IntersafeError, ServiceGone, StorageError
+from intersafe.images.store import ImageStore
+from intersafe.models.base import Call, Reply
+from intersafe.models.batch import api
+from intersafe.models.batch.files import BatchFolder, State, close, reply_in
+from intersafe.models.http.chat import as_data, chat_body, estimated
+from intersafe.models.http.service import Passing
+from intersafe.recipe.sections import Limits, Member
+
+MOST_REQUESTS = 50_000
+"""In one batch: the provider's limit."""
+MOST_BYTES = 190 * 10**6
+"""In one file: below the provider's 200 MB."""
+QUIET = 5.0
+"""Seconds without a new call after which a collection is sent; providers allow some 2,000 batches an hour."""
+LATE_FILES = 5
+"""Looks at a completed batch that names no file of results yet."""
+FETCHES = 3
+"""How often results are fetched that hold fewer answers than the provider has counted."""
+FEW = 500
+"""Dialogues at once below which a batch lane is hardly worth its waiting."""
+BURST = 64  # calls that are answered before other tasks have their turn
+
+
+class Lanes:
+    """The lanes of a run: members with the same model, URL and key share one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        limits: Limits,
+        say: Callable[[str], None],
+        waiting: dict[str, str] | None = None,
+        may_send: Callable[[], None] | None = None,
+    ) -> None:
+        """`folder`: `batches/` of the run directory, this process's alone; the others are as for `open_models`."""
+        self._folder, self._limits, self._say = BatchFolder(folder), limits, say
+        self._waiting, self._may_send = {} if waiting is None else waiting, may_send or (lambda: None)
+        self._lanes: dict[str, Lane] = {}
+
+    def open(self, member: Member, images: ImageStore) -> "BatchModel":
+        """The model of a member. Needs a running event loop."""
+        name = f"{member.spec.model} {member.spec.urls[0]} {member.key}"
+        if name not in self._lanes:
+            service = api.BatchApi(member, self._limits, self._say, self._waiting, self._may_send)
+            self._lanes[name] = Lane(name, service, self._limits, self._folder, self._say)
+        return BatchModel(member, images, self._lanes[name])
+
+    def begin(self) -> None:
+        """Says what the user should know before the first batch."""
+        if self._lanes and self._limits.concurrency < FEW:
+            self._say(
+                f"`batch: true` with limits.concurrency {self._limits.concurrency}: every turn of a dialogue waits for "
+                "a batch, so have thousands of dialogues grown at once (docs/batch.md)"
+            )
+        for name in {state.lane for state in self._folder.states if state.file} - self._lanes.keys():
+            model, url, key = name.rsplit(" ", 2)
+            self._say(
+                f"batches of {model} at {url} (key {key or 'none'}) stay with the provider, since no member of the "
+                "cast has `batch: true` there any longer: their calls are asked again"
+            )
+
+
+class BatchModel:
+    """One chat model behind a batch endpoint."""
+
+    def __init__(self, member: Member, images: ImageStore, lane: "Lane") -> None:
+        self.identity = member.identity
+        self._member, self._images, self._lane = member, images, lane
+
+    async def answer(self, call: Call) -> Reply:
+        """The reply, within a day; `CallFailed` if this call failed for good, `ServiceGone` if the service is."""
+        reply = await self._lane.ask(call.key(self.identity, self._member.extra), lambda: self._body(call))
+        is_counted = reply.tokens[0] or reply.finish == "blocked"
+        return reply if is_counted else structs.replace(reply, tokens=estimated(call, reply))
+
+    def _body(self, call: Call) -> bytes:
+        return chat_body(self._member, call, lambda ref: as_data(self._images, ref))
+
+    async def aclose(self) -> None:
+        """Leaves what is under way to the provider."""
+        await self._lane.aclose()
+
+
+@dataclass
+class _Waiting:
+    """A call without an answer; the body is made when it is written and not held."""
+
+    body: Callable[[], bytes]
+    answered: asyncio.Future[Reply]
+    tries: int = 0
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the call, whose job may be on its way out already: then nobody looks at the error."""
+        self.answered.set_exception(error)
+        self.answered.exception()
+
+
+@dataclass
+class _Collection:
+    """A batch that is being written."""
+
+    nonce: str
+    file: BinaryIO
+    size: int = 0
+    keys: list[str] = field(default_factory=list)
+
+
+class Lane:
+    """One model at one provider: what waits, what is collected and what is under way."""
+
+    def __init__(self, name: str, its: api.BatchApi, limits: Limits, folder: BatchFolder, say: Callable[[str], None]):
+        self._name, self._api, self._identity, self._limits = name, its, its.identity, limits
+        self._folder, self._say = folder, say
+        self._waiting: dict[str, _Waiting] = {}
+        self._sent: set[str] = set()
+        """Keys of the calls in collections and batches, asked by a job of this process or not."""
+        self._open: _Collection | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._added = 0.0
+        self._most = self._ceiling = float(MOST_REQUESTS)
+        self._under_way: dict[str, State] = {}
+        self._faults = 0
+        """Batches in a row with faults that were not the calls' own."""
+        self._held_until = 0.0
+        self._freed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._broken: BaseException | None = None
+        self._closed = False
+        self._adopted = asyncio.Event()
+        self._start(self._adopt())
+
+    async def aclose(self) -> None:
+        """Stops; batches that the provider has go on there."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._timer:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._open:
+            self._open.file.close()
+            self._folder.requests(self._open.nonce).unlink(missing_ok=True)
+        if self._under_way:
+            calls = sum(len(state.keys) for state in self._under_way.values())
+            self._say(
+                f"{self._identity}: {len(self._under_way)} batches with {calls:,} calls stay with the provider; "
+                "the run takes their answers when it goes on"
+            )
+        self._folder.sweep()
+        await self._api.aclose()
+
+    async def ask(self, key: str, body: Callable[[], bytes]) -> Reply:
+        """The answer to the call of that key: from a batch that has it, or from the next one."""
+        await self._adopted.wait()
+        if self._broken:
+            raise _copy(self._broken)
+        if (reply := self._known(key)) is not None:
+            return reply
+        waiting = self._waiting[key] = _Waiting(body, asyncio.get_running_loop().create_future())
+        if key not in self._sent:
+            self._collect(key, waiting)
+        return await waiting.answered
+
+    def _known(self, key: str) -> Reply | None:
+        """The reply that an earlier batch brought, unless the call is better asked again."""
+        found = self._folder.take(key)
+        if found is None:
+            return None
+        try:
+            reply = reply_in(found.line)
+        except Passing:
+            return None
+        except CallFailed:
+            if found.old:  # as after any failed call, a new process asks again
+                return None
+            raise
+        return None if found.old and reply.finish == "blocked" else reply
+
+    # --- collecting --------------------------------------------------------------------------------------------------
+
+    def _collect(self, key: str, waiting: _Waiting) -> None:
+        """Writes the call into the open collection."""
+        line = b'{"custom_id":"%s","method":"POST","url":"%s","body":%s}\n' % (
+            key.encode(),
+            api.ROUTE.encode(),
+            waiting.body(),
+        )
+        if self._open and self._open.size + len(line) > MOST_BYTES:
+            self._seal()
+        try:
+            if self._open is None:
+                nonce = secrets.token_hex(16)
+                self._open = _Collection(nonce, self._folder.requests(nonce).open("xb"))
+            self._open.file.write(line)
+        except OSError as error:
+            raise _storage_error(error) from None
+        self._open.size += len(line)
+        self._open.keys.append(key)
+        self._sent.add(key)
+        loop = asyncio.get_running_loop()
+        self._added = loop.time()
+        if len(self._open.keys) >= int(self._most):
+            self._seal()
+        elif self._timer is None:
+            self._timer = loop.call_later(QUIET, self._if_quiet)
+
+    def _if_quiet(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        if self._open is None:
+            return
+        if (left := self._added + QUIET - loop.time()) > 0:
+            self._timer = loop.call_later(left, self._if_quiet)
+        else:
+            self._seal()
+
+    def _seal(self) -> None:
+        collection, self._open = self._open, None
+        assert collection
+        state = State(collection.nonce, self._name, time.time(), collection.keys)
+        self._start(self._send(state, collection.file))
+
+    # --- one batch ---------------------------------------------------------------------------------------------------
+
+    async def _adopt(self) -> None:
+        """Takes up what an earlier process left with the provider; what never got there is owed again."""
+        for state in [state for state in self._folder.states if state.lane == self._name]:
+            if not state.batch:
+                # Without a file at the provider there can be no batch over it.
+                found = await self._api.find(state.nonce, state.made) if state.file else None
+                if found is None:
+                    self._folder.forget(state)
+                    continue
+                state = structs.replace(state, batch=found.id)
+                await asyncio.to_thread(self._folder.note, state)
+            self._sent.update(state.keys)
+            self._under_way[state.nonce] = state
+            self._start(self._follow(state, None))
+        self._folder.states = [state for state in self._folder.states if state.lane != self._name]
+        self._adopted.set()
+
+    async def _send(self, state: State, file: BinaryIO) -> None:
+        """From a collection to a batch; the state is on the disk before each step that the provider sees."""
+        await asyncio.to_thread(close, file)
+        await asyncio.to_thread(self._folder.note, state)
+        try:
+            await self._admitted()
+            state = structs.replace(state, file=await self._api.upload(self._folder.requests(state.nonce)))
+            await asyncio.to_thread(self._folder.note, state)
+            remote = await self._api.create(state.file, state.nonce, state.made)
+        except api.Refused as refused:
+            await self._refused(state, refused)
+            return
+        except BudgetReached as reached:
+            self._unsent(state, reached)
+            return
+        state = structs.replace(state, batch=remote.id)
+        self._under_way[state.nonce] = state
+        await asyncio.to_thread(self._folder.note, state)
+        self._folder.requests(state.nonce).unlink(missing_ok=True)
+        self._say(f"{self._identity}: batch {self._api.clean(remote.id)} of {len(state.keys):,} calls sent")
+        await self._follow(state, remote)
+
+    async def _admitted(self) -> None:
+        """Waits where the account's queue is full or batches fail: until one of ours has ended well, or for a while."""
+        loop = asyncio.get_running_loop()
+        while (left := self._held_until - loop.time()) > 0:
+            self._freed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._freed.wait(), left)
+
+    async def _follow(self, state: State, remote: api.Remote | None) -> None:
+        """Looks at a batch until it has ended, then brings its results home."""
+        pause, late = api.FIRST_PAUSE, 0
+        while remote is None or remote.status not in api.TERMINAL or self._is_late(remote, late):
+            if remote is not None:
+                late += remote.status in api.TERMINAL
+                await asyncio.sleep(pause)
+                pause = min(api.LONGEST_PAUSE, pause * 1.5)
+            remote = await self._api.look(state.batch)
+        if remote.status == "failed" and not remote.files:
+            problems = remote.problems
+            words = "; ".join(self._api.clean(p.message or p.code or "") for p in problems[:3]) or "no reason given"
+            full = any(problem.code == api.QUEUE_FULL for problem in problems)
+            lines = tuple(problem.line for problem in problems if problem.line)
+            await self._refused(state, api.Refused(words, 0, api.QUEUE_FULL if full else "", lines))
+            return
+        for _ in range(FETCHES):
+            await self._api.download(remote.files, self._folder.part(state.nonce))
+            places, answers = await asyncio.to_thread(self._folder.index, state)
+            if answers >= remote.answered:
+                break
+            await asyncio.sleep(pause)  # less than was paid for came down; another copy goes behind it
+        self._folder.keep(state, places)
+        await self._settle(state, remote)
+
+    @staticmethod
+    def _is_late(remote: api.Remote, looks: int) -> bool:
+        """True if a completed batch does not say yet where its answers are."""
+        return remote.status == "completed" and remote.answered > 0 and not remote.output_file_id and looks < LATE_FILES
+
+    # --- what became of its calls ------------------------------------------------------------------------------------
+
+    async def _settle(self, state: State, remote: api.Remote) -> None:
+        """Gives the calls that wait their answers; those without one go into the next batch."""
+        del self._under_way[state.nonce]
+        words = f"no result in the batch, which is {remote.status}"
+        again = 0
+        for number, key in enumerate(state.keys):
+            if (waiting := self._back(key)) is None:
+                continue
+            found = self._folder.take(key)
+            try:
+                if found is None:
+                    raise Passing(words)
+                waiting.answered.set_result(reply_in(found.line))
+            except Passing as fault:
+                again += 1
+                self._once_more(key, waiting, str(fault), counted=remote.status != "expired")
+            except CallFailed as error:
+                waiting.fail(error)
+            if waiting.answered.done():
+                self._waiting.pop(key, None)
+            if number % BURST == BURST - 1:
+                await asyncio.sleep(0)
+        if again:
+            self._say(
+                f"{self._identity}: batch {self._api.clean(remote.id)} is {remote.status}; "
+                f"{again:,} of its {len(state.keys):,} calls had no usable answer and are asked again"
+            )
+            self._hold()
+        else:
+            self._faults, self._held_until = 0, 0.0
+            self._most = min(self._ceiling, self._most * 1.25)
+            self._freed.set()
+
+    async def _refused(self, state: State, refused: api.Refused) -> None:
+        """A batch that the provider did not take: the calls it names fail, the others go into smaller or later ones."""
+        self._under_way.pop(state.nonce, None)
+        self._folder.forget(state)
+        full, large = refused.code == api.QUEUE_FULL, refused.status == 413
+        if full and not self._under_way:  # else the queue is ours, and has room again when one of them has ended
+            self._most = max(1.0, len(state.keys) // 2)
+        if large:
+            self._most = self._ceiling = max(1.0, len(state.keys) // 2)
+        self._say(f"{self._identity}: a batch of {len(state.keys):,} calls was not taken ({refused}); asked again")
+        self._hold()
+        named = {line - 1 for line in refused.lines}
+        for number, key in enumerate(state.keys):
+            if (waiting := self._back(key)) is None:
+                continue
+            if number in named or (large and len(state.keys) == 1):
+                del self._waiting[key]
+                waiting.fail(CallFailed("endpoint", "bad_request", str(refused)))
+            else:
+                self._once_more(key, waiting, str(refused), counted=not (full or large or named))
+            if number % BURST == BURST - 1:
+                await asyncio.sleep(0)
+
+    def _back(self, key: str) -> _Waiting | None:
+        """The call of that key, which is in no batch any longer, if anybody still waits for it."""
+        self._sent.discard(key)
+        if (waiting := self._waiting.get(key)) and waiting.answered.done():
+            del self._waiting[key]
+            return None
+        return waiting
+
+    def _unsent(self, state: State, reached: BudgetReached) -> None:
+        """Ends the calls of a batch that is not asked for any more."""
+        if not state.file:  # else the next process looks for it, in case it is there after all
+            self._folder.forget(state)
+        for key in state.keys:
+            if waiting := self._back(key):
+                del self._waiting[key]
+                waiting.fail(_copy(reached))
+
+    def _once_more(self, key: str, waiting: _Waiting, words: str, *, counted: bool) -> None:
+        """Collects a call again, or ends it when its tries are used up."""
+        waiting.tries += counted
+        if waiting.tries >= self._limits.retries:
+            del self._waiting[key]
+            waiting.fail(CallFailed("endpoint", "server_error", words))
+        else:
+            self._collect(key, waiting)
+
+    def _hold(self) -> None:
+        """Sends nothing more for a while, longer each time in a row."""
+        self._faults += 1
+        pause = min(api.LONGEST_PAUSE, api.FIRST_PAUSE * 2.0 ** min(self._faults, 10))
+        self._held_until = asyncio.get_running_loop().time() + pause
+
+    # --- tasks -------------------------------------------------------------------------------------------------------
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """What ends a task of the lane ends every call that waits, and with them the run."""
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        self._broken = self._as_ending(error)
+        self._adopted.set()
+        for waiting in self._waiting.values():
+            if not waiting.answered.done():
+                waiting.fail(_copy(self._broken))
+        self._waiting.clear()
+
+    def _as_ending(self, error: BaseException) -> BaseException:
+        """The error as one that ends the run."""
+        if isinstance(error, api.Refused):
+            return ServiceGone(
+                f"{self._identity} at {self._api.url}: {error}; mend it, then run the same command again"
+            )
+        return _storage_error(error) if isinstance(error, OSError) else error
+
+
+def _copy(error: BaseException) -> BaseException:
+    """One exception for each that it is raised in: a shared one would gather the traces of thousands."""
+    return type(error)(str(error)) if isinstance(error, IntersafeError) else error
+
+
+def _storage_error(error: OSError) -> StorageError:
+    where = error.filename or "batches"
+    return StorageError(f"{where}: {error.strerror}; mend it, then run the same command again")

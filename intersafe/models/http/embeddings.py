@@ -1,0 +1,102 @@
+"""Embeddings from any OpenAI-compatible server: POSTs to `/embeddings`, sent by `models/http/service.py`."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Never
+
+import msgspec
+
+from intersafe.errors import CallFailed, InputError
+from intersafe.models.http.service import Question, Service
+from intersafe.recipe.sections import Limits, Model
+from intersafe.recipe.specs import parse_spec
+from intersafe.storage.loops import run_anywhere
+
+LIMITS = Limits(timeout=60, patience=30, retries=3)
+"""A report costs little to ask for again, so it waits less than a run does."""
+_BATCH = 64
+_MAX_BODY = 64 * 2**20
+_FLAG = "--embedder"
+
+Vectors = list[list[float]]
+
+
+class Embedder(msgspec.Struct, frozen=True):
+    """A model that turns texts into vectors: what it is, and a function from texts to one vector each."""
+
+    identity: str
+    embed: Callable[[Sequence[str]], Vectors]
+
+
+class _Item(msgspec.Struct):
+    index: int
+    embedding: list[float]
+
+
+class _Answer(msgspec.Struct):
+    data: list[_Item]
+
+
+def open_embedder(spec: str, key: str, say: Callable[[str], None], limits: Limits = LIMITS) -> Embedder:
+    """The model of `openai:model@url`; `key` names the variable with its API key, if it wants one.
+
+    `embed` raises `InputError` where the server's answer is of no use, and `ServiceGone` where it stays away.
+    """
+    model = Model(model=spec, key=key)
+    if parse_spec(spec).backend != "openai":
+        remedy = "write openai:model@url, for example openai:bge-m3@http://localhost:8000/v1"
+        raise InputError(f"model spec {spec!r} names no embedder", at=_FLAG, remedy=remedy)
+    if key and not os.environ.get(key, "").strip():
+        raise InputError(f"the variable {key!r} is not set", at="--embedder-key", remedy="export it, or name another")
+
+    def embed(texts: Sequence[str]) -> Vectors:
+        vectors: Vectors = []
+
+        async def work() -> None:
+            scout = _question(model, ["Say hello."])
+            service = Service(model, "/embeddings", limits, say, scout=scout, max_body=_MAX_BODY)
+            try:
+                for i in range(0, len(texts), _BATCH):
+                    # One job: all of it goes to one replica, in case two of them hold different weights.
+                    batch = await service.ask("stats", _question(model, texts[i : i + _BATCH]))
+                    vectors.extend(batch)
+            finally:
+                await service.aclose()
+
+        try:
+            run_anywhere(work)
+        except CallFailed as error:
+            remedy = "check the model's name, and how long a text it takes"
+            raise InputError(f"{model.identity}: {error.detail}", at=_FLAG, remedy=remedy) from None
+        if len({len(vector) for vector in vectors}) > 1:
+            raise _useless("vectors of different lengths")
+        return vectors
+
+    return Embedder(model.identity, embed)
+
+
+def _question(model: Model, texts: Sequence[str]) -> Question[Vectors]:
+    fields = {"model": model.spec.model, "input": list(texts), "encoding_format": "float"}
+    return Question(lambda: msgspec.json.encode(fields), lambda data: _vectors(data, len(texts)), _blocked)
+
+
+def _vectors(data: bytes, count: int) -> Vectors:
+    """The vectors of an answer in the order of the texts."""
+    try:
+        items = sorted(msgspec.json.decode(data, type=_Answer).data, key=lambda item: item.index)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise _useless("no JSON with embeddings") from None
+    if [item.index for item in items] != list(range(count)):
+        raise _useless(f"{len(items)} vectors for {count} texts")
+    if not all(0 < math.hypot(*item.embedding) < math.inf for item in items):
+        raise _useless("a vector without a direction")
+    return [item.embedding for item in items]
+
+
+def _blocked(why: str) -> Never:
+    raise InputError(f"the service's filter blocked the texts ({why})", at=_FLAG, remedy="name a model without one")
+
+
+def _useless(what: str) -> InputError:
+    return InputError(f"the server's answer is of no use: {what}", at=_FLAG, remedy="name a model that embeds text")

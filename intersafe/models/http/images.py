@@ -1,0 +1,129 @@
+"""Any server with the OpenAI Images API: one POST to `/images/generations`, one image back as base64.
+
+Steps, guidance and the negative prompt bear the names that vLLM-Omni and SGLang give them and are sent only where they
+are set. A field that is null in `extra` is left out, for services that turn down what they do not know: OpenAI's
+gpt-image-1 takes neither `response_format` nor `seed`.
+
+The health probe of `service.py` is a picture too: a server that lists its models need not be able to draw, and
+one that cannot would fail every dialogue of a run that should wait for it. It is paid for only where it is answered,
+so once an outage, and once for a call that fails for good while no other call is answered.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from intersafe.models.base import Call, Painted
+from intersafe.models.http.faults import UNREADABLE, Passing
+from intersafe.models.http.service import Question, Service
+from intersafe.recipe.sections import Limits, Painter
+
+MAX_BODY = 48 * 2**20
+SMALL_PICTURE = "A red circle on white ground."
+
+
+class _Image(msgspec.Struct):
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class _Images(msgspec.Struct):
+    data: list[_Image] | None = None
+    error: Any = None
+
+
+_DECODER = msgspec.json.Decoder(_Images)
+
+
+class ImagesEndpoint:
+    """One text-to-image model behind one or several URLs."""
+
+    def __init__(
+        self,
+        painter: Painter,
+        limits: Limits,
+        say: Callable[[str], None],
+        waiting: dict[str, str] | None = None,
+        may_send: Callable[[], None] | None = None,
+    ) -> None:
+        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
+
+        `may_send` raises `BudgetReached` from the moment on when no call may be sent.
+        """
+        self.identity = painter.identity
+        self._painter = painter
+        hasty = painter if painter.steps is None else msgspec.structs.replace(painter, steps=1)
+        small = _body(hasty, SMALL_PICTURE, 0)
+        self._service = Service(
+            painter,
+            "/images/generations",
+            msgspec.structs.replace(limits, timeout=painter.timeout),
+            say,
+            waiting=waiting,
+            may_send=may_send,
+            scout=Question(lambda: small, self._painted, _blocked, _too_long),
+            max_body=MAX_BODY,
+        )
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        await self._service.aclose()
+
+    async def paint(self, call: Call) -> Painted:
+        """The image as it came; waits out overload and outages, tries again what passes."""
+        body = _body(self._painter, call.messages[-1].text, call.sampling.seed)
+        return await self._service.ask(call.job, Question(lambda: body, self._painted, _blocked, _too_long))
+
+    def _painted(self, data: bytes) -> Painted:
+        """What a 200 holds; a link is told of without its address, which may be signed."""
+        try:
+            answer = _DECODER.decode(data)
+        except UNREADABLE as error:
+            raise Passing(f"unreadable answer: {error}") from None
+        image = answer.data[0] if answer.data else _Image()
+        link = image.url or ""
+        encoded = image.b64_json or (link if link.startswith("data:") else "")
+        if encoded:
+            return _decoded(encoded)
+        if link:
+            detail = "the server sent a link, and links are not fetched: have it answer `response_format: b64_json`"
+            return Painted(problem="image_url", detail=detail)
+        return Painted(problem="no_image", detail=self._service.clean(str(answer.error or "")))
+
+
+def _body(painter: Painter, description: str, seed: int) -> bytes:
+    body = {
+        "model": painter.spec.model,
+        "prompt": description,
+        "n": 1,
+        "size": painter.size,
+        "response_format": "b64_json",
+        "seed": seed & 0x7FFFFFFF,
+        "num_inference_steps": painter.steps,
+        "negative_prompt": painter.negative_prompt or None,
+        "true_cfg_scale": painter.guidance,
+    } | painter.extra
+    return msgspec.json.encode({name: value for name, value in body.items() if value is not None})
+
+
+def _blocked(words: str) -> Painted:
+    return Painted(problem="blocked", detail=words)
+
+
+def _too_long() -> Painted:
+    return Painted(problem="bad_image", detail=f"the answer has more than {MAX_BODY // 2**20} MiB")
+
+
+def _decoded(encoded: str) -> Painted:
+    if encoded.startswith("data:"):
+        head, _, encoded = encoded.partition(",")
+        if not head.endswith(";base64"):
+            return Painted(problem="bad_image", detail="a data URI that is not base64")
+    try:
+        image = base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        return Painted(problem="bad_image", detail=f"not base64: {error}")
+    return Painted(image) if image else Painted(problem="no_image")

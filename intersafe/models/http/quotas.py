@@ -1,0 +1,176 @@
+"""What an account may send in a minute, and what a server says about it in headers and in the words of a 429."""
+
+import asyncio
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from intersafe.models.http.limits import seconds_of
+
+BURST = 1.0
+"""Seconds of a quota that may be used at once; a whole minute of it at the start is what a server refuses."""
+
+_EAGER = 1 / 32  # weight of the latest answer in what a token of the estimate has turned out to be
+
+
+class _Bucket:
+    """What flows in at `limit` a minute; what is taken may exceed what is there, and the next one waits for it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = max(1.0, limit * BURST / 60)
+        self._rate = (limit - self.size + 1) / 60  # with a full bucket at its start no minute holds more than `limit`
+        self._level = self.size
+        self._at = float("-inf")
+
+    def seconds_until(self, amount: float) -> float:
+        """How long until so much is there, or the bucket is full."""
+        now = asyncio.get_running_loop().time()
+        self._level = min(self.size, self._level + (now - self._at) * self._rate)
+        self._at = now
+        missing = min(amount, self.size) - self._level
+        return missing / self._rate if missing > 1e-9 else 0.0
+
+    def take(self, amount: float) -> None:
+        """Takes it; a negative amount is given back."""
+        self._level = min(self.size, self._level - amount)
+
+
+class Quota:
+    """Requests and tokens a minute, for all replicas of a model together; whoever comes first goes first.
+
+    Tokens are counted by estimate before a request, corrected by what answers have turned out to cost, and set right
+    when the answer says it. A request larger than the quota waits for a full bucket and goes alone.
+    """
+
+    def __init__(self, rpm: int | None, tpm: int | None) -> None:
+        """None: no such limit."""
+        self._requests = _Bucket(rpm) if rpm else None
+        self._tokens = _Bucket(tpm) if tpm else None
+        self._turn = asyncio.Lock()
+        self.waiting = 0
+        """Requests that it holds back."""
+        self._ratio = 1.0
+        self._settled = 0
+
+    @property
+    def is_bound(self) -> bool:
+        """True if there is a limit at all."""
+        return bool(self._requests or self._tokens)
+
+    def narrow(self, rpm: int | None, tpm: int | None) -> bool:
+        """Takes over limits that the server has named; True if they are new and lower than those known."""
+        lower = False
+        if rpm and (self._requests is None or rpm < self._requests.limit):
+            self._requests, lower = _Bucket(rpm), True
+        if tpm and (self._tokens is None or tpm < self._tokens.limit):
+            self._tokens, lower = _Bucket(tpm), True
+        return lower
+
+    async def acquire(self, estimate: int) -> float:
+        """Waits until a request of about so many tokens may go; returns the tokens that it was counted for."""
+        self.waiting += 1
+        try:
+            async with self._turn:
+                while True:
+                    tokens = estimate * self._ratio
+                    if (pause := self._pause(tokens)) <= 0:
+                        break
+                    await asyncio.sleep(pause)
+                if self._requests:
+                    self._requests.take(1)
+                if self._tokens:
+                    self._tokens.take(tokens)
+                return tokens
+        finally:
+            self.waiting -= 1
+
+    @property
+    def words(self) -> str:
+        """The limits, as 60 requests and 100,000 tokens a minute."""
+        named = ((self._requests, "requests"), (self._tokens, "tokens"))
+        return " and ".join(f"{bucket.limit:,} {what}" for bucket, what in named if bucket) + " a minute"
+
+    def is_exceeded_by(self, estimate: int) -> bool:
+        """True if one request of about so many tokens is more than a minute has."""
+        return self._tokens is not None and estimate * self._ratio > self._tokens.limit
+
+    def may_go(self, estimate: int) -> bool:
+        """True if such a request need not wait."""
+        return not self.waiting and self._pause(estimate * self._ratio) <= 0
+
+    def _pause(self, tokens: float) -> float:
+        by_requests = self._requests.seconds_until(1) if self._requests else 0.0
+        return max(by_requests, self._tokens.seconds_until(tokens) if self._tokens else 0.0)
+
+    def give_back(self, counted: float) -> None:
+        """The request does not go yet."""
+        if self._requests:
+            self._requests.take(-1)
+        if self._tokens:
+            self._tokens.take(-counted)
+
+    def settle(self, counted: float, used: int, estimate: int) -> None:
+        """An answer used so many tokens; those that it was `counted` for too much or too little are set right."""
+        if self._tokens:
+            self._tokens.take(used - counted)
+        if used and estimate:
+            self._settled += 1
+            self._ratio += (used / estimate - self._ratio) * max(_EAGER, 1 / self._settled)
+
+
+# --- what a server says ----------------------------------------------------------------------------------------------
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|mil|s|m|h)")
+_AGAIN = re.compile(r"\b(?:try again|retry)\b[\w ]{0,20}?\b(?:in|after)\s+(\d[\d.]*\s*[a-z][\da-z.]*)", re.IGNORECASE)
+_DELAY = re.compile(r'"retry_?delay"\s*:\s*"(\d+(?:\.\d+)?)s"', re.IGNORECASE)
+_LIMIT = re.compile(
+    r"\b(requests|tokens) per min(?:ute)?\b\s*(?:\((?:RPM|TPM)\))?[.:,]?\s*Limit:?\s*(\d[\d,]*)", re.IGNORECASE
+)
+_REQUESTED = re.compile(
+    r"\btokens per min\b.{0,40}?Limit:?\s*(\d+),\s*(?:Used:?\s*\d+,\s*)?Requested:?\s*(\d+)", re.IGNORECASE
+)
+_LONGEST = 3600.0
+
+
+class Words(NamedTuple):
+    """What an answer says about limits; 0, None and False where it says nothing."""
+
+    pause: float
+    """Seconds until a request is worth while."""
+    rpm: int | None
+    tpm: int | None
+    too_large: bool
+    """The request alone asks for more tokens than a minute has."""
+
+
+def words_of(headers: Mapping[str, str], text: str) -> Words:
+    """The words of a 429 or 503 with these headers, whose body is `text`; a header counts before the body."""
+    limits = {what.lower(): int(number.replace(",", "")) for what, number in _LIMIT.findall(text)}
+    too_large = any(int(requested) > int(limit) > 0 for limit, requested in _REQUESTED.findall(text))
+    pause = _pause_of(headers) or _pause_in(text)
+    return Words(min(_LONGEST, pause), limits.get("requests") or None, limits.get("tokens") or None, too_large)
+
+
+def _pause_of(headers: Mapping[str, str]) -> float:
+    try:
+        milliseconds = float(headers.get("retry-after-ms", ""))
+    except ValueError:
+        milliseconds = 0.0
+    pause = max(0.0, milliseconds) / 1000 or seconds_of(headers.get("Retry-After", ""), headers.get("Date", ""))
+    if pause:
+        return pause
+    spent = [what for what in ("requests", "tokens") if headers.get(f"x-ratelimit-remaining-{what}") == "0"]
+    return max((span_of(headers.get(f"x-ratelimit-reset-{what}", "")) for what in spent), default=0.0)
+
+
+def _pause_in(text: str) -> float:
+    delays = [float(seconds) for seconds in _DELAY.findall(text)]
+    return max(delays + [span_of(span) for span in _AGAIN.findall(text)], default=0.0)
+
+
+def span_of(text: str) -> float:
+    """Seconds of a span of time: `1s`, `6m0s`, `120ms`, `20 seconds`; 0 for nonsense."""
+    parts = _PART.findall(text.lower())
+    return sum(float(number) * _UNITS.get(unit.replace("mil", "ms"), 0.0) for number, unit in parts)

@@ -1,0 +1,108 @@
+"""The members that a library of this process answers for: one engine for each model, whoever of the cast shares it."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from intersafe.engines.weights import config_of, is_folder, weights_of
+from intersafe.errors import InputError
+from intersafe.images.store import ImageStore
+from intersafe.models.base import ChatModel
+from intersafe.models.local.thread import EngineThread, InProcessModel, Library
+from intersafe.recipe.engine import Engine
+from intersafe.recipe.sections import Member
+
+NEEDS = {"vllm": ("vllm",), "transformers": ("transformers", "torch")}
+"""What must be importable for a backend."""
+_SEES = re.compile(r"vis|image|img|mm_|auto_map", re.IGNORECASE)
+"""What stands in the `config.json` of a model that sees images, or whose own code may."""
+
+
+def open_engines(
+    members: Sequence[Member],
+    same: Callable[[Member], str],
+    images: ImageStore,
+    waiting: dict[str, str],
+    may_send: Callable[[], None] | None,
+    engine_of: Callable[[str], Engine],
+) -> dict[str, ChatModel]:
+    """A model for each kind of member (`same`) that runs in this process; those of one identity share an engine."""
+    models: dict[str, ChatModel] = {}
+    threads: dict[str, EngineThread] = {}
+    for member in members:
+        if not member.in_process or same(member) in models:
+            continue
+        if member.identity not in threads:
+            mine = [other for other in members if other.identity == member.identity]
+            concurrency = min(other.concurrency for other in mine)
+            load = _loader(member, engine_of(member.spec.model), [other.extra for other in mine])
+            threads[member.identity] = EngineThread(member.identity, load, concurrency, waiting, may_send)
+        models[same(member)] = InProcessModel(member, images, threads[member.identity])
+    return models
+
+
+def _loader(member: Member, engine: Engine, extras: Sequence[Mapping[str, Any]]) -> Callable[[], Library]:
+    name, revision = member.spec.model, member.revision
+
+    def load() -> Library:
+        with _environment(engine.env):
+            return loaded()
+
+    def loaded() -> Library:
+        if member.spec.backend == "vllm":
+            from intersafe.models.local.vllm import VllmLibrary
+
+            return VllmLibrary(name, engine, revision, extras)
+        from intersafe.models.local.transformers import TransformersLibrary
+
+        return TransformersLibrary(name, engine, revision, extras)
+
+    return load
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """The process's environment with these variables while an engine loads, which hands it on to its processes."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def check_engine(role: str, member: Member, engine: Engine) -> None:
+    """`InputError` where the library is not installed or a folder of weights is none; loads nothing."""
+    backend, name = member.spec.backend, member.spec.model
+    missing = [part for part in NEEDS[backend] if importlib.util.find_spec(part) is None]
+    if missing:
+        other = ", or name a server: vllm:model@http://localhost:8000/v1" if backend == "vllm" else ""
+        raise InputError(
+            f"cast.{role}: {backend}: runs in this process; not installed here: {', '.join(missing)}",
+            remedy=f"pip install 'intersafe[{backend}]'{other}",
+        )
+    weights = weights_of(name, engine)
+    is_path = is_folder(weights)
+    if is_path and config_of(weights) is None:
+        raise InputError(
+            f"cast.{role}: no model at {weights!r} (no config.json that can be read)",
+            remedy="give a folder of weights, or owner/name of one on the Hugging Face Hub",
+        )
+    if is_path and not any(Path(weights).glob(f"*.{kind}") for kind in ("safetensors", "bin", "pt", "pth", "gguf")):
+        raise InputError(f"cast.{role}: no weights in {weights!r}", remedy="put them there, or mend `path` in `serve`")
+
+
+def is_blind(member: Member, engine: Engine) -> bool:
+    """True if the weights lie in a folder whose config.json is that of a model of text alone."""
+    config = config_of(weights_of(member.spec.model, engine))
+    return config is not None and not _SEES.search(msgspec.json.encode(config).decode())

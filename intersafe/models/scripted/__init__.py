@@ -1,0 +1,1 @@
+"""The scripted models: deterministic stand-ins for demos and tests."""

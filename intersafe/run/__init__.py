@@ -1,0 +1,1 @@
+"""The run directory: manifest, journal, outcomes, lock, budget, funnel."""

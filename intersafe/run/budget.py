@@ -1,0 +1,202 @@
+"""Budgets: what a run may use of tokens, money and time, and the one question before each call whether it is used up.
+
+Tokens and money are those of the whole run, as its journals count them; time is that of one command. A limit is asked
+before a call starts and never ends one, so a run uses at most the calls in flight more than it may.
+"""
+
+import asyncio
+import contextlib
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import NamedTuple
+
+from msgspec import structs
+
+from intersafe.errors import BudgetReached, InputError
+from intersafe.recipe.sections import Cast, Limits, Member, Price, Recipe
+from intersafe.run.journal import RoleTally
+
+GRACE = 60.0
+"""Seconds that calls in flight have to end when the time is up."""
+
+
+class Spent(NamedTuple):
+    """What was used so far."""
+
+    tokens: int = 0
+    usd: float = 0.0
+
+
+class Budget:
+    """The limits of a run held against what it has used."""
+
+    def __init__(
+        self, limits: Limits, roles: Mapping[str, RoleTally], *, began: float | None = None, grace: float = GRACE
+    ) -> None:
+        """`roles` is the tally that the journal keeps; `began` is when the command did, on the monotonic clock."""
+        self.limits = limits
+        self.elsewhere = Spent()
+        """What other processes have used that work on the same run and are not in `roles`."""
+        self._roles, self._grace = roles, grace
+        self._began = time.monotonic() if began is None else began
+        self.stopped = ""
+        """Set from outside, where the whole of a run that several processes work on is known: why no call may start."""
+
+    @property
+    def spent(self) -> Spent:
+        """Tokens and USD of the whole run so far."""
+        tokens, usd = self.elsewhere
+        for tally in self._roles.values():
+            tokens += tally.prompt_tokens + tally.completion_tokens
+            usd += tally.cost
+        return Spent(tokens, usd)
+
+    @property
+    def seconds(self) -> float:
+        """Since the command began."""
+        return time.monotonic() - self._began
+
+    @property
+    def is_bound(self) -> bool:
+        """True if there is a limit at all."""
+        limits = self.limits
+        return not (limits.max_tokens is None and limits.max_cost is None and limits.max_time is None)
+
+    def check(self) -> None:
+        """Asked before every call that goes to a model: `BudgetReached` from the moment on when a limit is reached."""
+        if why := self.reached():
+            raise BudgetReached(why)
+
+    def reached(self) -> str:
+        """Which limit is reached, how much is used by now, and what to do to go on; empty while none is."""
+        limits = self.limits
+        if self.stopped:
+            return self.stopped
+        if limits.max_time is not None and self.seconds >= limits.max_time:
+            return f"the {_span(limits.max_time)} of --max-time are up; the same command goes on for as long again"
+        if limits.max_tokens is None and limits.max_cost is None:
+            return ""
+        tokens, usd = self.spent
+        if limits.max_tokens is not None and tokens >= limits.max_tokens:
+            return _used(f"{tokens:,}", f"{limits.max_tokens:,} tokens", "--max-tokens")
+        if limits.max_cost is not None and usd >= limits.max_cost:
+            return _used(dollars(usd), f"{dollars(limits.max_cost)} USD", "--max-cost")
+        return ""
+
+    @contextlib.asynccontextmanager
+    async def lasting(self) -> AsyncIterator[None]:
+        """What is still under way a while after the time is up is cancelled, and `BudgetReached` says so."""
+        left = None
+        if self.limits.max_time is not None:
+            left = max(0.0, self.limits.max_time - self.seconds) + self._grace
+        try:
+            async with asyncio.timeout(left) as watch:
+                yield
+        except TimeoutError:
+            if watch.expired():
+                self.check()
+            raise
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:g} s" if seconds < 60 else clock(seconds)
+
+
+def _used(used: str, limit: str, flag: str) -> str:
+    return f"{used} of {limit} are used; the same command with a larger {flag} goes on"
+
+
+def prices_of(cast: Cast) -> dict[str, Price]:
+    """The price of every role that has one, as it is charged: a batch costs half."""
+    found = {}
+    for role, model in cast.models.items():
+        if price := model.price:
+            half = 0.5 if isinstance(model, Member) and model.batch else 1.0
+            fields = {name: half * amount for name, amount in structs.asdict(price).items()}
+            found[role] = Price(**fields)
+    return found
+
+
+def check_prices(recipe: Recipe) -> None:
+    """`InputError` where the cost is limited and a model that is asked over a network has no price."""
+    if recipe.limits.max_cost is None:
+        return
+    roles = [role for role, model in recipe.cast.models.items() if model.spec.urls and model.price is None]
+    if roles:
+        flag = f"--price {roles[0].partition(':')[0]}=IN,OUT"
+        raise InputError(
+            f"the cost is limited, and there is no price for {', '.join(roles)}",
+            at="max_cost",
+            remedy=f"add {flag} or `price` in the recipe; zeros for a server of your own",
+        )
+
+
+# --- what flags say --------------------------------------------------------------------------------------------------
+
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_TIME = re.compile(rf"(?:({_NUMBER})d)?(?:({_NUMBER})h)?(?:({_NUMBER})m)?(?:({_NUMBER})s)?|({_NUMBER})")
+_CLOCK = re.compile(r"([0-9]{1,6}):([0-5][0-9]):([0-5][0-9])")
+_THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def limits_of(texts: Mapping[str, str | None]) -> dict[str, float]:
+    """The values of the flags `max_tokens`, `max_cost` and `max_time`; `InputError` for what is none."""
+    readers = {"max_tokens": tokens_of, "max_cost": usd_of, "max_time": seconds_of}
+    return {name: readers[name](text) for name, text in texts.items() if text is not None}
+
+
+def tokens_of(text: str) -> int:
+    """2000000, 500k, 2M or 1.5B as a number."""
+    found = re.fullmatch(rf"({_NUMBER})([kmb]?)", text.strip().lower().replace("_", ""))
+    number = float(found[1]) * _THOUSANDS[found[2]] if found else 0.0
+    if not 1 <= number <= 10**15 or number != int(number):
+        raise InputError(
+            f"{text!r} is no number of tokens", at="--max-tokens", remedy="write 2000000, 500k, 2M or 1.5B"
+        )
+    return int(number)
+
+
+def usd_of(text: str) -> float:
+    """50 or 12.50 as a number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 1e9:
+        raise InputError(f"{text!r} is no cost", at="--max-cost", remedy="write USD above 0, as 50 or 12.50")
+    return number
+
+
+def seconds_of(text: str) -> float:
+    """90, 90s, 30m, 8h, 1d, 1h30m or 7:30:00 in seconds."""
+    text = text.strip().lower()
+    if found := _CLOCK.fullmatch(text):
+        seconds = int(found[1]) * 3600.0 + int(found[2]) * 60 + int(found[3])
+    else:
+        parts = _TIME.fullmatch(text)
+        units = (86400, 3600, 60, 1, 1)
+        seconds = (
+            sum(float(part) * unit for part, unit in zip(parts.groups(), units, strict=True) if part) if parts else 0
+        )
+    if not 0 < seconds <= 1e9:
+        raise InputError(f"{text!r} is no time", at="--max-time", remedy="write 90s, 30m, 8h, 1d, 7:30:00 or seconds")
+    return seconds
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as 7:30:00."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def dollars(usd: float) -> str:
+    """Two digits behind the point, more where they would say nothing."""
+    return f"{usd:,.2f}" if usd >= 1 or usd == 0 else f"{usd:.2g}"
+
+
+def counted(number: float, what: str) -> str:
+    """1 job, 2 jobs."""
+    shown = f"{number:,.0f}"
+    return f"{shown} {what}" + ("" if shown == "1" else "s")

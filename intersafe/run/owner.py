@@ -1,0 +1,181 @@
+"""Owners: who writes a run, as its lock file names it, and whether that process lives.
+
+What is certain is asked first: the process itself, where it runs under the same kernel and in the same pid namespace;
+then its `flock`, which the kernel takes from the dead, for the same folder under the same kernel. Host names decide
+nothing, since containers and cloned machines share them. All else is for the heartbeat to tell (`lock.py`).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+
+BEAT = 10.0
+"""Seconds between two heartbeats."""
+
+_NONCE = re.compile(r"[0-9a-f]{32}")
+
+Life = Literal["alive", "dead", "unsure"]
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """Who writes a run; empty texts where a system does not tell."""
+
+    host: str
+    boot: str
+    """Random for each start of a kernel."""
+    pids: str
+    """The pid namespace: containers have their own."""
+    pid: int
+    started: str
+    """Start of the process in the kernel's ticks since boot: a number that was given again is another process."""
+    folder: tuple[int, int]
+    """Device and inode of the run: of a copied run the owner is not the original's."""
+    flock: bool
+    """True if it holds a flock on its file."""
+    beat: float
+    """Seconds between its heartbeats."""
+    begun: str
+    nonce: str
+
+
+class Found(NamedTuple):
+    """An owner's file as it was read; `owner` is None if nobody can be made out in it."""
+
+    path: Path
+    data: bytes
+    time: int
+    owner: Owner | None
+    unlocked: bool | None
+    """True if nobody under this kernel holds a flock on it; None where there is no flock."""
+
+    @property
+    def nonce(self) -> str:
+        """The owner's, or one made of the file: of several that were left empty each has its own."""
+        if self.owner:
+            return self.owner.nonce
+        return hashlib.sha256(self.path.name.encode() + self.data).hexdigest()[:32]
+
+    @property
+    def beat(self) -> float:
+        """Seconds between the owner's heartbeats."""
+        return min(max(self.owner.beat, 0.05), BEAT) if self.owner else BEAT
+
+    def same(self, other: "Found | None") -> bool:
+        """True if the file has not changed."""
+        return other is not None and (self.data, self.time) == (other.data, other.time)
+
+
+def read_owner(path: Path) -> Found | None:
+    """An owner's file; opened anew, since then NFS asks the server for it."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(4096)
+            unlocked = flocked(file.fileno(), fcntl.LOCK_SH)
+            status = os.fstat(file.fileno())
+    except FileNotFoundError:
+        return None
+    try:
+        owner: Owner | None = msgspec.json.decode(data, type=Owner)
+    except msgspec.DecodeError:
+        owner = None
+    if owner is not None and not _NONCE.fullmatch(owner.nonce):
+        owner = None
+    return Found(path, data, status.st_mtime_ns, owner, unlocked)
+
+
+def flocked(file: int, how: int) -> bool | None:
+    """True if the flock could be had, False if another has it, None where there is no flock."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def life_of(root: Path, found: Found) -> Life:
+    """What can be said of an owner without looking at a clock."""
+    owner = found.owner
+    if owner is None:  # of an earlier intersafe, which had its flock alone; or torn, or not yet written
+        return "alive" if found.unlocked is False else "unsure"
+    same_folder = owner.folder == _identity(root)
+    if owner.boot != _boot() or (not owner.boot and owner.host != socket.gethostname()):
+        return "unsure"
+    if owner.pids == _pids():
+        gone = _is_gone(owner)
+        if gone is not None:
+            return "dead" if gone else "alive" if same_folder else "unsure"
+    if owner.flock and same_folder:
+        return "alive" if found.unlocked is False else "dead" if found.unlocked else "unsure"
+    return "unsure"
+
+
+def _is_gone(owner: Owner) -> bool | None:
+    """True if its process has ended; None if that cannot be said."""
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass  # another user's: it is there
+    started = _started(owner.pid)
+    if not owner.started or started is None:
+        return None
+    return started != owner.started
+
+
+def in_words(owner: Owner | None) -> str:
+    """Who it is, for people; the file may have been written by anybody."""
+    if owner is None:
+        return "its lock file names nobody"
+    host, begun = ("".join(c for c in text if c.isprintable())[:64] for text in (owner.host, owner.begun))
+    return f"process {owner.pid} on {host}, since {begun}"
+
+
+def myself(root: Path, nonce: str, beat: float, flock: bool) -> Owner:
+    """This process as the owner of a run."""
+    pid, begun = os.getpid(), datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return Owner(
+        socket.gethostname(), _boot(), _pids(), pid, _started(pid) or "", _identity(root), flock, beat, begun, nonce
+    )
+
+
+def _identity(root: Path) -> tuple[int, int]:
+    status = root.stat()
+    return status.st_dev, status.st_ino
+
+
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _pids() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/self/ns/pid").readlink().name
+    return ""
+
+
+def _started(pid: int) -> str | None:
+    """Start of a process in ticks since boot; empty for one that has ended and waits to be collected."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+def awake() -> float:
+    """Seconds of a clock that goes on while the machine is suspended, where there is one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

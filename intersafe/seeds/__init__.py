@@ -1,0 +1,1 @@
+"""Seeds: seed files and importers."""

@@ -1,0 +1,297 @@
+"""Seeding: seed files in, verified seeds out; and the import of FigStep's folders into a seed file.
+
+A seed file holds one JSON object a line with the fields of `records.Seed`; `image` is a path relative to the file.
+Everything in it is untrusted: no path leads out of its folder, every image is decoded once, and what
+`taxonomy.excluded` names is left out before its image is touched.
+"""
+
+import csv
+import difflib
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from intersafe import taxonomy
+from intersafe.errors import InputError
+from intersafe.images.store import read_image, reference_of
+from intersafe.records import Seed
+from intersafe.storage.files import write_whole
+
+LONGEST_QUERY = 4_000
+"""Characters."""
+
+_FIELDS = msgspec.structs.fields(Seed)
+_NAMES = [field.name for field in _FIELDS]
+_REQUIRED = [field.name for field in _FIELDS if field.required]
+_ID = re.compile(r"[A-Za-z0-9._-]{1,80}")
+
+
+class Seeds(NamedTuple):
+    """The seeds of a run in their order, each `image` a reference, and `files`: where the bytes of a reference lie.
+
+    `excluded` holds the ids left out; `digest` is a sha256 over all that, independent of paths and of blank lines.
+    """
+
+    seeds: tuple[Seed, ...]
+    files: dict[str, Path]
+    excluded: tuple[str, ...]
+    digest: str
+
+
+def load_seeds(paths: Sequence[Path], known: dict[str, str] | None = None) -> Seeds:
+    """The usable seeds of the files, verified with their images; raises `InputError` naming file and line.
+
+    `known` holds the references of images that were verified before, by the sha256 of their file; new ones are added.
+    """
+    known = {} if known is None else known
+    kept: list[Seed] = []
+    excluded: list[str] = []
+    places: dict[str, str] = {}
+    refs: dict[Path, str] = {}
+    files: dict[str, Path] = {}
+    for path in paths:
+        for number, seed in _read(path):
+            if seed.id in places:
+                raise InputError(
+                    f"id `{seed.id}` is already used at {places[seed.id]}", at=path, line=number, remedy="rename one"
+                )
+            places[seed.id] = f"{path}:{number}"
+            if taxonomy.excluded(seed.query, seed.source_category):
+                excluded.append(seed.id)
+                continue
+            if seed.image is not None:
+                image = _resolve(seed.image, path, number)
+                if image not in refs:
+                    refs[image] = _verify(image, seed.image, path, number, known)
+                    files.setdefault(refs[image], image)
+                seed = msgspec.structs.replace(seed, image=refs[image])
+            kept.append(seed)
+    if not kept:
+        what = f"no usable seed ({len(excluded)} excluded)"
+        raise InputError(what, at=", ".join(map(str, paths)) or None, remedy="give a file with seeds")
+    return Seeds(tuple(kept), files, tuple(excluded), _digest(kept, excluded))
+
+
+def _digest(seeds: Iterable[Seed], excluded: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for item in (*seeds, *excluded):
+        digest.update(msgspec.json.encode(item) + b"\n")
+    return digest.hexdigest()
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Iterator[tuple[int, Seed]]:
+    """The checked seeds of one file with their 1-based line numbers."""
+    empty = True
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
+                if text:
+                    empty = False
+                    yield number, _seed(_object(text, path, number), path, number)
+    except FileNotFoundError:
+        raise InputError("no such seed file", at=path, remedy="check the path") from None
+    except IsADirectoryError:
+        raise InputError("a folder, not a seed file", at=path, remedy="give the .jsonl file inside it") from None
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", at=path, remedy="check the path") from error
+    if empty:
+        raise InputError("the seed file is empty", at=path, remedy="give a file with one JSON object a line")
+
+
+def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """The JSON object of a line with exactly the fields of a seed, their types not yet checked."""
+    try:
+        row = msgspec.json.decode(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 (byte {error.start} of the line)"
+        raise InputError(what, at=path, line=number, remedy="save the file as UTF-8") from None
+    except msgspec.DecodeError as error:
+        what = str(error).removeprefix("JSON is malformed: ").removeprefix("Input data was ")
+        raise InputError(f"malformed JSON ({what})", at=path, line=number, remedy="one JSON object a line") from None
+    except RecursionError:
+        raise InputError("malformed JSON (nested)", at=path, line=number, remedy="one JSON object a line") from None
+    if not isinstance(row, dict):
+        raise InputError("not a JSON object", at=path, line=number, remedy="write {...} with the fields of a seed")
+    for name in row:
+        if name not in _NAMES:
+            raise InputError(f"unknown field `{name[:80]}`", at=path, line=number, remedy=_nearest(name, _NAMES))
+    for name in _REQUIRED:
+        if name not in row:
+            raise InputError(f"field `{name}` is missing", at=path, line=number, remedy="add it")
+    return row
+
+
+def _seed(row: dict[str, Any], at: Path, line: int) -> Seed:
+    """The seed of a row, checked but for its image and the exclusions."""
+    try:
+        seed = msgspec.convert(row, Seed)
+    except msgspec.ValidationError as error:
+        what, _, field = str(error).replace("`", "").partition(" - at $.")
+        raise InputError(f"field `{field}`: {what.lower()}", at=at, line=line, remedy="correct it") from None
+    if not _ID.fullmatch(seed.id):
+        remedy = "use 1 to 80 of A-Z a-z 0-9 . _ -"
+        raise InputError(f"id {seed.id[:80]!r} is not allowed", at=at, line=line, remedy=remedy)
+    if not seed.query.strip():
+        raise InputError("the query is empty", at=at, line=line, remedy="write one or remove the line")
+    if len(seed.query) > LONGEST_QUERY:
+        what = f"the query has {len(seed.query):,} characters, more than {LONGEST_QUERY:,}"
+        raise InputError(what, at=at, line=line, remedy="shorten it")
+    if seed.category not in taxonomy.BY_NAME:
+        remedy = _nearest(seed.category, taxonomy.BY_NAME)
+        raise InputError(f"unknown category {seed.category[:80]!r}", at=at, line=line, remedy=remedy)
+    return seed
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name[:80], known := list(known), n=1)
+    return f"did you mean `{close[0]}`?" if close else f"known are {', '.join(known)}"
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _resolve(image: str, at: Path, line: int) -> Path:
+    """The image's real path, which lies in the folder of the seed file."""
+    if "://" in image:
+        raise InputError(f"image `{image}` is a URL", at=at, line=line, remedy="download it beside the seed file")
+    try:
+        folder = at.parent.resolve()
+        real = (folder / image).resolve()
+    except (OSError, RuntimeError, ValueError):
+        raise InputError(f"image {image!r} is not a usable path", at=at, line=line, remedy="correct it") from None
+    if Path(image).is_absolute() or not real.is_relative_to(folder):
+        what = f"image `{image}` is absolute or leads out of the seed file's folder"
+        raise InputError(what, at=at, line=line, remedy="give a path inside that folder")
+    return real
+
+
+def _verify(path: Path, name: str, at: Path, line: int, known: dict[str, str]) -> str:
+    """The reference of an image; its bytes are let go."""
+    try:
+        return reference_of(path, known, at=f"image `{name}`")
+    except InputError as error:
+        raise InputError(str(error), at=at, line=line) from error
+
+
+# --- FigStep ---------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("dataset", "category_id", "task_id", "category_name", "question", "instruction")
+_WORD = re.compile(r"[A-Za-z0-9_-]{1,40}")
+
+
+class Imported(NamedTuple):
+    """What an import did: seeds written to `out`, rows excluded, seeds with and without their image."""
+
+    written: int
+    excluded: int
+    with_images: int
+    missing_images: int
+    out: Path
+
+
+class _Row(NamedTuple):
+    """A seed to be and where its image should lie."""
+
+    seed: Seed
+    image: Path
+    line: int
+
+
+def import_figstep(source: Path, out: Path) -> Imported:
+    """Turns FigStep's SafeBench (csv and `images/`; Gong et al., arXiv 2311.05608) into `out/seeds.jsonl` with images.
+
+    Every image is verified before anything is written; `seeds.jsonl` is written last. Raises `InputError`.
+    """
+    table = _table(source)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError("exists and is not an empty folder", at=out, remedy="choose a new folder")
+    rows, excluded = _rows(table)
+    found = {row.line: row for row in rows if row.image.is_file()}
+    missing = len(rows) - len(found)
+    if missing * 2 >= len(rows) and rows:
+        what = f"{missing} of {len(rows)} images are missing"
+        raise InputError(what, at=table.parent / "images", remedy="download the images of the same release")
+    if not rows:
+        raise InputError(f"no usable row ({excluded} excluded)", at=table, remedy="give FigStep's csv file")
+    for row in found.values():
+        _verify(row.image, row.image.name, table, row.line, {})
+    lines = []
+    for row in rows:
+        seed = row.seed
+        if row.line in found:
+            seed = msgspec.structs.replace(seed, image=f"images/{seed.id}.png")
+            write_whole(out / f"images/{seed.id}.png", read_image(row.image).data)
+        lines.append(msgspec.json.encode(seed) + b"\n")
+    write_whole(out / "seeds.jsonl", b"".join(lines))
+    return Imported(len(rows), excluded, len(found), missing, out)
+
+
+def _table(source: Path) -> Path:
+    if not source.is_dir():
+        return source
+    tables = sorted(path for path in source.iterdir() if path.suffix.lower() == ".csv")
+    if len(tables) != 1:
+        what = f"{len(tables)} csv files in the folder" if tables else "no csv file in the folder"
+        raise InputError(what, at=source, remedy="give the csv file itself, `images/` beside it")
+    return tables[0]
+
+
+def _rows(table: Path) -> tuple[list[_Row], int]:
+    """The rows of the csv that become seeds, and how many are excluded."""
+    rows: list[_Row] = []
+    lines: dict[str, int] = {}
+    excluded = 0
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            absent = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
+            if absent:
+                raise InputError(f"column `{absent[0]}` is missing", at=table, line=1, remedy="give FigStep's csv file")
+            for fields in reader:
+                row = _row(fields, table, reader.line_num)
+                if row.seed.id in lines:
+                    what = f"category and task are those of line {lines[row.seed.id]}"
+                    raise InputError(what, at=table, line=row.line, remedy="remove one")
+                lines[row.seed.id] = row.line
+                if taxonomy.excluded(row.seed.query, row.seed.source_category):
+                    excluded += 1
+                else:
+                    rows.append(row)
+    except FileNotFoundError:
+        raise InputError("no such file or folder", at=table, remedy="check the path") from None
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", at=table, remedy="check the path") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"not a csv file in UTF-8 ({error})", at=table, remedy="give FigStep's csv file") from None
+    return rows, excluded
+
+
+def _row(fields: dict[str, Any], table: Path, line: int) -> _Row:
+    if None in fields or None in fields.values():
+        raise InputError("the row has more or fewer cells than columns", at=table, line=line, remedy="correct it")
+    dataset, category, task = (fields[name].strip() for name in _COLUMNS[:3])
+    if not all(_WORD.fullmatch(word) for word in (dataset, category, task)):
+        remedy = "use letters, digits, _ and -"
+        raise InputError("dataset, category_id or task_id is not a word", at=table, line=line, remedy=remedy)
+    label = fields["category_name"].strip()
+    if label not in taxonomy.FIGSTEP:
+        remedy = _nearest(label, taxonomy.FIGSTEP)
+        raise InputError(f"unknown category {label[:80]!r}", at=table, line=line, remedy=remedy)
+    seed = Seed(
+        id=f"figstep-{category}-{task}",
+        query=fields["question"].strip(),
+        category=taxonomy.FIGSTEP[label],
+        source="figstep",
+        license="MIT",
+        source_category=label,
+    )
+    checked = _seed(msgspec.to_builtins(seed), table, line)
+    return _Row(checked, table.parent / "images" / f"query_{dataset}_{category}_{task}_6.png", line)

@@ -1,0 +1,1 @@
+"""Prompt files: loading, the roles with their variables, refusal templates."""

@@ -1,0 +1,115 @@
+"""Refusals as texts: the standardised ones out of the prompt folder, and the rules on what a model wrote.
+
+The stage holds each draft to the rules before a judge is paid for it; the gate holds the finished sample to them once
+more.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from intersafe.checks.messages import fold, image_leak, is_blank
+from intersafe.errors import InputError
+from intersafe.recipe.gates import RuleSettings
+from intersafe.records import Reason
+from intersafe.storage.files import read_yaml
+
+TEMPLATES = "refusal/templates.yaml"
+"""Where the standardised refusals lie in the prompt folder."""
+LONGEST_TEXT = 1_000
+"""Characters of a standardised refusal."""
+LONGEST_QUOTE = 7
+"""Words of the question that an answer may repeat in a row."""
+
+_SORRY = re.compile(r"I['\u2018\u2019\u02bc\u00b4`\uff07]m sorry\b")
+_PLAIN_SORRY = re.compile(r"I'm sorry\b")
+_PROFESSIONAL = re.compile(
+    r"\b(?:doctors?|physicians?|clinicians?|nurses?|pharmacists?|dentists?|midwives|midwife|therapists?|psychologists?|"
+    r"counsell?ors?|dieti[ct]ians?|vets?|veterinarians?|lawyers?|solicitors?|attorneys?|notary|accountants?|advis[eo]rs?|"
+    r"planners?|brokers?|specialists?|experts?|professionals?|(?:health ?care|medical) (?:team|provider)s?|"
+    r"(?:emergency|legal aid|debt advice) (?:services?|lines?|offices?))\b",
+    re.IGNORECASE,
+)
+_RULES = RuleSettings()
+
+
+def read_templates(path: Path) -> dict[str, tuple[str, ...]]:
+    """The standardised refusals of a YAML file by group; `InputError` names the first problem with its line."""
+    node, _ = read_yaml(path)
+    if not isinstance(node, yaml.MappingNode) or not node.value:
+        remedy = "write `health:` and below it one `- text` for each refusal"
+        raise InputError("not a list of refusals for each group", at=path, line=1, remedy=remedy)
+    found: dict[str, tuple[str, ...]] = {}
+    for key, value in node.value:
+        group, line = str(key.value)[:100], key.start_mark.line + 1
+        if not key.tag.endswith(":str") or not group.strip():
+            raise InputError(f"group {group!r} is not a name", at=path, line=line, remedy="put it into quotes")
+        if group in found:
+            raise InputError(f"group {group!r} stands twice", at=path, line=line, remedy="make it one list")
+        found[group] = tuple(_texts(value, group, path, line))
+    return found
+
+
+def _texts(node: yaml.Node, group: str, path: Path, line: int) -> Iterator[str]:
+    remedy = "give it at least one refusal, or drop the group"
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"):
+        raise InputError(f"group {group!r} is empty", at=path, line=line, remedy=remedy)
+    if not isinstance(node, yaml.SequenceNode):
+        remedy = "write one `- text` for each refusal"
+        raise InputError(f"group {group!r} is not a list", at=path, line=line, remedy=remedy)
+    if not node.value:
+        raise InputError(f"group {group!r} is empty", at=path, line=line, remedy=remedy)
+    for number, entry in enumerate(node.value, 1):
+        if problem := _template_problem(entry):
+            what, remedy = problem
+            place = f"group {group!r}, refusal {number}: {what}"
+            raise InputError(place, at=path, line=entry.start_mark.line + 1, remedy=remedy)
+        yield " ".join(str(entry.value).split())
+
+
+def _template_problem(entry: yaml.Node) -> tuple[str, str] | None:
+    """What is wrong with one entry, and the remedy."""
+    if not isinstance(entry, yaml.ScalarNode):
+        return "not a text", "write one `- text`, in quotes if it has a colon"
+    if entry.tag.endswith(":null") or is_blank(str(entry.value)):
+        return "it is blank", "write the refusal or drop the line"
+    if not entry.tag.endswith(":str"):
+        return "not a text", "put it into quotes"
+    if len(entry.value) > LONGEST_TEXT:
+        return f"{len(entry.value)} characters", f"keep it to {LONGEST_TEXT}"
+    if set(entry.value) & set("{}"):
+        return "a slot in braces", "write it out, a refusal is used as it stands"
+    if not _PROFESSIONAL.search(entry.value):
+        return "it points to no professional", "name one, such as a doctor, a pharmacist or a financial adviser"
+    return None
+
+
+def plain_sorry(answer: str) -> str:
+    """The answer without outer white space, the apostrophe of an opening "I'm sorry" made ASCII."""
+    answer = answer.strip()
+    match = _SORRY.match(answer)
+    return f"I'm sorry{answer[match.end() :]}" if match else answer
+
+
+def question_problem(question: str) -> Reason | None:
+    """What is wrong with a question, whoever wrote it."""
+    if is_blank(question):
+        return Reason("empty_message", "question")
+    return Reason("leaked_image_description") if image_leak(question, _RULES) else None
+
+
+def answer_problem(question: str, answer: str) -> Reason | None:
+    """What is wrong with an analysis of the harm, by rule."""
+    if is_blank(answer):
+        return Reason("empty_message", "answer")
+    if not _PLAIN_SORRY.match(answer):
+        return Reason("no_prefix")
+    return Reason("repeats_question") if _quotes(fold(answer), fold(question).split()) else None
+
+
+def _quotes(answer: str, question: Sequence[str]) -> bool:
+    """True if more than `LONGEST_QUOTE` words of the question stand in the folded answer, in a row."""
+    text, size = f" {answer} ", LONGEST_QUOTE + 1
+    return any(f" {' '.join(question[i : i + size])} " in text for i in range(len(question) - size + 1))
