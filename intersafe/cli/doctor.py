@@ -67,7 +67,7 @@ def _file(name: str) -> Path:
 
 
 def _print(report: "Report") -> None:
-    from intersafe.cli.printing import plain
+    from intersafe.wording import plain
 
     for group in report.groups:
         click.echo(click.style(plain(group.title), bold=True))

@@ -41,9 +41,9 @@ def seeds() -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 def seeds_check(path: Path) -> None:
     """Validate a seed file and its images; count what is excluded."""
-    from intersafe.cli.printing import plain
     from intersafe.run.directory import count
     from intersafe.seeds.load import load_seeds
+    from intersafe.wording import plain
 
     found = load_seeds([path])
     with_image = sum(seed.image is not None for seed in found.seeds)
@@ -134,8 +134,8 @@ def prompts_render(name: str, pipeline: Path | None, seed_id: str, turn: int) ->
 
     The talk before TURN is grown by the scripted cast; everything else is as in a real run of the recipe.
     """
-    from intersafe.cli.printing import plain
     from intersafe.generation.rehearse import rehearse
+    from intersafe.wording import plain
 
     call = rehearse(recipe_of(pipeline), name.removesuffix(".md"), seed_id, turn)
     for message in call.messages:

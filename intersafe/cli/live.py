@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 from intersafe.engines.metrics import Figures
 from intersafe.generation.scheduler import Display, Progress
 from intersafe.recipe.sections import Limits
-from intersafe.run.budget import clock, counted, dollars
+from intersafe.wording import clock, counted, dollars
 
 if TYPE_CHECKING:
     from rich.live import Live

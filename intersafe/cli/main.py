@@ -157,13 +157,13 @@ def stats(
     """
     import msgspec
 
-    from intersafe.cli.printing import plain
     from intersafe.models.http.embeddings import open_embedder
     from intersafe.report.cost import parse_prices, with_flags
     from intersafe.report.stats import file_outside, stats_of
     from intersafe.report.table import sections
     from intersafe.run.directory import Run
     from intersafe.storage.files import write_whole
+    from intersafe.wording import plain
 
     if embedder_key and not embedder:
         raise InputError("a key without a model", at="--embedder-key", remedy="give --embedder too")

@@ -12,9 +12,9 @@ from intersafe.generation.rehearse import calls_of
 from intersafe.images.store import ImageStore
 from intersafe.recipe.sections import Price
 from intersafe.records import Dialogue, ImageOrigin, RefusalSample
-from intersafe.run.budget import clock, counted, dollars
 from intersafe.run.directory import Funnel, Run
 from intersafe.run.journal import RoleTally
+from intersafe.wording import clock, counted, dollars, plain
 
 
 def pick(run: Run, which: str | None, line: str = "") -> Any:
@@ -214,8 +214,3 @@ def _shortened(text: str, full: bool) -> str:
         return plain(text).replace("\n", "\n                ")
     line = " ".join(plain(text).split())
     return line if len(line) <= 150 else f"{line[:70]} ... {line[-75:]}"
-
-
-def plain(text: str) -> str:
-    """Model text without the control characters with which it could drive a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -19,6 +19,7 @@ from intersafe.models.http.replicas import open_replica
 from intersafe.recipe.sections import Member, Model
 from intersafe.records import Message
 from intersafe.replies import Answer, schema_of
+from intersafe.wording import printable
 
 AT_ONCE = 4
 """Requests in flight to one replica."""
@@ -82,9 +83,7 @@ class Line:
 
     def clean(self, text: str) -> str:
         """One printable line of at most 200 characters, without the key."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        return "".join(c if c.isprintable() else " " for c in text[:200])
+        return printable(text, secret=self._key)[:200]
 
 
 class ChatLine(Line):

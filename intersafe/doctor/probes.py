@@ -18,10 +18,10 @@ from intersafe.images.store import normalise
 from intersafe.models.base import Reply
 from intersafe.models.http.faults import UNREADABLE, Away, Fault, Overloaded, Passing, TooSlow, remedy_for
 from intersafe.models.http.images import SMALL_PICTURE
-from intersafe.recipe.base import nearest
 from intersafe.recipe.sections import Painter
 from intersafe.records import Message
 from intersafe.replies import Answer
+from intersafe.wording import nearest
 
 PICTURE_TIMEOUTS = 6
 """A picture may take so many time-outs of a question."""

@@ -8,6 +8,8 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+from intersafe.wording import printable
+
 LINES = 15
 """Lines of a log that are shown."""
 READ = 2**20
@@ -81,9 +83,7 @@ def lines_of(log: Path, since: int, secret: str = "") -> list[str]:
     except OSError:
         return []
     text = _COLOUR.sub("", text)
-    if secret:
-        text = text.replace(secret, "***")
-    lines = ("".join(letter if letter.isprintable() else " " for letter in line) for line in text.splitlines())
+    lines = (printable(line, secret=secret) for line in text.splitlines())
     return [line.rstrip() for line in lines if line.strip()]
 
 

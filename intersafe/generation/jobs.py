@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from intersafe.errors import InputError
-from intersafe.recipe.base import nearest
 from intersafe.recipe.sections import Images, Recipe, RefusalGroup, Refusals, Turns
 from intersafe.records import Job, RefusalJob, Seed
 from intersafe.taxonomy import CATEGORIES
+from intersafe.wording import nearest
 
 
 def job_count(recipe: Recipe, seeds: Sequence[Seed]) -> int:

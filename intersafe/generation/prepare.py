@@ -14,7 +14,6 @@ from intersafe.errors import InputError
 from intersafe.generation.jobs import seeds_by_group
 from intersafe.images.store import ImageStore, read_image
 from intersafe.models.base import check_cast
-from intersafe.recipe.base import nearest
 from intersafe.recipe.sections import Member, Model, Painter, Recipe
 from intersafe.records import Job, Provenance, RefusalJob, Seed, to_row
 from intersafe.run.directory import Manifest, Run, differences
@@ -22,6 +21,7 @@ from intersafe.seeds.load import Seeds, load_seeds
 from intersafe.storage.files import write_whole
 from intersafe.taxonomy import BY_NAME
 from intersafe.templates.load import Prompts, check_refusals, load_prompts, needed_by
+from intersafe.wording import nearest
 
 
 @dataclass(frozen=True)

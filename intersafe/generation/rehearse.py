@@ -21,7 +21,6 @@ from intersafe.models.base import Call, Painted, Reply
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.scripted.chat import ScriptedModel
 from intersafe.models.scripted.painter import ScriptedPainter
-from intersafe.recipe.base import nearest
 from intersafe.recipe.sections import (
     Cast,
     CleanSettings,
@@ -38,6 +37,7 @@ from intersafe.run.journal import Entry
 from intersafe.seeds.load import Seeds, load_seeds
 from intersafe.storage.loops import run_anywhere
 from intersafe.templates.load import load_prompts, needed_by
+from intersafe.wording import nearest
 
 NOT_PAID = "not_in_journal"
 """The reason of a call that a replay has no reply to."""

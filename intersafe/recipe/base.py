@@ -1,6 +1,5 @@
 """What every section of a recipe is made of: the base of its types, its kinds of numbers, and the help for a typo."""
 
-import difflib
 from typing import Annotated
 
 import msgspec
@@ -17,11 +16,3 @@ Score = Annotated[int, Meta(ge=0, le=10)]
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A part of a recipe: unknown keys are errors."""
-
-
-def nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
-    """`, did you mean 'x'?`, or what is known where that is a short list."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f", did you mean {close[0]!r}?"
-    return f", known: {', '.join(known)}" if len(known) <= 20 else ""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from intersafe.errors import InputError
-from intersafe.recipe.base import nearest
+from intersafe.wording import nearest
 
 BACKENDS = ("scripted", "openai", "vllm", "transformers")
 PAINTERS = ("scripted", "openai", "diffusers")

@@ -11,6 +11,7 @@ from intersafe.release.croissant import croissant_of
 from intersafe.release.licenses import OTHER, known, license_of
 from intersafe.release.manifest import Manifest
 from intersafe.release.rows import COLUMNS, UNSAFE, Column
+from intersafe.wording import printable
 
 CARD, CHANGELOG, CROISSANT = "README.md", "CHANGELOG.md", "croissant.json"
 PLACEHOLDER = "ORG/NAME"
@@ -362,8 +363,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
 
 
 def _cell(text: str) -> str:
-    plain = "".join(c if c.isprintable() else " " for c in text)
-    return plain.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def _mean(histogram: Mapping[str, int]) -> str:

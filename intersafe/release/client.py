@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import tenacity
 
 from intersafe.errors import InputError, IntersafeError, StorageError
+from intersafe.wording import printable
 
 ATTEMPTS = 8
 PASSING = frozenset({408, 409, 425, 429})
@@ -97,8 +98,7 @@ def check_repo_id(repo_id: str) -> str:
 
 def one_line(text: str, most: int = 240) -> str:
     """A foreign text as one printable line without anything that opens a door."""
-    plain = "".join(c if c.isprintable() else " " for c in _SECRET.sub("***", text))
-    return " ".join(plain.split())[:most]
+    return " ".join(printable(_SECRET.sub("***", text)).split())[:most]
 
 
 class Hub:

@@ -17,6 +17,7 @@ from msgspec import structs
 from intersafe.errors import BudgetReached, InputError
 from intersafe.recipe.sections import Cast, Limits, Member, Price, Recipe
 from intersafe.run.journal import RoleTally
+from intersafe.wording import clock, dollars
 
 GRACE = 60.0
 """Seconds that calls in flight have to end when the time is up."""
@@ -183,20 +184,3 @@ def seconds_of(text: str) -> float:
     if not 0 < seconds <= 1e9:
         raise InputError(f"{text!r} is no time", at="--max-time", remedy="write 90s, 30m, 8h, 1d, 7:30:00 or seconds")
     return seconds
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds, as 7:30:00."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
-
-
-def dollars(usd: float) -> str:
-    """Two digits behind the point, more where they would say nothing."""
-    return f"{usd:,.2f}" if usd >= 1 or usd == 0 else f"{usd:.2g}"
-
-
-def counted(number: float, what: str) -> str:
-    """1 job, 2 jobs."""
-    shown = f"{number:,.0f}"
-    return f"{shown} {what}" + ("" if shown == "1" else "s")

@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from intersafe.wording import printable
+
 BEAT = 10.0
 """Seconds between two heartbeats."""
 
@@ -138,7 +140,7 @@ def in_words(owner: Owner | None) -> str:
     """Who it is, for people; the file may have been written by anybody."""
     if owner is None:
         return "its lock file names nobody"
-    host, begun = ("".join(c for c in text if c.isprintable())[:64] for text in (owner.host, owner.begun))
+    host, begun = (printable(text, instead="")[:64] for text in (owner.host, owner.begun))
     return f"process {owner.pid} on {host}, since {begun}"
 
 

@@ -20,10 +20,10 @@ import msgspec
 from intersafe.engines.arguments import engine_arguments, flags_of, named
 from intersafe.engines.weights import weights_of
 from intersafe.errors import InputError
-from intersafe.recipe.base import nearest
 from intersafe.recipe.engine import Engine
 from intersafe.recipe.sections import Model, Painter, Recipe
 from intersafe.recipe.specs import OPENAI_URL, SERVED
+from intersafe.wording import nearest
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 MODULE = "vllm.entrypoints.openai.api_server"

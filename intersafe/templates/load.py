@@ -18,12 +18,12 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from intersafe.errors import InputError
-from intersafe.recipe.base import nearest
 from intersafe.recipe.sections import Recipe, Refusals
 from intersafe.storage.files import read_small
 from intersafe.taxonomy import Family
 from intersafe.templates.refusals import TEMPLATES, read_templates
 from intersafe.templates.roles import PROMPTS, STRATEGY, Role
+from intersafe.wording import nearest
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False

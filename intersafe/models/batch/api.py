@@ -28,6 +28,7 @@ from intersafe.errors import InputError, ServiceGone, StorageError
 from intersafe.models.http.faults import UNREADABLE, error_of
 from intersafe.models.http.limits import seconds_of
 from intersafe.recipe.sections import Limits, Member
+from intersafe.wording import printable
 
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 60.0
@@ -293,9 +294,7 @@ class BatchApi:
 
     def clean(self, text: str) -> str:
         """One printable line of at most 300 characters, without the key."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        return "".join(c if c.isprintable() else " " for c in text[:300])
+        return printable(text, secret=self._key)[:300]
 
     # --- outages -----------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ from intersafe.models.http.quotas import Quota
 from intersafe.models.http.replicas import Replica, Replicas
 from intersafe.models.http.waits import Waits
 from intersafe.recipe.sections import Limits, Model
+from intersafe.wording import printable
 
 _LARGE = 2**20  # bytes from which on a body is sent in pieces and let go of
 
@@ -294,9 +295,7 @@ class Service:
 
     def clean(self, text: str) -> str:
         """One printable line of at most 300 characters, without the key."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        return "".join(c if c.isprintable() else " " for c in text[:300])
+        return printable(text, secret=self._key)[:300]
 
     # --- outages -----------------------------------------------------------------------------------------------------
 

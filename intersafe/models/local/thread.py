@@ -21,10 +21,10 @@ from intersafe.images.store import ImageStore
 from intersafe.models.base import Call, Reply, Sampling
 from intersafe.models.http.faults import refusal_of
 from intersafe.models.http.waits import Waits
-from intersafe.recipe.base import nearest
 from intersafe.recipe.sections import Member
 from intersafe.records import Message
 from intersafe.replies import Schema
+from intersafe.wording import nearest
 
 LOOK = 0.5
 """Seconds between two looks whether an engine's processes are there."""

@@ -48,7 +48,7 @@ from intersafe.models.scripted.refusal_phrases import (
     HARMS,
     VAGUE,
 )
-from intersafe.recipe.base import nearest
+from intersafe.wording import nearest
 
 PLACEHOLDER = "[scripted placeholder for an unsafe reply]"
 

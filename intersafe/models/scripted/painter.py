@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from intersafe.errors import InputError
 from intersafe.models.base import Call, Painted
 from intersafe.models.scripted.phrases import STOP_WORDS
-from intersafe.recipe.base import nearest
+from intersafe.wording import nearest
 
 LONGEST_EDGE = 96
 """Pixels; a larger size is scaled down to it."""
