@@ -12,8 +12,9 @@ import msgspec
 import pytest
 from PIL import Image
 
+from intersafe.exclusions import excluded
 from intersafe.records import Seed
-from intersafe.taxonomy import BY_NAME, excluded
+from intersafe.taxonomy import BY_NAME
 
 SEEDS = Path(__file__).resolve().parent.parent / "seeds"
 DRAW = SEEDS / "draw_images.py"

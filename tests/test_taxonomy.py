@@ -8,7 +8,8 @@ import unicodedata
 
 import pytest
 
-from intersafe.taxonomy import BY_NAME, CATEGORIES, FIGSTEP, crosswalk, excluded
+from intersafe.exclusions import excluded
+from intersafe.taxonomy import BY_NAME, CATEGORIES, FIGSTEP, crosswalk
 
 SAFEMT = """
 Animal Abuse, Bias, Economic Harm, Financial Advice, Fraud, Hate Speech, Health Consultation, Illegal Activity,

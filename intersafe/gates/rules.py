@@ -5,9 +5,9 @@ from collections.abc import Callable
 from itertools import combinations
 
 from intersafe.checks.messages import fold, fold_steps, image_leak, is_blank, plan_leak, repeats_description, same
+from intersafe.exclusions import excluded_together
 from intersafe.recipe.gates import RuleSettings
 from intersafe.records import Dialogue, Reason
-from intersafe.taxonomy import excluded_together
 
 _LEAST_LETTERS = 20
 """A text with fewer letters says too little about its script."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from msgspec import structs
 
 from intersafe.errors import CallFailed, InputError, JobRejected
+from intersafe.exclusions import excluded
 from intersafe.images.store import ImageStore, distance, normalise
 from intersafe.models.base import Call, ChatModel, Painted, PaintModel, Reply, Sampling
 from intersafe.recipe.sections import Cast, Member, Painter
@@ -24,7 +25,6 @@ from intersafe.records import ImageOrigin, Job, Message, RefusalJob
 from intersafe.replies import A, ReplyError, Schema, parse, schema_of
 from intersafe.run.budget import Budget
 from intersafe.run.journal import Entry
-from intersafe.taxonomy import excluded
 from intersafe.templates.load import Prompts
 
 

@@ -2,7 +2,7 @@
 
 A seed file holds one JSON object a line with the fields of `records.Seed`; `image` is a path relative to the file.
 Everything in it is untrusted: no path leads out of its folder, every image is decoded once, and what
-`taxonomy.excluded` names is left out before its image is touched.
+`exclusions.excluded` names is left out before its image is touched.
 """
 
 import csv
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from intersafe import taxonomy
+from intersafe import exclusions, taxonomy
 from intersafe.errors import InputError
 from intersafe.images.store import read_image, reference_of
 from intersafe.records import Seed
@@ -60,7 +60,7 @@ def load_seeds(paths: Sequence[Path], known: dict[str, str] | None = None) -> Se
                     f"id `{seed.id}` is already used at {places[seed.id]}", at=path, line=number, remedy="rename one"
                 )
             places[seed.id] = f"{path}:{number}"
-            if taxonomy.excluded(seed.query, seed.source_category):
+            if exclusions.excluded(seed.query, seed.source_category):
                 excluded.append(seed.id)
                 continue
             if seed.image is not None:
@@ -261,7 +261,7 @@ def _rows(table: Path) -> tuple[list[_Row], int]:
                     what = f"category and task are those of line {lines[row.seed.id]}"
                     raise InputError(what, at=table, line=row.line, remedy="remove one")
                 lines[row.seed.id] = row.line
-                if taxonomy.excluded(row.seed.query, row.seed.source_category):
+                if exclusions.excluded(row.seed.query, row.seed.source_category):
                     excluded += 1
                 else:
                     rows.append(row)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from intersafe.checks.messages import message_problem, regularise, repeats_description
 from intersafe.errors import CallFailed, JobRejected
+from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import ConverseSettings
@@ -19,7 +20,6 @@ from intersafe.records import ImageOrigin, Job, Message, Plan, PrunedTurn, Reaso
 from intersafe.replies import MessageAnswer
 from intersafe.stages.judging import concern_of, judge_turn, seed_images
 from intersafe.stages.painting import paint
-from intersafe.taxonomy import excluded_together
 
 
 class Asking(NamedTuple):

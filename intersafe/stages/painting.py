@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from intersafe.checks.messages import is_blank
 from intersafe.errors import CallFailed, JobRejected
+from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered, Unpainted
 from intersafe.records import ImageOrigin, Job, RefusalJob
 from intersafe.replies import DescriptionAnswer
 from intersafe.stages.judging import concern_of
-from intersafe.taxonomy import excluded_together
 
 
 async def paint(

@@ -6,12 +6,12 @@ The planner also says which steps get a painted picture; how many there are is t
 from collections.abc import Sequence
 
 from intersafe.errors import JobRejected
+from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.sections import PlanSettings
 from intersafe.records import Job, Plan, Step, StepScore
 from intersafe.replies import PicturePlanAnswer, PlanAnswer, StepAnswer
 from intersafe.stages.judging import concern_of, score_step, seed_images
-from intersafe.taxonomy import excluded_together
 
 
 async def make_plan(job: Job, cast: JobCast, settings: PlanSettings) -> Plan:

@@ -8,13 +8,13 @@ asked for again with the problem named. A question outside of its group is asked
 from typing import Any, Literal, NamedTuple
 
 from intersafe.errors import JobRejected
+from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.sections import RefusalGroup, Refusals
 from intersafe.records import ImageOrigin, Reason, RefusalCheck, RefusalJob
 from intersafe.replies import QuestionAnswer, RefusalAnswer, RefusalCheckAnswer
 from intersafe.stages.judging import concern_of, judged, seed_images
 from intersafe.stages.painting import paint
-from intersafe.taxonomy import excluded_together
 from intersafe.templates.refusals import answer_problem, plain_sorry, question_problem
 
 _SAID = {

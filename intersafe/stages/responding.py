@@ -12,6 +12,7 @@ from msgspec import structs
 
 from intersafe.checks.messages import fold, is_blank, same
 from intersafe.errors import JobRejected
+from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import RespondSettings
@@ -19,7 +20,7 @@ from intersafe.records import Aligned, Job, Message, Reason, Turn, Verdict, tran
 from intersafe.replies import AlignedAnswer, AlignedVerdictAnswer
 from intersafe.stages.conversing import images_of, said_in
 from intersafe.stages.judging import concern_of, judged
-from intersafe.taxonomy import BY_NAME, excluded_together
+from intersafe.taxonomy import BY_NAME
 
 IMAGE_MARK = re.compile(r"\[image \d+\]", re.IGNORECASE)
 """How a transcript shows an image: nobody in the talk sees it, so nobody may say it."""

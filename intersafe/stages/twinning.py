@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from intersafe.checks.messages import fold, is_blank, message_problem, regularise, same
 from intersafe.errors import JobRejected
+from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import ConverseSettings
@@ -17,7 +18,6 @@ from intersafe.replies import TwinAnswer
 from intersafe.stages.conversing import origins_of, take_turn
 from intersafe.stages.judging import concern_of, judge_dialogue
 from intersafe.stages.responding import IMAGE_MARK
-from intersafe.taxonomy import excluded_together
 
 UNSCORED = StepScore(0, 0, 0, "not scored: the user's side of a benign twin is written as a whole")
 
