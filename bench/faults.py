@@ -28,7 +28,7 @@ from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
 from intersafe.run.journal import entries_of
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from tests.servers.chaos_server import AWAY, FAULTS, Running, running_chaos
 
 ALL_KINDS = 1_000

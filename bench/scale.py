@@ -29,7 +29,7 @@ from intersafe.records import Dialogue
 from intersafe.run.directory import Run
 from intersafe.run.journal import GroupWriter, Journal
 from intersafe.run.outcomes import outcome_row
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 
 
 class Watch(Display):

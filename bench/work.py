@@ -20,7 +20,7 @@ import msgspec
 import yaml
 from PIL import Image
 
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 
 CORES = sorted(os.sched_getaffinity(0))
 IMAGE_BYTES = 100_000

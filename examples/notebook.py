@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import intersafe
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from intersafe.records import (
     Verdict,
 )
 from intersafe.run.journal import Entry
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from intersafe.templates.load import Prompts, load_prompts
 from tests.servers.scripted_server import Body, text_of
 

@@ -18,7 +18,7 @@ from intersafe.recipe.gates import Gates
 from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Recipe
 from intersafe.run.outcomes import LINES, files_of
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"

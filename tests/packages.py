@@ -11,7 +11,7 @@ from intersafe.generation.generate import generate_dialogues
 from intersafe.recipe.load import load_recipe
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 
 Row = dict[str, Any]
 

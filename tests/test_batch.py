@@ -22,7 +22,7 @@ from intersafe.generation.scheduler import Display, Progress
 from intersafe.models.batch import api, lane
 from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Limits, Member, Recipe, Turns
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from tests.makers import demo, digest, journal_keys, refusal, rows
 from tests.servers.batch_server import KEY, Line, Provider, batch_server, fingerprint, problem
 from tests.servers.scripted_server import Body, asks_for, scripted_server

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 
 SCRIPT = Path(sys.executable).parent / "intersafe"
 FIGSTEP = Path(__file__).resolve().parent.parent.parent / "shared/data/figstep-tiny"

@@ -19,7 +19,7 @@ from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Recipe, Turns
 from intersafe.records import Ended
 from intersafe.run.directory import Run
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from intersafe.taxonomy import CATEGORIES
 from intersafe.templates.load import load_prompts
 from tests.makers import cli, demo, digest, journal_keys, refusal, rows

@@ -19,7 +19,7 @@ from intersafe.doctor.examine import Report, examine
 from intersafe.doctor.probes import Finding
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.sections import Cast, Limits, Member, Painter, Recipe
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from tests.makers import cli
 from tests.servers import running_vlm
 from tests.servers.fault_server import STALL, Answer, FaultServer, Request, Script, error, raw, reply

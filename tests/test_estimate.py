@@ -12,7 +12,7 @@ from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Limits, Price
 from intersafe.run.directory import Run
 from intersafe.run.journal import RoleTally
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from tests.makers import cli, demo, journal_keys, refusal, whole_demo
 from tests.servers.scripted_server import Body, asks_for, scripted_server
 from tests.test_budgets import Said

@@ -17,7 +17,7 @@ from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Recipe, RefusalGroup, TwinSettings
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from tests.makers import cli, digest, journal_keys, rows, started
 from tests.servers.scripted_server import Body, Hook, asks_for, scripted_server, text_of
 from tests.test_generate import seed_file

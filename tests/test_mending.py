@@ -11,7 +11,7 @@ from intersafe.errors import InputError
 from intersafe.generation.generate import generate_dialogues
 from intersafe.recipe.load import load_recipe
 from intersafe.run.directory import Run
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from intersafe.templates.load import load_prompts, needed_by
 from tests.makers import cli, demo, digest, refusal, whole_demo
 

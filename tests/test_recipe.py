@@ -16,7 +16,7 @@ from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Limits, Member, Recipe, Turns
 from intersafe.recipe.specs import parse_spec
 from intersafe.seeds.load import load_seeds
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 
 BASE: dict[str, Any] = {
     "name": "t",

@@ -34,7 +34,7 @@ from intersafe.records import (
 )
 from intersafe.seeds.load import load_seeds
 from intersafe.stages.refusing import RefusalDraft, refuse
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from intersafe.templates.load import check_refusals, lint_prompts, load_prompts
 from tests.casting import Memory
 from tests.makers import refusal

@@ -17,7 +17,7 @@ from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
 from intersafe.run.lock import lock
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from tests.makers import OUTCOMES, cli, digest, journal_keys, refusal, rows, started
 from tests.servers.scripted_server import scripted_server
 

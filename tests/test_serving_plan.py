@@ -14,7 +14,7 @@ from intersafe.engines.arguments import engine_arguments
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.sections import Recipe
 from intersafe.serving.plan import Server, left_alone, servers_of
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from tests.makers import cli, refusal
 
 VLLM = "/opt/vllm/bin/vllm serve"

@@ -9,7 +9,7 @@ import pytest
 from intersafe.errors import InputError
 from intersafe.generation.prepare import prepare
 from intersafe.recipe.load import load_recipe
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from intersafe.templates.load import lint_prompts, load_prompts
 from intersafe.templates.roles import PROMPTS, STRATEGY
 from tests.makers import cli

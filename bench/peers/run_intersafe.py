@@ -11,7 +11,7 @@ from intersafe.models.http.chat import EndpointModel
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Job, Message, Seed
 from intersafe.run.journal import GroupWriter, Journal
-from intersafe.storage.files import bundled
+from intersafe.storage.bundled import bundled
 from intersafe.templates.load import load_prompts
 
 

@@ -22,7 +22,7 @@ pipeline_option = click.option(
 def recipe_of(pipeline: Path | None) -> "Recipe":
     """The recipe of a file; without one the demo recipe of this folder, or the one that ships."""
     from intersafe.recipe.load import load_recipe
-    from intersafe.storage.files import bundled
+    from intersafe.storage.bundled import bundled
 
     if pipeline is None:
         pipeline = HERE if HERE.exists() else bundled("pipelines/demo.yaml")

@@ -199,7 +199,7 @@ for command in (package, push, pull, diff, seeds, prompts, serve, doctor):
 @click.argument("directory", type=click.Path(path_type=Path))
 def init(directory: Path) -> None:
     """Copy prompts, seeds and recipes to DIRECTORY to start from."""
-    from intersafe.storage.files import copy_bundled
+    from intersafe.storage.bundled import copy_bundled
 
     copied = copy_bundled(directory, ("prompts", "seeds", "pipelines"))
     click.echo(f"{directory}: {copied} files in prompts/, seeds/ and pipelines/")

@@ -173,7 +173,7 @@ def push(
 def _folder_of(run: str | None) -> Path:
     from intersafe.recipe.load import load_recipe
     from intersafe.run.directory import run_path
-    from intersafe.storage.files import bundled
+    from intersafe.storage.bundled import bundled
 
     if run is not None:
         return run_path(run)

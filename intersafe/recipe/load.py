@@ -17,7 +17,7 @@ from intersafe.errors import InputError
 from intersafe.recipe.base import Section
 from intersafe.recipe.sections import Cast, Member, Model, Painter, Price, Recipe
 from intersafe.recipe.specs import BACKENDS, OPENAI_URL, PAINTERS, parse_spec
-from intersafe.storage.files import read_yaml
+from intersafe.storage.yaml import read_yaml
 from intersafe.wording import nearest
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from intersafe.checks.messages import fold, image_leak, is_blank
 from intersafe.errors import InputError
 from intersafe.recipe.gates import RuleSettings
 from intersafe.records import Reason
-from intersafe.storage.files import read_yaml
+from intersafe.storage.yaml import read_yaml
 
 TEMPLATES = "refusal/templates.yaml"
 """Where the standardised refusals lie in the prompt folder."""

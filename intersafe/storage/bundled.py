@@ -1,0 +1,43 @@
+"""The prompts, seeds and recipes that ship with the package."""
+
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from intersafe.errors import InputError
+from intersafe.storage.files import write_whole
+
+
+def bundled(name: str) -> Path:
+    """The shipped file or folder, for example `pipelines/demo.yaml`: in the wheel, or in the repository beside it."""
+    package = Path(__file__).resolve().parents[1]
+    for root in (package / "bundled", package.parent):
+        if (root / name).exists():
+            return root / name
+    raise InputError(f"{name} is not part of this installation", at=package, remedy="install intersafe again")
+
+
+def copy_bundled(directory: Path, names: Sequence[str]) -> int:
+    """Copies shipped folders whole or not at all; returns how many files. Refuses to write over anything there."""
+    staging = directory / f".{secrets.token_hex(8)}.tmp"
+    files = [
+        (path, staging / name / path.relative_to(bundled(name)))
+        for name in names
+        for path in sorted(bundled(name).rglob("*"))
+        if path.is_file() and path.suffix in (".md", ".yaml", ".jsonl", ".png")
+    ]
+    for name in names:
+        if (directory / name).exists():
+            raise InputError("is there already", at=directory / name, remedy="name an empty folder")
+    for place in (directory, *directory.parents):
+        if place.exists() and not place.is_dir():
+            raise InputError("not a folder", at=place, remedy="name an empty folder")
+    try:
+        for source, target in files:
+            write_whole(target, source.read_bytes())
+        for name in names:
+            (staging / name).rename(directory / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return len(files)
