@@ -20,7 +20,8 @@ from compare import BARE, LIBRARIES, Comparison, Measured, Results, compare, med
 from server import LATENCY, SLOTS, Server, serving
 from work import CORES, INTERSAFE, Child, Usage, demo_recipe, describe_machine, photo_seeds, run, seconds_of, wait_until
 
-from intersafe.run.journal import GROUP_LINES, entries_of
+from intersafe.run.journal import entries_of
+from intersafe.storage.jsonl import GROUP_LINES
 
 MAIN_JOB = 11_270
 AT_ONCE = (64, 96, 128)

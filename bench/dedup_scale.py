@@ -35,8 +35,8 @@ from intersafe.recipe.gates import DuplicateSettings
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue
 from intersafe.run.directory import Funnel, Run
-from intersafe.run.journal import lines_of
 from intersafe.run.outcomes import outcome_row
+from intersafe.storage.jsonl import lines_of
 
 Write = Callable[[random.Random], str]
 

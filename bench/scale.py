@@ -27,9 +27,10 @@ from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run
-from intersafe.run.journal import GroupWriter, Journal
+from intersafe.run.journal import Journal
 from intersafe.run.outcomes import outcome_row
 from intersafe.storage.bundled import bundled
+from intersafe.storage.jsonl import GroupWriter
 
 
 class Watch(Display):

@@ -23,8 +23,9 @@ from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Limits, Price, Recipe
 from intersafe.run.budget import Budget, Spent, limits_of, prices_of
 from intersafe.run.directory import Funnel, Run
-from intersafe.run.journal import GroupWriter, Journal, RoleTally
+from intersafe.run.journal import Journal, RoleTally
 from intersafe.storage.bundled import bundled
+from intersafe.storage.jsonl import GroupWriter
 from tests.makers import cli, demo, digest, journal_keys, refusal, rows, started
 from tests.servers.scripted_server import Body, scripted_server
 

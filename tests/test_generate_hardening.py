@@ -23,8 +23,8 @@ from intersafe.generation.scheduler import FAILURES
 from intersafe.recipe.gates import Gates
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
-from intersafe.run.journal import GroupWriter
 from intersafe.run.outcomes import align_outcomes
+from intersafe.storage.jsonl import GroupWriter
 from tests.makers import REPOSITORY, demo, digest, hears_ctrl_c, journal_keys, rows
 from tests.servers.scripted_server import Body, asks_for, scripted_server, text_of
 

@@ -30,8 +30,9 @@ from intersafe.images.store import ImageStore
 from intersafe.recipe.load import load_recipe
 from intersafe.run.budget import Budget
 from intersafe.run.directory import Run
-from intersafe.run.journal import GROUP_LINES, GROUP_SECONDS, GroupWriter, Journal
+from intersafe.run.journal import Journal
 from intersafe.storage.bundled import bundled
+from intersafe.storage.jsonl import GROUP_LINES, GROUP_SECONDS, GroupWriter
 from tests.makers import cli, demo, digest, hears_ctrl_c, journal_keys, rows, started, whole_demo
 from tests.servers.scripted_server import Server, scripted_server
 

@@ -21,9 +21,9 @@ from intersafe.generation.generate import generate_dialogues
 from intersafe.images.store import ImageStore, read_image
 from intersafe.recipe.load import load_recipe
 from intersafe.run.directory import Run
-from intersafe.run.journal import GroupWriter
 from intersafe.run.outcomes import LINES, align_outcomes, files_of
 from intersafe.storage.bundled import bundled
+from intersafe.storage.jsonl import GroupWriter
 from tests.makers import cli, digest, journal_keys, rows, started
 from tests.servers.scripted_server import scripted_server
 from tests.servers.shims import shim

@@ -12,7 +12,8 @@ from intersafe.engines.metrics import Figures, Sample, parse_metrics
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.scheduler import Display, Progress
 from intersafe.run.directory import Funnel
-from intersafe.run.journal import GroupWriter, Journal
+from intersafe.run.journal import Journal
+from intersafe.storage.jsonl import GroupWriter
 from tests.makers import cli, demo
 from tests.servers.scripted_server import scripted_server
 

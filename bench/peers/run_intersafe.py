@@ -10,8 +10,9 @@ from intersafe.models.cast import Company, JobCast
 from intersafe.models.http.chat import EndpointModel
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Job, Message, Seed
-from intersafe.run.journal import GroupWriter, Journal
+from intersafe.run.journal import Journal
 from intersafe.storage.bundled import bundled
+from intersafe.storage.jsonl import GroupWriter
 from intersafe.templates.load import load_prompts
 
 

@@ -34,10 +34,11 @@ from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue, Ended
 from intersafe.run.budget import Budget, check_prices, prices_of
 from intersafe.run.directory import Funnel, Run, Summary, differences, run_path
-from intersafe.run.journal import GroupWriter, Journal, ReuseIndex
+from intersafe.run.journal import Journal, ReuseIndex
 from intersafe.run.lock import Lease, lock
 from intersafe.run.outcomes import LINES, align_outcomes
 from intersafe.storage.files import write_whole
+from intersafe.storage.jsonl import GroupWriter
 from intersafe.storage.loops import run_anywhere, stopped_by_signals
 
 BESIDE = 8

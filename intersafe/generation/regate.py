@@ -27,11 +27,12 @@ from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue, Ended, Job, Reason, RefusalJob, RefusalSample
 from intersafe.run.directory import Funnel, Manifest, Run, differences, run_path
-from intersafe.run.journal import Entry, lines_of
+from intersafe.run.journal import Entry
 from intersafe.run.lock import unwritten
 from intersafe.run.outcomes import outcome_row
 from intersafe.seeds.load import load_seeds
 from intersafe.storage.files import write_whole
+from intersafe.storage.jsonl import lines_of
 from intersafe.storage.loops import run_anywhere
 
 

@@ -17,8 +17,9 @@ from intersafe.models.http.faults import hint_for
 from intersafe.records import Dialogue, Ended, Job, Reason, RefusalJob, RefusalSample
 from intersafe.run.budget import Budget
 from intersafe.run.directory import Funnel
-from intersafe.run.journal import GroupWriter, Journal
+from intersafe.run.journal import Journal
 from intersafe.run.outcomes import outcome_row
+from intersafe.storage.jsonl import GroupWriter
 
 FAILURES = 32
 """Jobs in a row that may fail before the run stops: then the fault is not theirs."""

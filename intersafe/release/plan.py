@@ -30,8 +30,8 @@ from intersafe.release.rows import (
 )
 from intersafe.release.shards import read_rows
 from intersafe.run.directory import Run
-from intersafe.run.journal import lines_of
 from intersafe.run.outcomes import files_of
+from intersafe.storage.jsonl import lines_of
 
 SHARD_ROWS = 5_000
 

@@ -25,8 +25,9 @@ from intersafe.errors import InputError
 from intersafe.recipe.sections import Price, Recipe, digest_of
 from intersafe.records import Dialogue, Ended, RefusalSample, Seed, row_decoder
 from intersafe.run.budget import prices_of
-from intersafe.run.journal import Entry, RoleTally, entries_of, lines_of, tally
+from intersafe.run.journal import Entry, RoleTally, entries_of, tally
 from intersafe.run.outcomes import LINES, count_sound, files_of
+from intersafe.storage.jsonl import lines_of
 
 RUNS = Path("outputs")
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from intersafe.records import Dialogue, Ended, RefusalSample, to_row
-from intersafe.run.journal import heal, lines_of
+from intersafe.storage.jsonl import heal, lines_of
 
 LINES = ("", "refusals", "twins")
 """The kinds of job, by the name that their files and journal lines carry; dialogues have the empty one."""

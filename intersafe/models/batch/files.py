@@ -24,8 +24,9 @@ from intersafe.errors import InputError
 from intersafe.models.base import Reply
 from intersafe.models.http.chat import read_reply
 from intersafe.models.http.faults import FILTERED, UNREADABLE, Passing, error_of, refusal_of
-from intersafe.run.journal import entries_of, lines_of
+from intersafe.run.journal import entries_of
 from intersafe.storage.files import write_whole
+from intersafe.storage.jsonl import lines_of
 
 LINGER = 60.0
 """Seconds from the moment the last result of a file was taken until it is deleted: by then the journal is synced."""
