@@ -1,11 +1,11 @@
 """The gates of the refusal VQA: what a rule can see in a finished sample, and near-duplicate questions of a group."""
 
 from intersafe.checks.messages import fold, is_blank
+from intersafe.checks.refusals import answer_problem, question_problem
 from intersafe.exclusions import excluded_together
 from intersafe.gates.dedup import TextIndex, signature_of
 from intersafe.recipe.gates import DuplicateSettings
 from intersafe.records import Reason, RefusalSample
-from intersafe.templates.refusals import answer_problem, question_problem
 
 _LEAST_DESCRIPTION = 12
 """A description that folds to fewer characters is found in honest questions by chance."""

@@ -7,6 +7,7 @@ asked for again with the problem named. A question outside of its group is asked
 
 from typing import Any, Literal, NamedTuple
 
+from intersafe.checks.refusals import answer_problem, plain_sorry, question_problem
 from intersafe.errors import JobRejected
 from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered
@@ -15,7 +16,6 @@ from intersafe.records import ImageOrigin, Reason, RefusalCheck, RefusalJob
 from intersafe.replies import QuestionAnswer, RefusalAnswer, RefusalCheckAnswer
 from intersafe.stages.judging import concern_of, judged, seed_images
 from intersafe.stages.painting import paint
-from intersafe.templates.refusals import answer_problem, plain_sorry, question_problem
 
 _SAID = {
     "empty_message": "nothing can be seen in it",

@@ -5,26 +5,20 @@ more.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
-from intersafe.checks.messages import fold, image_leak, is_blank
+from intersafe.checks.messages import is_blank
 from intersafe.errors import InputError
-from intersafe.recipe.gates import RuleSettings
-from intersafe.records import Reason
 from intersafe.storage.yaml import read_yaml
 
 TEMPLATES = "refusal/templates.yaml"
 """Where the standardised refusals lie in the prompt folder."""
 LONGEST_TEXT = 1_000
 """Characters of a standardised refusal."""
-LONGEST_QUOTE = 7
-"""Words of the question that an answer may repeat in a row."""
 
-_SORRY = re.compile(r"I['\u2018\u2019\u02bc\u00b4`\uff07]m sorry\b")
-_PLAIN_SORRY = re.compile(r"I'm sorry\b")
 _PROFESSIONAL = re.compile(
     r"\b(?:doctors?|physicians?|clinicians?|nurses?|pharmacists?|dentists?|midwives|midwife|therapists?|psychologists?|"
     r"counsell?ors?|dieti[ct]ians?|vets?|veterinarians?|lawyers?|solicitors?|attorneys?|notary|accountants?|advis[eo]rs?|"
@@ -32,7 +26,6 @@ _PROFESSIONAL = re.compile(
     r"(?:emergency|legal aid|debt advice) (?:services?|lines?|offices?))\b",
     re.IGNORECASE,
 )
-_RULES = RuleSettings()
 
 
 def read_templates(path: Path) -> dict[str, tuple[str, ...]]:
@@ -84,32 +77,3 @@ def _template_problem(entry: yaml.Node) -> tuple[str, str] | None:
     if not _PROFESSIONAL.search(entry.value):
         return "it points to no professional", "name one, such as a doctor, a pharmacist or a financial adviser"
     return None
-
-
-def plain_sorry(answer: str) -> str:
-    """The answer without outer white space, the apostrophe of an opening "I'm sorry" made ASCII."""
-    answer = answer.strip()
-    match = _SORRY.match(answer)
-    return f"I'm sorry{answer[match.end() :]}" if match else answer
-
-
-def question_problem(question: str) -> Reason | None:
-    """What is wrong with a question, whoever wrote it."""
-    if is_blank(question):
-        return Reason("empty_message", "question")
-    return Reason("leaked_image_description") if image_leak(question, _RULES) else None
-
-
-def answer_problem(question: str, answer: str) -> Reason | None:
-    """What is wrong with an analysis of the harm, by rule."""
-    if is_blank(answer):
-        return Reason("empty_message", "answer")
-    if not _PLAIN_SORRY.match(answer):
-        return Reason("no_prefix")
-    return Reason("repeats_question") if _quotes(fold(answer), fold(question).split()) else None
-
-
-def _quotes(answer: str, question: Sequence[str]) -> bool:
-    """True if more than `LONGEST_QUOTE` words of the question stand in the folded answer, in a row."""
-    text, size = f" {answer} ", LONGEST_QUOTE + 1
-    return any(f" {' '.join(question[i : i + size])} " in text for i in range(len(question) - size + 1))
