@@ -10,8 +10,8 @@ from typing import TypeVar
 from PIL import Image
 
 from intersafe.images.store import ImageStore, normalise
-from intersafe.models.base import open_models
 from intersafe.models.cast import Company, JobCast
+from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import (
     Check,

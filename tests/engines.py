@@ -17,7 +17,8 @@ from PIL import Image
 
 from intersafe.errors import IntersafeError
 from intersafe.images.store import ImageStore, normalise
-from intersafe.models.base import Call, ChatModel, Reply, Sampling, open_models
+from intersafe.models.base import Call, ChatModel, Reply, Sampling
+from intersafe.models.open import open_models
 from intersafe.recipe.engine import Engine
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Message

@@ -23,8 +23,9 @@ from PIL import Image
 
 from intersafe.errors import CallFailed, InputError, ServiceGone
 from intersafe.images.store import ImageStore, normalise
-from intersafe.models.base import Call, Reply, Sampling, open_models
+from intersafe.models.base import Call, Reply, Sampling
 from intersafe.models.http.chat import EndpointModel
+from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Message
 from intersafe.replies import MessageAnswer, Schema, schema_of

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from intersafe.errors import CallFailed, InputError, ServiceGone
-from intersafe.models.base import Call, Painted, PaintModel, Sampling, check_cast, open_painter
+from intersafe.models.base import Call, Painted, PaintModel, Sampling
 from intersafe.models.http.images import MAX_BODY, SMALL_PICTURE
+from intersafe.models.open import check_cast, open_painter
 from intersafe.recipe.sections import Cast, Limits, Member, Painter
 from intersafe.records import Message
 from tests.servers.fault_server import RESET, STALL, Answer, FaultServer, Request, Script, error, in_turn, raw

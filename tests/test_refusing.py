@@ -16,8 +16,8 @@ from intersafe.errors import JobEnded, JobRejected
 from intersafe.gates.refusals import DuplicateQuestions, check_refusal
 from intersafe.generation.jobs import refusal_job_count, refusal_jobs, seeds_by_group
 from intersafe.images.store import ImageStore, read_image
-from intersafe.models.base import open_models, open_painter
 from intersafe.models.cast import Company, JobCast
+from intersafe.models.open import open_models, open_painter
 from intersafe.models.scripted.refusal_phrases import DETAIL, GIVES_IN, VAGUE
 from intersafe.recipe.gates import DuplicateSettings
 from intersafe.recipe.sections import Cast, Limits, Member, Painter, Recipe, RefusalGroup, Refusals

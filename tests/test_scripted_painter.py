@@ -13,7 +13,8 @@ import pytest
 
 from intersafe.errors import InputError
 from intersafe.images.store import dhash, distance, normalise
-from intersafe.models.base import Painted, open_painter
+from intersafe.models.base import Painted
+from intersafe.models.open import open_painter
 from intersafe.models.scripted.painter import PROFILES, STOCK, draw
 from intersafe.recipe.sections import Limits, Painter
 from tests.test_painter import call

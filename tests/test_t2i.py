@@ -12,7 +12,8 @@ import pytest
 
 from intersafe.errors import CallFailed, InputError
 from intersafe.images.store import normalise
-from intersafe.models.base import Call, Painted, Sampling, open_painter
+from intersafe.models.base import Call, Painted, Sampling
+from intersafe.models.open import open_painter
 from intersafe.recipe.sections import Limits, Painter
 from intersafe.records import Message
 

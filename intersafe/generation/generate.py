@@ -27,9 +27,9 @@ from intersafe.generation.shortfall import how_far, losses, refusals_to_change, 
 from intersafe.generation.workers.driver import Farm
 from intersafe.generation.workers.ray_cluster import Cluster, check_recipe, joined
 from intersafe.images.store import ImageStore
-from intersafe.models.base import clear_batches, open_models, open_painter
 from intersafe.models.cast import Company
 from intersafe.models.http.waits import LOOK as WAITS_LOOK
+from intersafe.models.open import clear_batches, open_models, open_painter
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue, Ended
 from intersafe.run.budget import Budget, check_prices, prices_of

@@ -13,7 +13,7 @@ import msgspec
 from intersafe.errors import InputError
 from intersafe.generation.jobs import seeds_by_group
 from intersafe.images.store import ImageStore, read_image
-from intersafe.models.base import check_cast
+from intersafe.models.open import check_cast
 from intersafe.recipe.sections import Member, Model, Painter, Recipe
 from intersafe.records import Job, Provenance, RefusalJob, Seed, to_row
 from intersafe.run.directory import Manifest, Run, differences

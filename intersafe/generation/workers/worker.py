@@ -21,8 +21,9 @@ from msgspec import structs
 from intersafe.errors import BudgetReached, InputError, IntersafeError, JobEnded, ServiceGone, StorageError
 from intersafe.generation.kinds import Stages
 from intersafe.images.store import ImageStore
-from intersafe.models.base import ChatModel, PaintModel, check_cast, open_models, open_painter
+from intersafe.models.base import ChatModel, PaintModel
 from intersafe.models.cast import Company
+from intersafe.models.open import check_cast, open_models, open_painter
 from intersafe.recipe.sections import Model, Recipe
 from intersafe.records import Dialogue, Job, RefusalJob, RefusalSample
 from intersafe.run.budget import Budget, prices_of

@@ -1,0 +1,173 @@
+"""How the members of a cast become models: which backend answers for which spec, and what it needs to start."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msgspec import structs
+
+from intersafe.errors import InputError
+from intersafe.images.store import ImageStore
+from intersafe.recipe.engine import Engine
+from intersafe.recipe.sections import Cast, Limits, Member, Painter
+
+if TYPE_CHECKING:
+    from intersafe.models.batch.lane import Lanes
+from intersafe.models.base import ChatModel, PaintModel
+
+
+def open_models(
+    cast: Cast,
+    limits: Limits,
+    images: ImageStore,
+    say: Callable[[str], None],
+    folder: Path | None = None,
+    waiting: dict[str, str] | None = None,
+    may_send: Callable[[], None] | None = None,
+    engine_of: Callable[[str], Engine] = lambda _: Engine(),
+) -> dict[str, ChatModel]:
+    """One model for each member of the cast; members with the same settings share one. Needs a running event loop.
+
+    `folder` keeps the batches of members with `batch: true`; no other process may use it. `waiting` holds why a service
+    is away for as long as it is. `may_send` raises `BudgetReached` from the moment on when no call may be sent.
+    `engine_of` is how a model is put up that runs in this process (`Recipe.engine`).
+    """
+    shared: dict[str, ChatModel] = {}
+    members = list(cast.members.values())
+    if lanes := _lanes(cast, limits, say, folder, waiting, may_send):
+        for member in members:
+            if member.batch:
+                shared.setdefault(_same(member), lanes.open(member, images))
+        lanes.begin()
+    if any(member.in_process for member in members):  # last: they begin to load
+        from intersafe.models.local.open import open_engines
+
+        shared |= open_engines(members, _same, images, {} if waiting is None else waiting, may_send, engine_of)
+    return {
+        role: _open(_within_limits_of_all(member, members), limits, images, say, shared, waiting, may_send)
+        for role, member in cast.members.items()
+    }
+
+
+def _lanes(
+    cast: Cast,
+    limits: Limits,
+    say: Callable[[str], None],
+    folder: Path | None,
+    waiting: dict[str, str] | None,
+    may_send: Callable[[], None] | None,
+) -> "Lanes | None":
+    """The lanes of the members with `batch: true`; also there where an earlier process left batches in the folder."""
+    wanted = any(member.batch for member in cast.members.values())
+    if folder is None and wanted:
+        raise InputError("`batch: true` needs a run directory to keep its batches in", remedy="drop it here")
+    if folder is None or not (wanted or folder.exists()):
+        return None
+    from intersafe.models.batch.lane import Lanes
+
+    return Lanes(folder, limits, say, waiting, may_send)
+
+
+def clear_batches(folder: Path) -> None:
+    """Deletes the results of batches once all jobs of the run are decided; what is under way at a provider is kept."""
+    if folder.exists():
+        from intersafe.models.batch.files import clear
+
+        clear(folder)
+
+
+def _within_limits_of_all(member: Member, members: list[Member]) -> Member:
+    """The member with the lowest `concurrency`, `rpm` and `tpm` of those that share its model."""
+    same = [other for other in members if _same(other) == _same(member)]
+    return structs.replace(
+        member,
+        concurrency=min(other.concurrency for other in same),
+        rpm=min((other.rpm for other in same if other.rpm), default=None),
+        tpm=min((other.tpm for other in same if other.tpm), default=None),
+    )
+
+
+def _same(member: Member) -> str:
+    """Equal for members that can share one model."""
+    apart = (member.revision, member.key, member.json_schema, member.send_images, member.batch, member.extra)
+    return f"{member.model} {apart}"
+
+
+def _open(
+    member: Member,
+    limits: Limits,
+    images: ImageStore,
+    say: Callable[[str], None],
+    shared: dict[str, ChatModel],
+    waiting: dict[str, str] | None,
+    may_send: Callable[[], None] | None,
+) -> ChatModel:
+    backend = member.spec.backend
+    same = _same(member)
+    if same not in shared:
+        if backend == "scripted":
+            from intersafe.models.scripted.chat import ScriptedModel
+
+            shared[same] = ScriptedModel(member.spec.model)
+        else:
+            from intersafe.models.http.chat import EndpointModel
+
+            shared[same] = EndpointModel(member, limits, images, say, waiting, may_send)
+    return shared[same]
+
+
+def open_painter(
+    painter: Painter,
+    limits: Limits,
+    say: Callable[[str], None],
+    waiting: dict[str, str] | None = None,
+    may_send: Callable[[], None] | None = None,
+) -> PaintModel:
+    """The painter of a cast; `say` is told when its service goes away or comes back. Needs a running event loop."""
+    backend, name, _ = painter.spec
+    if backend == "scripted":
+        from intersafe.models.scripted.painter import ScriptedPainter
+
+        return ScriptedPainter(name, painter.size)
+    if backend == "diffusers":
+        from intersafe.models.local.diffusers import DiffusersPainter
+
+        return DiffusersPainter(painter)
+    from intersafe.models.http.images import ImagesEndpoint
+
+    return ImagesEndpoint(painter, limits, say, waiting, may_send)
+
+
+def check_cast(cast: Cast, engine_of: Callable[[str], Engine] = lambda _: Engine()) -> None:
+    """`InputError` for a key variable not set, an unknown scripted name, a library or weights that are not there.
+
+    Contacts nobody and loads nothing.
+    """
+    for role, member in cast.models.items():
+        if member.key and not os.environ.get(member.key):
+            raise InputError(
+                f"cast.{role}: the environment variable {member.key} is not set", remedy=f"export {member.key}=..."
+            )
+        key = os.environ.get(member.key, "")
+        if member.key and not (key.strip() and key.strip().isprintable()):
+            raise InputError(
+                f"cast.{role}: the environment variable {member.key} holds no key (blank, or more than one line)",
+                remedy=f"export {member.key}=...",
+            )
+        if member.spec.backend == "diffusers":
+            from intersafe.models.local.diffusers import check_diffusers
+
+            check_diffusers()
+        elif isinstance(member, Member) and member.in_process:
+            from intersafe.models.local.open import check_engine
+
+            check_engine(role, member, engine_of(member.spec.model))
+        elif member.spec.backend == "scripted" and role == "painter":
+            from intersafe.models.scripted.painter import check_painter_name
+
+            check_painter_name(member.spec.model)
+        elif member.spec.backend == "scripted":
+            from intersafe.models.scripted.chat import check_name
+
+            check_name(member.spec.model)
