@@ -4,7 +4,8 @@ Every value goes to plain JSON types with `to_row` and comes back with `from_row
 `<sha256>.<ext>`; its bytes live in the image store. `ROW_VERSION` is written with every row and checked on reading.
 """
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -326,3 +327,26 @@ class _Version(msgspec.Struct):
 def _check_version(version: object) -> None:
     if version != ROW_VERSION:
         raise ValueError(f"row version {version!r}, this intersafe reads {ROW_VERSION}")
+
+
+def said_in(turns: Sequence[Turn]) -> list[str]:
+    """Every text of a talk, and what its pictures were painted from."""
+    return [
+        text
+        for turn in turns
+        for text in (*(o.description for o in turn.origins if o.description), turn.user.text, turn.reply.text)
+    ]
+
+
+def origins_of(turns: Sequence[Turn]) -> list[ImageOrigin]:
+    """Where the images of a talk come from, in its order."""
+    return [origin for turn in turns for origin in turn.origins]
+
+
+def images_of(turns: Sequence[Turn]) -> tuple[str, ...]:
+    """References of the images of a talk, in its order."""
+    return tuple(image for turn in turns for image in turn.user.images)
+
+
+IMAGE_MARK = re.compile(r"\[image \d+\]", re.IGNORECASE)
+"""How a transcript shows an image: nobody in the talk sees it, so nobody may say it."""

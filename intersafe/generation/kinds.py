@@ -19,11 +19,11 @@ from intersafe.generation.scheduler import AnyJob, Outcome
 from intersafe.models.cast import Company, JobCast
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import Recipe, Refusals
-from intersafe.records import Check, Dialogue, Job, Provenance, Reason, RefusalJob, RefusalSample, Turn
+from intersafe.records import Check, Dialogue, Job, Provenance, Reason, RefusalJob, RefusalSample, Turn, said_in
 from intersafe.run.budget import Budget
 from intersafe.run.directory import Manifest
 from intersafe.stages.cleaning import clean
-from intersafe.stages.conversing import converse, said_in
+from intersafe.stages.conversing import converse
 from intersafe.stages.judging import check_dialogue
 from intersafe.stages.planning import make_plan
 from intersafe.stages.refusing import refuse

@@ -16,9 +16,22 @@ from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import ConverseSettings
-from intersafe.records import ImageOrigin, Job, Message, Plan, PrunedTurn, Reason, Turn, transcript
+from intersafe.records import (
+    ImageOrigin,
+    Job,
+    Message,
+    Plan,
+    PrunedTurn,
+    Reason,
+    Turn,
+    images_of,
+    origins_of,
+    said_in,
+    transcript,
+)
 from intersafe.replies import MessageAnswer
-from intersafe.stages.judging import concern_of, judge_turn, seed_images
+from intersafe.stages.conversation import concern_of, seed_images
+from intersafe.stages.judging import judge_turn
 from intersafe.stages.painting import paint
 
 
@@ -163,22 +176,3 @@ async def _images_of(asking: Asking) -> tuple[ImageOrigin, ...]:
         said=asking.said,
     )
     return (*shown, painted)
-
-
-def said_in(turns: Sequence[Turn]) -> list[str]:
-    """Every text of a talk, and what its pictures were painted from."""
-    return [
-        text
-        for turn in turns
-        for text in (*(o.description for o in turn.origins if o.description), turn.user.text, turn.reply.text)
-    ]
-
-
-def origins_of(turns: Sequence[Turn]) -> list[ImageOrigin]:
-    """Where the images of a talk come from, in its order."""
-    return [origin for turn in turns for origin in turn.origins]
-
-
-def images_of(turns: Sequence[Turn]) -> tuple[str, ...]:
-    """References of the images of a talk, in its order."""
-    return tuple(image for turn in turns for image in turn.user.images)

@@ -9,25 +9,10 @@ from typing import Any
 
 from intersafe.errors import JobRejected
 from intersafe.models.cast import JobCast, Unanswered
-from intersafe.records import Check, Job, Message, RefusalJob, StepScore, Turn, Verdict, transcript
+from intersafe.records import Check, Job, Message, StepScore, Turn, Verdict, transcript
 from intersafe.replies import A, CheckAnswer, SameAnswer, StepScoreAnswer, VerdictAnswer
+from intersafe.stages.conversation import concern_of, seed_images
 from intersafe.taxonomy import BY_NAME
-
-
-def concern_of(job: Job | RefusalJob) -> dict[str, Any]:
-    """What every prompt about the job's seed is offered."""
-    category = BY_NAME[job.seed.category]
-    return {
-        "category": category.name,
-        "concern": category.concern,
-        "query": job.seed.query,
-        "has_image": job.seed.image is not None,
-    }
-
-
-def seed_images(job: Job | RefusalJob) -> tuple[str, ...]:
-    """References of the seed's images: none or one."""
-    return (job.seed.image,) if job.seed.image else ()
 
 
 async def score_step(job: Job, cast: JobCast, step: str, tries: int) -> StepScore:

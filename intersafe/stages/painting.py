@@ -12,7 +12,7 @@ from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered, Unpainted
 from intersafe.records import ImageOrigin, Job, RefusalJob
 from intersafe.replies import DescriptionAnswer
-from intersafe.stages.judging import concern_of
+from intersafe.stages.conversation import concern_of
 
 
 async def paint(

@@ -11,7 +11,8 @@ from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.sections import PlanSettings
 from intersafe.records import Job, Plan, Step, StepScore
 from intersafe.replies import PicturePlanAnswer, PlanAnswer, StepAnswer
-from intersafe.stages.judging import concern_of, score_step, seed_images
+from intersafe.stages.conversation import concern_of, seed_images
+from intersafe.stages.judging import score_step
 
 
 async def make_plan(job: Job, cast: JobCast, settings: PlanSettings) -> Plan:

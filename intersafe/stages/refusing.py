@@ -14,7 +14,8 @@ from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.sections import RefusalGroup, Refusals
 from intersafe.records import ImageOrigin, Reason, RefusalCheck, RefusalJob
 from intersafe.replies import QuestionAnswer, RefusalAnswer, RefusalCheckAnswer
-from intersafe.stages.judging import concern_of, judged, seed_images
+from intersafe.stages.conversation import concern_of, seed_images
+from intersafe.stages.judging import judged
 from intersafe.stages.painting import paint
 
 _SAID = {

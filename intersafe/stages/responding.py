@@ -5,7 +5,6 @@ no verdict, not the victim's reply to this message. An answer that the judge tur
 judge's reason; after an unsafe turn of the victim the answer is a safe recovery.
 """
 
-import re
 from collections.abc import Sequence
 
 from msgspec import structs
@@ -16,14 +15,12 @@ from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import RespondSettings
-from intersafe.records import Aligned, Job, Message, Reason, Turn, Verdict, transcript
+from intersafe.records import IMAGE_MARK, Aligned, Job, Message, Reason, Turn, Verdict, images_of, said_in, transcript
 from intersafe.replies import AlignedAnswer, AlignedVerdictAnswer
-from intersafe.stages.conversing import images_of, said_in
-from intersafe.stages.judging import concern_of, judged
+from intersafe.stages.conversation import concern_of
+from intersafe.stages.judging import judged
 from intersafe.taxonomy import BY_NAME
 
-IMAGE_MARK = re.compile(r"\[image \d+\]", re.IGNORECASE)
-"""How a transcript shows an image: nobody in the talk sees it, so nobody may say it."""
 _SAME = RuleSettings()
 """How near two answers are the same; not the recipe's, since it may switch the rules off."""
 

@@ -13,11 +13,24 @@ from intersafe.exclusions import excluded_together
 from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import ConverseSettings
-from intersafe.records import Check, Dialogue, Job, Message, Plan, Reason, Step, StepScore, Turn, transcript
+from intersafe.records import (
+    IMAGE_MARK,
+    Check,
+    Dialogue,
+    Job,
+    Message,
+    Plan,
+    Reason,
+    Step,
+    StepScore,
+    Turn,
+    origins_of,
+    transcript,
+)
 from intersafe.replies import TwinAnswer
-from intersafe.stages.conversing import origins_of, take_turn
-from intersafe.stages.judging import concern_of, judge_dialogue
-from intersafe.stages.responding import IMAGE_MARK
+from intersafe.stages.conversation import concern_of
+from intersafe.stages.conversing import take_turn
+from intersafe.stages.judging import judge_dialogue
 
 UNSCORED = StepScore(0, 0, 0, "not scored: the user's side of a benign twin is written as a whole")
 
