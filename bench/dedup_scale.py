@@ -34,7 +34,8 @@ from intersafe.generation.prepare import values_of
 from intersafe.recipe.gates import DuplicateSettings
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue
-from intersafe.run.directory import Funnel, Run
+from intersafe.run.directory import Run
+from intersafe.run.funnel import Funnel
 from intersafe.run.outcomes import outcome_row
 from intersafe.storage.jsonl import lines_of
 

@@ -22,7 +22,8 @@ from intersafe.generation.scheduler import Display, Progress
 from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Limits, Price, Recipe
 from intersafe.run.budget import Budget, Spent, limits_of, prices_of
-from intersafe.run.directory import Funnel, Run
+from intersafe.run.directory import Run
+from intersafe.run.funnel import Funnel
 from intersafe.run.journal import Journal, RoleTally
 from intersafe.storage.bundled import bundled
 from intersafe.storage.jsonl import GroupWriter

@@ -40,8 +40,10 @@ from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_
 from intersafe.report.figures import Stats
 from intersafe.report.stats import stats_of
 from intersafe.report.table import sections
-from intersafe.run.directory import Funnel, Manifest, Run, Summary
+from intersafe.run.directory import Run
+from intersafe.run.funnel import Funnel, Summary
 from intersafe.run.journal import Entry
+from intersafe.run.manifest import Manifest
 from intersafe.run.outcomes import outcome_row
 from tests.makers import cli, refusal
 from tests.servers.fault_server import Answer, FaultServer, Request, error, raw, reply

@@ -11,7 +11,7 @@ from intersafe.cli.live import LivePanel, PlainLines
 from intersafe.engines.metrics import Figures, Sample, parse_metrics
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.scheduler import Display, Progress
-from intersafe.run.directory import Funnel
+from intersafe.run.funnel import Funnel
 from intersafe.run.journal import Journal
 from intersafe.storage.jsonl import GroupWriter
 from tests.makers import cli, demo

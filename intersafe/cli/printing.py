@@ -12,7 +12,8 @@ from intersafe.generation.rehearse import calls_of
 from intersafe.images.store import ImageStore
 from intersafe.recipe.sections import Price
 from intersafe.records import Dialogue, ImageOrigin, RefusalSample
-from intersafe.run.directory import Funnel, Run
+from intersafe.run.directory import Run
+from intersafe.run.funnel import Funnel
 from intersafe.run.journal import RoleTally
 from intersafe.wording import clock, counted, dollars, plain
 

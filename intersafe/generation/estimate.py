@@ -23,8 +23,9 @@ from intersafe.generation.shortfall import losses
 from intersafe.recipe.sections import Cast, Member, Price, Recipe, TwinSettings
 from intersafe.records import Ended, Job, Seed
 from intersafe.run.budget import prices_of
-from intersafe.run.directory import Run, differences, run_path
+from intersafe.run.directory import Run, run_path
 from intersafe.run.journal import RoleTally, entries_of, tally
+from intersafe.run.manifest import differences
 from intersafe.run.outcomes import LINES
 
 REFUSALS = 3

@@ -33,9 +33,11 @@ from intersafe.models.open import clear_batches, open_models, open_painter
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue, Ended
 from intersafe.run.budget import Budget, check_prices, prices_of
-from intersafe.run.directory import Funnel, Run, Summary, differences, run_path
+from intersafe.run.directory import Run, run_path
+from intersafe.run.funnel import Funnel, Summary
 from intersafe.run.journal import Journal, ReuseIndex
 from intersafe.run.lock import Lease, lock
+from intersafe.run.manifest import differences
 from intersafe.run.outcomes import LINES, align_outcomes
 from intersafe.storage.files import write_whole
 from intersafe.storage.jsonl import GroupWriter

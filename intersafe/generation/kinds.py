@@ -21,7 +21,7 @@ from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import Recipe, Refusals
 from intersafe.records import Check, Dialogue, Job, Provenance, Reason, RefusalJob, RefusalSample, Turn, said_in
 from intersafe.run.budget import Budget
-from intersafe.run.directory import Manifest
+from intersafe.run.manifest import Manifest
 from intersafe.stages.cleaning import clean
 from intersafe.stages.conversing import converse
 from intersafe.stages.judging import check_dialogue

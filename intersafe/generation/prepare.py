@@ -16,7 +16,8 @@ from intersafe.images.store import ImageStore, read_image
 from intersafe.models.open import check_cast
 from intersafe.recipe.sections import Member, Model, Painter, Recipe
 from intersafe.records import Job, Provenance, RefusalJob, Seed, to_row
-from intersafe.run.directory import Manifest, Run, differences
+from intersafe.run.directory import Run
+from intersafe.run.manifest import Manifest, differences
 from intersafe.seeds.load import Seeds, load_seeds
 from intersafe.storage.files import write_whole
 from intersafe.taxonomy import BY_NAME

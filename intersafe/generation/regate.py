@@ -26,9 +26,11 @@ from intersafe.models.cast import JobCast
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue, Ended, Job, Reason, RefusalJob, RefusalSample
-from intersafe.run.directory import Funnel, Manifest, Run, differences, run_path
+from intersafe.run.directory import Run, run_path
+from intersafe.run.funnel import Funnel
 from intersafe.run.journal import Entry
 from intersafe.run.lock import unwritten
+from intersafe.run.manifest import Manifest, differences
 from intersafe.run.outcomes import outcome_row
 from intersafe.seeds.load import load_seeds
 from intersafe.storage.files import write_whole

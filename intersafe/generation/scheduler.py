@@ -16,7 +16,7 @@ from intersafe.errors import BudgetReached, IntersafeError, JobEnded, ServiceGon
 from intersafe.models.http.faults import hint_for
 from intersafe.records import Dialogue, Ended, Job, Reason, RefusalJob, RefusalSample
 from intersafe.run.budget import Budget
-from intersafe.run.directory import Funnel
+from intersafe.run.funnel import Funnel
 from intersafe.run.journal import Journal
 from intersafe.run.outcomes import outcome_row
 from intersafe.storage.jsonl import GroupWriter

@@ -20,12 +20,13 @@ from typing import Any
 
 import msgspec
 
-from intersafe.engines.metrics import Figures
 from intersafe.errors import InputError
 from intersafe.recipe.sections import Price, Recipe, digest_of
 from intersafe.records import Dialogue, Ended, RefusalSample, Seed, row_decoder
 from intersafe.run.budget import prices_of
+from intersafe.run.funnel import Funnel, Summary
 from intersafe.run.journal import Entry, RoleTally, entries_of, tally
+from intersafe.run.manifest import Manifest
 from intersafe.run.outcomes import LINES, count_sound, files_of
 from intersafe.storage.jsonl import lines_of
 
@@ -35,122 +36,11 @@ _BARE = re.compile(r"^[A-Za-z0-9._-]+$")
 _State = tuple[tuple[int, int] | None, ...]
 
 
-class Manifest(msgspec.Struct, frozen=True):
-    """What a run was made from (`recipe.json`)."""
-
-    name: str
-    recipe: dict[str, Any]
-    """The part of the recipe that decides the outcome."""
-    resolved: dict[str, Any]
-    """The whole recipe as it was first run, with names of key variables and never a key."""
-    digest: str
-    prompts: dict[str, str]
-    """File name to sha256."""
-    seeds: str
-    excluded: tuple[str, ...]
-    """Ids of the seeds that were refused at the door."""
-    versions: dict[str, str]
-    v: int = 1
-
-
-class Funnel(msgspec.Struct):
-    """How many jobs of a line were kept, and where the others ended."""
-
-    jobs: int = 0
-    accepted: int = 0
-    ended: dict[str, int] = {}
-    """`kind stage reason` to count, for example `rejected gates near_duplicate`."""
-    categories: dict[str, int] = {}
-    turns: dict[int, int] = {}
-    groups: dict[str, int] = {}
-    """Refusal samples by group."""
-    images: int = 0
-    painted: int = 0
-    """Of the images those that the painter drew."""
-    unsafe: int = 0
-    """Dialogues with an unsafe turn."""
-    verdicts: dict[str, int] = {}
-    """Turns by safety, and by refusal kind where the victim refused."""
-
-    def count(self, outcome: Dialogue | RefusalSample | Ended) -> None:
-        """Counts one decided job."""
-        self.jobs += 1
-        if isinstance(outcome, Ended):
-            place = f"{outcome.kind} {outcome.stage} {outcome.reason}"
-            self.ended[place] = self.ended.get(place, 0) + 1
-            return
-        self.accepted += 1
-        self.images += len(outcome.images)
-        if isinstance(outcome, RefusalSample):
-            self.painted += sum(origin.source == "painted" for origin in outcome.origins)
-            self.groups[outcome.group] = self.groups.get(outcome.group, 0) + 1
-            return
-        self.painted += sum(origin.source == "painted" for turn in outcome.turns for origin in turn.origins)
-        self.unsafe += outcome.first_unsafe_turn is not None
-        for turn in outcome.turns:
-            verdict = turn.verdict
-            for word in (verdict.safety, *((f"refusal {verdict.refusal}",) if verdict.refusal != "none" else ())):
-                self.verdicts[word] = self.verdicts.get(word, 0) + 1
-        category, turns = outcome.seed.category, len(outcome.turns)
-        self.categories[category] = self.categories.get(category, 0) + 1
-        self.turns[turns] = self.turns.get(turns, 0) + 1
-
-    @property
-    def mean_turns(self) -> float:
-        """Turns a dialogue."""
-        return sum(n * count for n, count in self.turns.items()) / self.accepted if self.accepted else 0.0
-
-
-class Summary(msgspec.Struct):
-    """`summary.json`."""
-
-    n: int
-    complete: bool
-    """True if all lines have what was asked for; False if the jobs were used up before."""
-    funnel: Funnel
-    refusals: Funnel
-    twins: Funnel
-    short: tuple[str, ...]
-    """The cells that stayed below their quota, in words, with what was lost there."""
-    roles: dict[str, RoleTally]
-    excluded_seeds: int
-    scripted: bool
-    v: int = 1
-    prices: dict[str, Price] = {}
-    """By role, as they were charged; a role without one has no cost."""
-    engines: dict[str, Figures] = {}
-    """What vLLM's engines said about themselves during the command that completed the run."""
-
-
 def run_path(run: str | Path) -> Path:
     """A bare name lives in `outputs/`; anything with a slash is a path. `InputError` for an empty text."""
     if run == "":
         raise InputError("a run without a name", remedy="give its name or its path")
     return RUNS / run if isinstance(run, str) and _BARE.match(run) and run not in (".", "..") else Path(run)
-
-
-def differences(old: Manifest, new: Manifest) -> list[str]:
-    """What changed between two manifests, in words: keys of the recipe, prompt files, seeds."""
-    before, after = dict(_leaves(old.recipe)), dict(_leaves(new.recipe))
-    changed = [
-        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
-        for key in sorted(before | after)
-        if before.get(key, "absent") != after.get(key, "absent")
-    ]
-    changed += [
-        f"prompts/{name}"
-        for name in sorted(old.prompts | new.prompts)
-        if old.prompts.get(name) != new.prompts.get(name)
-    ]
-    return changed + ([] if old.seeds == new.seeds else ["seeds"])
-
-
-def _leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{where}.{key}" if where else str(key))
-    else:
-        yield where, value if not isinstance(value, tuple) else list(value)
 
 
 class _Origin(msgspec.Struct):

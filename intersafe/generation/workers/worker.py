@@ -27,8 +27,8 @@ from intersafe.models.open import check_cast, open_models, open_painter
 from intersafe.recipe.sections import Model, Recipe
 from intersafe.records import Dialogue, Job, RefusalJob, RefusalSample
 from intersafe.run.budget import Budget, prices_of
-from intersafe.run.directory import Manifest
 from intersafe.run.journal import Entry, Journal, ReuseIndex, RoleTally
+from intersafe.run.manifest import Manifest
 from intersafe.storage.jsonl import GroupWriter
 from intersafe.templates.load import load_prompts, needed_by
 
