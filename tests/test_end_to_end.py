@@ -21,7 +21,7 @@ from intersafe.recipe.gates import Gates
 from intersafe.recipe.sections import Recipe, Turns
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run
-from intersafe.seeds.load import import_figstep
+from intersafe.seeds.figstep import import_figstep
 from tests.makers import SHARED, cli, demo
 from tests.servers import running_vlm
 from tests.servers.fault_server import Request

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from intersafe.images.store import read_image
-from intersafe.seeds.load import import_figstep, load_seeds
+from intersafe.seeds.figstep import import_figstep
+from intersafe.seeds.load import load_seeds
 from tests.makers import refusal
 
 FIGSTEP = Path(__file__).parents[2] / "shared/data/figstep-tiny"

@@ -68,7 +68,7 @@ def seeds_import() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("seeds/figstep"), show_default=True)
 def import_figstep(path: Path, out: Path) -> None:
     """FigStep (SafeBench or SafeBench-Tiny): the CSV and the images beside it."""
-    from intersafe.seeds.load import import_figstep as figstep
+    from intersafe.seeds.figstep import import_figstep as figstep
 
     done = figstep(path, out)
     images = f"{done.with_images} with an image" + (f", {done.missing_images} missing" if done.missing_images else "")
