@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the server is th
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.jobs import jobs
 from intersafe.generation.prepare import prepare
-from intersafe.generation.scheduler import WINDOW, Display
+from intersafe.generation.progress import Display
+from intersafe.generation.scheduler import WINDOW
 from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run

@@ -21,7 +21,7 @@ import msgspec
 from intersafe.gates.chain import Chain
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.prepare import values_of
-from intersafe.generation.scheduler import Display, Progress
+from intersafe.generation.progress import Display, Progress
 from intersafe.generation.workers.ray_cluster import Cluster
 from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Recipe

@@ -18,7 +18,7 @@ from msgspec import structs
 
 from intersafe.errors import BudgetReached, ServiceGone
 from intersafe.generation.generate import generate_dialogues
-from intersafe.generation.scheduler import Display, Progress
+from intersafe.generation.progress import Display, Progress
 from intersafe.models.batch import api, lane
 from intersafe.recipe.load import load_recipe, override
 from intersafe.recipe.sections import Limits, Member, Recipe, Turns

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from intersafe.generation.generate import generate_dialogues
-from intersafe.generation.rehearse import calls_of
+from intersafe.generation.replay import calls_of
 from intersafe.recipe.gates import Gates
 from intersafe.recipe.sections import Recipe, Turns
 from intersafe.records import Dialogue

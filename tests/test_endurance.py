@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from intersafe.generation.generate import generate_dialogues
-from intersafe.generation.scheduler import WINDOW, Display, Progress
+from intersafe.generation.progress import Display, Progress
+from intersafe.generation.scheduler import WINDOW
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
 from tests.makers import REPOSITORY, cli, demo, digest, journal_keys, rows, started

@@ -9,7 +9,7 @@ from aiohttp import web
 from intersafe.cli.live import line_of
 from intersafe.errors import ServiceGone
 from intersafe.generation.generate import generate_dialogues
-from intersafe.generation.scheduler import Display, Progress
+from intersafe.generation.progress import Display, Progress
 from tests.makers import demo
 from tests.servers.scripted_server import Body, scripted_server
 

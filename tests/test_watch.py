@@ -10,7 +10,7 @@ import pytest
 from intersafe.cli.live import LivePanel, PlainLines
 from intersafe.engines.metrics import Figures, Sample, parse_metrics
 from intersafe.generation.generate import generate_dialogues
-from intersafe.generation.scheduler import Display, Progress
+from intersafe.generation.progress import Display, Progress
 from intersafe.run.funnel import Funnel
 from intersafe.run.journal import Journal
 from intersafe.storage.jsonl import GroupWriter

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from intersafe.engines.metrics import Figures
-from intersafe.generation.scheduler import Display, Progress
+from intersafe.generation.progress import Display, Progress
 from intersafe.recipe.sections import Limits
 from intersafe.wording import clock, counted, dollars
 

@@ -8,7 +8,7 @@ import click
 from intersafe.engines.metrics import words_of
 from intersafe.errors import InputError
 from intersafe.generation.estimate import Amount, Estimate
-from intersafe.generation.rehearse import calls_of
+from intersafe.generation.replay import calls_of
 from intersafe.images.store import ImageStore
 from intersafe.recipe.sections import Price
 from intersafe.records import Dialogue, ImageOrigin, RefusalSample

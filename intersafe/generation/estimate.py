@@ -18,7 +18,8 @@ from intersafe.errors import InputError, SeedsExhausted
 from intersafe.generation.generate import BESIDE, generate_dialogues
 from intersafe.generation.jobs import job_count, jobs
 from intersafe.generation.prepare import prepare
-from intersafe.generation.scheduler import Display, is_full
+from intersafe.generation.progress import Display
+from intersafe.generation.scheduler import is_full
 from intersafe.generation.shortfall import losses
 from intersafe.recipe.sections import Cast, Member, Price, Recipe, TwinSettings
 from intersafe.records import Ended, Job, Seed

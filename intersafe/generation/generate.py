@@ -18,11 +18,13 @@ import msgspec
 from intersafe.engines.log import stderr_to
 from intersafe.errors import BudgetReached, InputError, SeedsExhausted, StorageError
 from intersafe.gates.chain import Chain
+from intersafe.generation.grow import Grower, Stages
 from intersafe.generation.jobs import job_count, jobs, refusal_job_count, refusal_jobs
-from intersafe.generation.kinds import Dialogues, Grower, RefusalLine, Stages, Twins
+from intersafe.generation.kinds import Dialogues, RefusalLine, Twins
 from intersafe.generation.monitor import Watch
 from intersafe.generation.prepare import Prepared, check_same, open_directory, prepare
-from intersafe.generation.scheduler import Conductor, Display, Drought, Line, Progress
+from intersafe.generation.progress import Display, Progress
+from intersafe.generation.scheduler import Conductor, Drought, Line
 from intersafe.generation.shortfall import how_far, losses, refusals_to_change, short_cells, what_to_change
 from intersafe.generation.workers.driver import Farm
 from intersafe.generation.workers.ray_cluster import Cluster, check_recipe, joined

@@ -18,10 +18,11 @@ from msgspec import structs
 
 from intersafe.errors import InputError, JobEnded
 from intersafe.gates.chain import Chain
+from intersafe.generation.grow import Stages, grow_dialogue, grow_refusal
 from intersafe.generation.jobs import jobs, refusal_jobs, seeds_by_group
-from intersafe.generation.kinds import RefusalLine, Stages, check_twin, grow_dialogue, grow_refusal
+from intersafe.generation.kinds import RefusalLine, check_twin
 from intersafe.generation.prepare import provenance_of, values_of
-from intersafe.generation.rehearse import NOT_PAID, Replay
+from intersafe.generation.replay import NOT_PAID, Replay
 from intersafe.models.cast import JobCast
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import Recipe

@@ -7,17 +7,14 @@ models the outcome files are the same bytes for any concurrency and any number o
 
 import asyncio
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from intersafe.engines.metrics import Figures
 from intersafe.errors import BudgetReached, IntersafeError, JobEnded, ServiceGone
 from intersafe.models.http.faults import hint_for
 from intersafe.records import Dialogue, Ended, Job, Reason, RefusalJob, RefusalSample
-from intersafe.run.budget import Budget
 from intersafe.run.funnel import Funnel
-from intersafe.run.journal import Journal
 from intersafe.run.outcomes import outcome_row
 from intersafe.storage.jsonl import GroupWriter
 
@@ -69,46 +66,6 @@ class Line(Protocol):
     def add(self, outcome: Outcome) -> None:
         """Told of every outcome that was kept, in job order."""
         ...
-
-
-@dataclass
-class Progress:
-    """How far a run is; the same object all along, for a display to look at."""
-
-    n: int
-    jobs: int
-    """How many there are in all."""
-    funnel: Funnel
-    journal: Journal
-    in_flight: dict[str, int]
-    before: int = 0
-    """Dialogues that were there when this process began."""
-    beside: dict[str, tuple[Funnel, int]] = field(default_factory=dict)
-    """The other lines: what they have kept and how much they want."""
-    budget: Budget | None = None
-    waiting: Mapping[str, str] = field(default_factory=dict)
-    """The services that are away right now, each with what it said last; there as long as the outage lasts."""
-    engines: Mapping[str, Figures] = field(default_factory=dict)
-    """vLLM's engines, in this process and behind URLs, with what they say about themselves."""
-
-
-class Display:
-    """Shows how a run goes; this one shows nothing."""
-
-    interval = 60.0
-    """Seconds between two looks."""
-
-    def begin(self, progress: Progress) -> None:
-        """The run begins, or goes on."""
-
-    def look(self) -> None:
-        """Time to show how far it is."""
-
-    def say(self, text: str) -> None:
-        """Something that the user should know now."""
-
-    def end(self) -> None:
-        """Nothing more comes."""
 
 
 @dataclass

@@ -11,7 +11,8 @@ from intersafe.gates.chain import Chain
 from intersafe.gates.quota import value_of
 from intersafe.generation.jobs import jobs
 from intersafe.generation.prepare import Prepared
-from intersafe.generation.scheduler import Conductor, Progress
+from intersafe.generation.progress import Progress
+from intersafe.generation.scheduler import Conductor
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Ended
 from intersafe.run.directory import Run

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import structs
 
 from intersafe.errors import BudgetReached, InputError, IntersafeError, JobEnded, ServiceGone, StorageError
-from intersafe.generation.kinds import Stages
+from intersafe.generation.grow import Stages
 from intersafe.images.store import ImageStore
 from intersafe.models.base import ChatModel, PaintModel
 from intersafe.models.cast import Company

@@ -1,0 +1,90 @@
+"""Replay: what each role saw and said in a finished job, grown again from the journal without asking any model."""
+
+import contextlib
+from collections.abc import Callable
+
+import msgspec
+
+from intersafe.errors import CallFailed, InputError, JobEnded
+from intersafe.generation.grow import grow_dialogue
+from intersafe.generation.jobs import jobs
+from intersafe.generation.prepare import provenance_of
+from intersafe.images.store import ImageStore
+from intersafe.models.base import Call, Painted, Reply
+from intersafe.models.cast import Company, JobCast
+from intersafe.recipe.sections import (
+    Recipe,
+)
+from intersafe.run.directory import Run
+from intersafe.run.journal import Entry
+from intersafe.storage.loops import run_anywhere
+from intersafe.templates.load import load_prompts, needed_by
+
+NOT_PAID = "not_in_journal"
+"""The reason of a call that a replay has no reply to."""
+
+
+class _Unasked:
+    """Stands for a model whose replies are all in the journal."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+
+    async def answer(self, call: Call) -> Reply:
+        raise CallFailed(call.role, NOT_PAID)
+
+    async def paint(self, call: Call) -> Painted:
+        raise CallFailed(call.role, NOT_PAID)
+
+    async def aclose(self) -> None:
+        """Nothing to let go of."""
+
+
+class _Kept:
+    """The journal of one job, read-only."""
+
+    def __init__(self, entries: dict[str, Entry]) -> None:
+        self.take = entries.get
+
+    def add(self, entry: Entry) -> None:
+        """Nothing is written when looking back."""
+
+
+class Replay:
+    """Grows the jobs of a run again from its journal, asking nobody."""
+
+    def __init__(self, run: Run) -> None:
+        """`InputError` if the run's own recipe or prompts cannot be read."""
+        self.run = run
+        try:
+            self.recipe = msgspec.convert(run.manifest.resolved, Recipe)
+        except msgspec.ValidationError as error:
+            at = run.path / "recipe.json"
+            raise InputError(f"not a recipe: {error}", at=at, remedy="restore the file") from None
+        self.prompts = load_prompts(run.path / "prompts", self.recipe.strategies, needed_by(self.recipe), alone=True)
+        self.images = ImageStore(run.path / "images")
+
+    def company(self, entries: dict[str, Entry], observe: Callable[[Call, Reply], None] | None = None) -> Company:
+        """The cast with nothing but those entries to say."""
+        cast = self.recipe.cast
+        models = {role: _Unasked(member.identity) for role, member in cast.members.items()}
+        painter = _Unasked(cast.painter.identity) if cast.painter else None
+        return Company(cast, models, self.prompts, _Kept(entries), None, observe, painter, self.images)
+
+
+def calls_of(run: Run, index: int) -> list[tuple[Call, Reply]]:
+    """What each role saw and said while a dialogue was grown."""
+    replay = Replay(run)
+    job = next(jobs(replay.recipe, run.seeds(), index), None)
+    if job is None:
+        raise InputError(f"no job {index} in this run", at=run.path, remedy="restore seeds.jsonl")
+    seen: list[tuple[Call, Reply]] = []
+    company = replay.company(run.entries(index), lambda call, reply: seen.append((call, reply)))
+    provenance = provenance_of(replay.recipe, run.manifest, job)
+
+    async def again() -> None:
+        with contextlib.suppress(JobEnded):
+            await grow_dialogue(job, JobCast(company, job), replay.recipe, provenance)
+
+    run_anywhere(again)
+    return seen
