@@ -25,7 +25,8 @@ from intersafe.generation.jobs import jobs
 from intersafe.generation.prepare import prepare
 from intersafe.generation.progress import Display
 from intersafe.generation.scheduler import WINDOW
-from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.override import override
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
 from intersafe.run.journal import entries_of

@@ -23,7 +23,8 @@ from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.prepare import values_of
 from intersafe.generation.progress import Display, Progress
 from intersafe.generation.workers.ray_cluster import Cluster
-from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.override import override
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run

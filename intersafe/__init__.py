@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from intersafe.errors import IntersafeError
     from intersafe.generation.generate import generate_dialogues
-    from intersafe.recipe.load import load_recipe, override
+    from intersafe.recipe.load import load_recipe
+    from intersafe.recipe.override import override
     from intersafe.recipe.sections import Recipe
     from intersafe.records import Dialogue, Turn
     from intersafe.run.directory import Run, open_run
@@ -44,7 +45,7 @@ _HOMES = {
     "generate_dialogues": "generation.generate",
     "load_recipe": "recipe.load",
     "open_run": "run.directory",
-    "override": "recipe.load",
+    "override": "recipe.override",
 }
 
 

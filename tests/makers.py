@@ -15,7 +15,8 @@ from msgspec import structs
 
 from intersafe.errors import InputError
 from intersafe.recipe.gates import Gates
-from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.override import override
 from intersafe.recipe.sections import Recipe
 from intersafe.run.outcomes import LINES, files_of
 from intersafe.storage.bundled import bundled

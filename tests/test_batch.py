@@ -20,7 +20,8 @@ from intersafe.errors import BudgetReached, ServiceGone
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.progress import Display, Progress
 from intersafe.models.batch import api, lane
-from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Member, Recipe, Turns
 from intersafe.storage.bundled import bundled
 from tests.makers import demo, digest, journal_keys, refusal, rows

@@ -19,7 +19,8 @@ from intersafe.cli.live import LivePanel, PlainLines, rate_of
 from intersafe.errors import BudgetReached
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.progress import Display, Progress
-from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Price, Recipe
 from intersafe.run.budget import Budget, Spent, limits_of, prices_of
 from intersafe.run.directory import Run

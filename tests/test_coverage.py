@@ -15,7 +15,8 @@ from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.prepare import prepare
 from intersafe.generation.scheduler import FAILURES, FULL, HOPELESS, LOST, Drought
 from intersafe.recipe.gates import CoverageSettings, Gates
-from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.override import override
 from intersafe.recipe.sections import Recipe, Turns
 from intersafe.records import Ended
 from intersafe.run.directory import Run

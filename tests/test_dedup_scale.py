@@ -20,7 +20,7 @@ from intersafe.gates.index.banded import BandedSignatures
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.regate import regate
 from intersafe.recipe.gates import DuplicateSettings
-from intersafe.recipe.load import override
+from intersafe.recipe.override import override
 from intersafe.records import Dialogue
 from tests.makers import cli, demo, digest, started
 from tests.test_gates import edited, made_up

@@ -8,7 +8,8 @@ from msgspec import structs
 from intersafe.errors import BudgetReached, SeedsExhausted
 from intersafe.generation.estimate import Estimate, estimate_from, estimate_run, sample_recipe
 from intersafe.generation.generate import generate_dialogues
-from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Price
 from intersafe.run.directory import Run
 from intersafe.run.journal import RoleTally

@@ -13,7 +13,8 @@ from msgspec import structs
 from intersafe.errors import SeedsExhausted, ServiceGone
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.scheduler import FAILURES
-from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.override import override
 from intersafe.recipe.sections import Recipe, RefusalGroup, TwinSettings
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run

@@ -12,7 +12,8 @@ import yaml
 
 from intersafe.errors import InputError
 from intersafe.generation.jobs import seeds_by_group
-from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Member, Recipe, Turns
 from intersafe.recipe.specs import parse_spec
 from intersafe.seeds.load import load_seeds

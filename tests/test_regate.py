@@ -13,7 +13,8 @@ from intersafe.errors import InputError
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.regate import regate
 from intersafe.recipe.gates import CoverageSettings, DuplicateSettings, Gates, RuleSettings
-from intersafe.recipe.load import load_recipe, override
+from intersafe.recipe.load import load_recipe
+from intersafe.recipe.override import override
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
 from intersafe.run.lock import lock

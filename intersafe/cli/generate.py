@@ -55,7 +55,7 @@ def _recipe_options(command: F) -> F:
 
 def _changed(recipe: "Recipe", changes: dict[str, Any]) -> "Recipe":
     """The recipe with what the flags of `_recipe_options` say."""
-    from intersafe.recipe.load import override
+    from intersafe.recipe.override import override
     from intersafe.report.cost import parse_prices
     from intersafe.run.budget import limits_of
 
