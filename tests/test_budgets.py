@@ -16,13 +16,14 @@ from aiohttp import web
 from msgspec import structs
 
 from intersafe.cli.live import LivePanel, PlainLines, rate_of
+from intersafe.cli.values import limits_of
 from intersafe.errors import BudgetReached
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.progress import Display, Progress
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Price, Recipe
-from intersafe.run.budget import Budget, Spent, limits_of, prices_of
+from intersafe.run.budget import Budget, Spent, prices_of
 from intersafe.run.directory import Run
 from intersafe.run.funnel import Funnel
 from intersafe.run.journal import Journal, RoleTally

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
+from intersafe.cli.values import parse_prices
 from intersafe.errors import ServiceGone
 from intersafe.models.http.embeddings import Embedder, open_embedder
 from intersafe.recipe.sections import Limits, digest_of
@@ -35,7 +36,6 @@ from intersafe.records import (
     Turn,
     Verdict,
 )
-from intersafe.report.cost import parse_prices
 from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_bleu, tokens_of, vendi_score
 from intersafe.report.figures import Stats
 from intersafe.report.stats import stats_of

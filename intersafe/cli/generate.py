@@ -55,9 +55,8 @@ def _recipe_options(command: F) -> F:
 
 def _changed(recipe: "Recipe", changes: dict[str, Any]) -> "Recipe":
     """The recipe with what the flags of `_recipe_options` say."""
+    from intersafe.cli.values import limits_of, parse_prices
     from intersafe.recipe.override import override
-    from intersafe.report.cost import parse_prices
-    from intersafe.run.budget import limits_of
 
     texts = {name: changes.pop(name) for name in ("max_tokens", "max_cost", "max_time")}
     prices = parse_prices(changes.pop("prices"))

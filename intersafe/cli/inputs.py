@@ -1,11 +1,14 @@
 """The commands about what a run is made from: `seeds` and `prompts`; and how a command is given its recipe."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from intersafe.errors import InputError
+from intersafe.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from intersafe.recipe.sections import Recipe
@@ -41,7 +44,6 @@ def seeds() -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 def seeds_check(path: Path) -> None:
     """Validate a seed file and its images; count what is excluded."""
-    from intersafe.run.directory import count
     from intersafe.seeds.load import load_seeds
     from intersafe.wording import plain
 
@@ -148,3 +150,8 @@ def prompts_render(name: str, pipeline: Path | None, seed_id: str, turn: int) ->
 
         click.echo(click.style("--- response_format", bold=True))
         click.echo(msgspec.json.format(msgspec.json.encode(call.schema.schema)).decode())
+
+
+def count(values: Iterable[str]) -> dict[str, int]:
+    """How often each value stands, most frequent first."""
+    return dict(Counter(values).most_common())

@@ -157,9 +157,10 @@ def stats(
     """
     import msgspec
 
+    from intersafe.cli.values import file_outside, parse_prices
     from intersafe.models.http.embeddings import open_embedder
-    from intersafe.report.cost import parse_prices, with_flags
-    from intersafe.report.stats import file_outside, stats_of
+    from intersafe.report.cost import with_flags
+    from intersafe.report.stats import stats_of
     from intersafe.report.table import sections
     from intersafe.run.directory import Run
     from intersafe.storage.files import write_whole

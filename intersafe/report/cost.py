@@ -1,15 +1,13 @@
 """Tokens by role, and what they cost at the prices of the recipe or the flags; intersafe knows no price list."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from intersafe.errors import InputError
 from intersafe.recipe.sections import Price
 from intersafe.run.journal import RoleTally
-
-_HOW = "write ROLE=IN,OUT or ROLE=IN,OUT,CALL, for example judge=0.4,1.6 or painter=0,0,0.02"
 
 
 class RoleCost(msgspec.Struct, frozen=True):
@@ -30,23 +28,6 @@ class Costs(msgspec.Struct, frozen=True):
     """Over the dialogues kept; None unless every role has a price."""
     unpriced: tuple[str, ...]
     """Roles with calls and without a price."""
-
-
-def parse_prices(texts: Sequence[str]) -> dict[str, Price]:
-    """Role to price, from `ROLE=IN,OUT` or `ROLE=IN,OUT,CALL`; `InputError` for anything else."""
-    prices: dict[str, Price] = {}
-    for text in texts:
-        role, _, amounts = text.partition("=")
-        try:
-            numbers = [float(amount) for amount in amounts.split(",")]
-        except ValueError:
-            numbers = []
-        if not role or len(numbers) not in (2, 3) or not all(0 <= number <= 1e6 for number in numbers):
-            raise InputError(f"{text!r} is no price", at="--price", remedy=_HOW)
-        if role in prices:
-            raise InputError(f"two prices for {role}", at="--price", remedy="give one")
-        prices[role] = Price(prompt=numbers[0], completion=numbers[1], call=numbers[2] if len(numbers) > 2 else 0.0)
-    return prices
 
 
 def check_roles(prices: Iterable[str], roles: Iterable[str]) -> None:

@@ -9,9 +9,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from intersafe.errors import InputError
 from intersafe.models.http.embeddings import Embedder
 from intersafe.recipe.sections import Price
 from intersafe.records import Dialogue, RefusalSample
@@ -81,19 +79,6 @@ def stats_of(
         diversity=talks.sample.diversity(talks.ngrams, embedder),
         costs=costs_of(roles, prices or {}, talks.count),
     )
-
-
-def file_outside(run: Run, name: str) -> Path:
-    """The file of that name; `InputError` for one that lies in the run, since what reads a run never writes into it."""
-    path = Path(name)
-    if not name or path.is_dir():
-        raise InputError(f"{name!r} is no file", at="--json", remedy="name a file, or - for stdout")
-    path = path.resolve()  # a link is followed, not replaced
-    if path.exists() and not path.is_file():
-        raise InputError(f"{name!r} is no regular file", at="--json", remedy="name a file, or - for stdout")
-    if path.is_relative_to(run.path.resolve()):
-        raise InputError(f"{name} lies in the run", at="--json", remedy="name a file elsewhere")
-    return path
 
 
 def _about(run: Run) -> About:

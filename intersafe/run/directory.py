@@ -13,8 +13,7 @@ summary.json        the funnels, tokens and time by role    written last: it mea
 import contextlib
 import functools
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +219,3 @@ class Run:
 def open_run(run: str | Path) -> Run:
     """The run of that name in `outputs/`, or at that path; `InputError` if there is none."""
     return Run(run)
-
-
-def count(values: Iterable[str]) -> dict[str, int]:
-    """How often each value stands, most frequent first."""
-    return dict(Counter(values).most_common())
