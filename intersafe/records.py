@@ -280,6 +280,10 @@ class Ended(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
+IMAGE_MARK = re.compile(r"\[image \d+\]", re.IGNORECASE)
+"""How a transcript shows an image: nobody in the talk sees it, so nobody may say it."""
+
+
 def transcript(turns: Iterable[Turn]) -> str:
     """The talk as text, images as [image 1], [image 2] ... in the order of the talk."""
     lines: list[str] = []
@@ -289,6 +293,25 @@ def transcript(turns: Iterable[Turn]) -> str:
         seen += len(turn.user.images)
         lines += [f"[turn {number}]", f"User: {marks}{turn.user.text}", f"Assistant: {turn.reply.text}"]
     return "\n".join(lines)
+
+
+def said_in(turns: Sequence[Turn]) -> list[str]:
+    """Every text of a talk, and what its pictures were painted from."""
+    return [
+        text
+        for turn in turns
+        for text in (*(o.description for o in turn.origins if o.description), turn.user.text, turn.reply.text)
+    ]
+
+
+def origins_of(turns: Sequence[Turn]) -> list[ImageOrigin]:
+    """Where the images of a talk come from, in its order."""
+    return [origin for turn in turns for origin in turn.origins]
+
+
+def images_of(turns: Sequence[Turn]) -> tuple[str, ...]:
+    """References of the images of a talk, in its order."""
+    return tuple(image for turn in turns for image in turn.user.images)
 
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -327,26 +350,3 @@ class _Version(msgspec.Struct):
 def _check_version(version: object) -> None:
     if version != ROW_VERSION:
         raise ValueError(f"row version {version!r}, this intersafe reads {ROW_VERSION}")
-
-
-def said_in(turns: Sequence[Turn]) -> list[str]:
-    """Every text of a talk, and what its pictures were painted from."""
-    return [
-        text
-        for turn in turns
-        for text in (*(o.description for o in turn.origins if o.description), turn.user.text, turn.reply.text)
-    ]
-
-
-def origins_of(turns: Sequence[Turn]) -> list[ImageOrigin]:
-    """Where the images of a talk come from, in its order."""
-    return [origin for turn in turns for origin in turn.origins]
-
-
-def images_of(turns: Sequence[Turn]) -> tuple[str, ...]:
-    """References of the images of a talk, in its order."""
-    return tuple(image for turn in turns for image in turn.user.images)
-
-
-IMAGE_MARK = re.compile(r"\[image \d+\]", re.IGNORECASE)
-"""How a transcript shows an image: nobody in the talk sees it, so nobody may say it."""

@@ -1,13 +1,10 @@
-"""The 14 categories, their crosswalk to other taxonomies, and the hard exclusions.
+"""The 14 categories, their crosswalk to other taxonomies.
 
 AM3Safety (arXiv 2601.04736) says that InterSafe-V has 14 safety categories and does not print the list in its
 abstract or card; this list is our choice. It covers the 17 scenarios of SafeMT (arXiv 2510.12133), the 20 categories
 of BeaverTails-V and those MLCommons AILuminate hazards that a dialogue data set can touch, and keeps apart the four
 families that SafeMT judges with rubrics of their own: political, legal, financial and health. Where another taxonomy
 has no clean code the tuple is empty.
-
-Hard exclusions: sexual content with minors never becomes a seed, is never sent to a model, and ends a job in which it
-appears.
 """
 
 from typing import Literal, NamedTuple
@@ -157,8 +154,6 @@ def crosswalk(taxonomy: Literal["safemt", "beavertails_v", "mlcommons"], label: 
     """Our category for another taxonomy's label, the first where a hazard code is shared; None where we have none."""
     return next((c.name for c in CATEGORIES if label in getattr(c, taxonomy)), None)
 
-
-# --- hard exclusions -------------------------------------------------------------------------------------------------
 
 # Known limits: a word masked or misspelt (s*x, childd), reversed or in another language, half a word spelt out, two
 # tricks in one word, and a young age that only the story tells pass. A sexual word in another sense beside a word for

@@ -1,8 +1,4 @@
-"""The lines: which stages a dialogue, a refusal sample and a benign twin go through, and the gates that decide on each.
-
-Only this room knows the order of the stages. Each line is what the conductor works on (`conductor.Line`); a *grower*
-takes its jobs through the stages, in this process (`Stages`) or in others (`farm.Farm`).
-"""
+"""The kinds of job: dialogues, refusal samples and benign twins, and the gates that decide on each."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,6 @@
-"""Rehearsal: what each role would see, or saw, without asking any model.
+"""Rehearsal: the messages that a prompt file makes for one seed, without asking any model.
 
-Before a run: the messages that a prompt file makes for one seed, caught while the scripted cast grows the job with the
-recipe's own prompts and settings. After it: all messages of a job, caught while it is grown again from the journal.
+They are caught while the scripted cast grows the job with the recipe's own prompts and settings.
 """
 
 import contextlib

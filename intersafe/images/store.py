@@ -1,8 +1,6 @@
 """Images: verify, normalise, store by content, send as data URI, compare.
 
-What comes in is untrusted. The container is walked here before Pillow sees a byte: that finds truncation (checksums,
-end marks), bounds the size before anything is unpacked, and leaves out all that does not draw the picture (EXIF, XMP,
-comments, colour profiles, thumbnails, trailing bytes) without touching a pixel. An image that needs nothing else keeps
+What comes in is untrusted: `containers.py` walks it before Pillow sees a byte. An image that needs nothing else keeps
 its bytes, so its reference `<sha256>.<ext>` does not depend on the version of Pillow.
 """
 
@@ -47,9 +45,6 @@ class Normalised(NamedTuple):
     data: bytes
     width: int
     height: int
-
-
-# --- containers ------------------------------------------------------------------------------------------------------
 
 
 # --- verify and normalise --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Models: what a call and a reply are, and how a spec becomes something that answers.
+"""What a call and a reply are, and what answers a call.
 
 A model is anything with an `identity` and an async `answer`. A call carries everything that decides the reply; its
 `key` names it in the journal, so a reply is paid for once. Images travel as references; each backend fetches the

@@ -1,9 +1,4 @@
-"""The journal: every model reply on its way to the disk before it is used, and back again after a kill.
-
-Appends are grouped (`GroupWriter`): at most 64 lines or 50 ms wait in memory, and fsync runs beside the event loop.
-While one fsync runs, lines go on to the operating system and wait there for the next: nothing piles up here.
-Plain append-only files with one writer each, since those work on NFS and Lustre, where the locks of SQLite do not.
-"""
+"""The journal: every model reply on its way to the disk before it is used, and back again after a kill."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,9 +129,6 @@ class ReuseIndex:
 
 class _KeyOnly(msgspec.Struct):
     key: str
-
-
-# --- files of lines -------------------------------------------------------------------------------------------------
 
 
 def entries_of(path: Path) -> Iterator[Entry]:

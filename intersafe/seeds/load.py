@@ -1,4 +1,4 @@
-"""Seeding: seed files in, verified seeds out; and the import of FigStep's folders into a seed file.
+"""Seed files in, verified seeds out.
 
 A seed file holds one JSON object a line with the fields of `records.Seed`; `image` is a path relative to the file.
 Everything in it is untrusted: no path leads out of its folder, every image is decoded once, and what
@@ -177,6 +177,3 @@ def _verify(path: Path, name: str, at: Path, line: int, known: dict[str, str]) -
         return reference_of(path, known, at=f"image `{name}`")
     except InputError as error:
         raise InputError(str(error), at=at, line=line) from error
-
-
-# --- FigStep ---------------------------------------------------------------------------------------------------------

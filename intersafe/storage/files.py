@@ -1,6 +1,4 @@
-"""Files: written whole or not at all, YAML read plainly, and where the prompts, seeds and recipes that ship with the
-package lie.
-"""
+"""Files: written whole or not at all, and read with a bound."""
 
 import os
 import secrets
