@@ -10,6 +10,7 @@ from typing import TypeVar
 from PIL import Image
 
 from intersafe.images.store import ImageStore, normalise
+from intersafe.models.base import Hooks
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
@@ -85,7 +86,7 @@ def with_cast(
 
     async def run() -> T:
         cast = cast_of(spec, second_judge=second_judge)
-        models = open_models(cast, Limits(retries=1, patience=1), store, lambda _: None)
+        models = open_models(cast, Limits(retries=1, patience=1), store, Hooks())
         company = Company(cast, models, _prompts(), journal or Memory())
         try:
             return await act(JobCast(company, job))

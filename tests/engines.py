@@ -17,7 +17,7 @@ from PIL import Image
 
 from intersafe.errors import IntersafeError
 from intersafe.images.store import ImageStore, normalise
-from intersafe.models.base import Call, ChatModel, Reply, Sampling
+from intersafe.models.base import Call, ChatModel, Hooks, Reply, Sampling
 from intersafe.models.open import open_models
 from intersafe.recipe.engine import Engine
 from intersafe.recipe.sections import Cast, Limits, Member
@@ -79,7 +79,7 @@ def answers(
             return error
 
     async def run() -> list[list[Reply | IntersafeError]]:
-        models = open_models(cast, Limits(patience=5), store, lambda _: None, engine_of=lambda _: put_up)
+        models = open_models(cast, Limits(patience=5), store, Hooks(), engine_of=lambda _: put_up)
         (model,) = set(models.values())
         try:
             return [list(await asyncio.gather(*(ask(model, call) for call in calls))) for calls in rounds]

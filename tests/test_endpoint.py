@@ -23,7 +23,7 @@ from PIL import Image
 
 from intersafe.errors import CallFailed, InputError, ServiceGone
 from intersafe.images.store import ImageStore, normalise
-from intersafe.models.base import Call, Reply, Sampling
+from intersafe.models.base import Call, Hooks, Reply, Sampling
 from intersafe.models.http.chat import EndpointModel
 from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
@@ -492,7 +492,7 @@ def test_the_lowest_quota_of_members_that_share_a_model_holds_over_all_replicas(
         url = f"openai:m@{one.url},{other.url}"
         attacker, victim = Member(model=url, rpm=120), Member(model=url, rpm=6000)
         cast = Cast(attacker=attacker, victims=(victim,), judge=Member(model=url))
-        models = open_models(cast, Limits(), ImageStore(tmp_path), lambda _: None)
+        models = open_models(cast, Limits(), ImageStore(tmp_path), Hooks())
         await asyncio.gather(*(models[role].answer(call(role, str(i))) for role in models for i in range(2)))
         await asyncio.gather(*(model.aclose() for model in set(models.values())))
 
@@ -848,7 +848,7 @@ def test_members_with_the_same_settings_share_one_limit(tmp_path: Path) -> None:
     async def main() -> None:
         member = Member(model=f"openai:m@{server.url}", concurrency=4)
         cast = Cast(attacker=member, victims=(member,), judge=member)
-        models = open_models(cast, Limits(), ImageStore(tmp_path), lambda _: None)
+        models = open_models(cast, Limits(), ImageStore(tmp_path), Hooks())
         await asyncio.gather(*(models[role].answer(call(role, str(i))) for role in models for i in range(10)))
         await asyncio.gather(*(model.aclose() for model in set(models.values())))
 

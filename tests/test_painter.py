@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from intersafe.errors import CallFailed, InputError, ServiceGone
-from intersafe.models.base import Call, Painted, PaintModel, Sampling
+from intersafe.models.base import Call, Hooks, Painted, PaintModel, Sampling
 from intersafe.models.http.images import MAX_BODY, SMALL_PICTURE
 from intersafe.models.open import check_cast, open_painter
 from intersafe.recipe.sections import Cast, Limits, Member, Painter
@@ -69,7 +69,7 @@ async def opened(
     """A painter in front of the servers."""
     said = [] if said is None else said
     painter = Painter(model=f"openai:some/model@{','.join(server.url for server in servers)}", **changes)
-    model = open_painter(painter, limits or Limits(timeout=10, patience=30, retries=3), say or said.append)
+    model = open_painter(painter, limits or Limits(timeout=10, patience=30, retries=3), Hooks(say or said.append))
     try:
         yield Asked(model, said)
     finally:
@@ -370,6 +370,6 @@ def test_without_the_library_the_diffusers_backend_names_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     painter = Painter(model="diffusers:/models/qwen-image")
-    for step in (lambda: check_cast(cast(painter)), lambda: open_painter(painter, Limits(), print)):
+    for step in (lambda: check_cast(cast(painter)), lambda: open_painter(painter, Limits(), Hooks())):
         with pytest.raises(InputError, match=rf"{missing}.*pip install 'intersafe\[diffusers\]'"):
             step()

@@ -16,6 +16,7 @@ from intersafe.errors import JobEnded, JobRejected
 from intersafe.gates.refusals import DuplicateQuestions, check_refusal
 from intersafe.generation.jobs import refusal_job_count, refusal_jobs, seeds_by_group
 from intersafe.images.store import ImageStore, read_image
+from intersafe.models.base import Hooks
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.open import open_models, open_painter
 from intersafe.models.scripted.refusal_phrases import DETAIL, GIVES_IN, VAGUE
@@ -257,8 +258,8 @@ def grow(
         recipe = recipe_of(refusals, f"openai:scripted@{server.url}", **cast)
 
         async def all_of_them() -> list[RefusalDraft | JobEnded]:
-            models = open_models(recipe.cast, Limits(), store, lambda _: None)
-            painter = open_painter(recipe.cast.painter, Limits(), lambda _: None) if recipe.cast.painter else None
+            models = open_models(recipe.cast, Limits(), store, Hooks())
+            painter = open_painter(recipe.cast.painter, Limits(), Hooks()) if recipe.cast.painter else None
             prompts = load_prompts(bundled("prompts"))
             company = Company(recipe.cast, models, prompts, Memory(), painter=painter, images=store)
             try:
@@ -532,7 +533,7 @@ def test_the_scripted_cast_fills_the_published_groups(profile: str, seeds: tuple
 
     async def run() -> list[RefusalDraft | JobEnded]:
         store = ImageStore(tmp_path / "images")
-        models = open_models(recipe.cast, Limits(), store, lambda _: None)
+        models = open_models(recipe.cast, Limits(), store, Hooks())
         company = Company(recipe.cast, models, load_prompts(bundled("prompts")), journal)
         outcomes = []
         for job in refusal_jobs(recipe, seeds_by_group(PUBLISHED, seeds)):

@@ -13,7 +13,7 @@ import pytest
 
 from intersafe.errors import InputError
 from intersafe.images.store import dhash, distance, normalise
-from intersafe.models.base import Painted
+from intersafe.models.base import Hooks, Painted
 from intersafe.models.open import open_painter
 from intersafe.models.scripted.painter import PROFILES, STOCK, draw
 from intersafe.recipe.sections import Limits, Painter
@@ -46,7 +46,7 @@ def test_scripted_pictures_are_small_sound_and_do_not_resemble_each_other() -> N
 )
 def test_any_description_and_size_gives_a_sound_small_picture(description: str, size: str) -> None:
     async def main() -> list[Painted]:
-        painter = open_painter(Painter(model="scripted:flawless", size=size), Limits(), print)
+        painter = open_painter(Painter(model="scripted:flawless", size=size), Limits(), Hooks())
         return [await painter.paint(call(description, seed=seed)) for seed in range(30)]
 
     for painted in asyncio.run(main()):
@@ -106,7 +106,8 @@ def test_two_processes_draw_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> N
 def test_description_seed_and_size_each_decide_the_picture_and_the_job_does_not() -> None:
     async def main() -> list[bytes]:
         small, wide = (
-            open_painter(Painter(model="scripted:flawless", size=size), Limits(), print) for size in ("96x96", "96x64")
+            open_painter(Painter(model="scripted:flawless", size=size), Limits(), Hooks())
+            for size in ("96x96", "96x64")
         )
         calls = (call("a"), call("b"), call("a", seed=1), call("a", job="another"))
         pictures = [(await small.paint(each)).data for each in calls]

@@ -11,6 +11,7 @@ import pytest
 
 from intersafe.errors import CallFailed
 from intersafe.images.store import ImageStore, normalise
+from intersafe.models.base import Hooks
 from intersafe.models.http.chat import REMEMBERED
 from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
@@ -199,7 +200,7 @@ def test_members_that_send_images_in_different_ways_do_not_share_a_model(tmp_pat
     async def main() -> None:
         data = Member(model=f"openai:m@{server.url}")
         cast = Cast(attacker=data, victims=(Member(model=data.model, send_images="file"),), judge=data)
-        models = open_models(cast, Limits(), store, lambda _: None)
+        models = open_models(cast, Limits(), store, Hooks())
         for role in ("attacker", "victim:0"):
             await models[role].answer(call("hi", images=refs))
         await asyncio.gather(*(model.aclose() for model in set(models.values())))

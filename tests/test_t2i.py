@@ -12,7 +12,7 @@ import pytest
 
 from intersafe.errors import CallFailed, InputError
 from intersafe.images.store import normalise
-from intersafe.models.base import Call, Painted, Sampling
+from intersafe.models.base import Call, Hooks, Painted, Sampling
 from intersafe.models.open import open_painter
 from intersafe.recipe.sections import Limits, Painter
 from intersafe.records import Message
@@ -59,7 +59,7 @@ def paint(model: str, drawn: Sequence[Drawn]) -> list[Painted]:
         defaults: dict[str, Any] = {"size": "64x48", "steps": 2}
         painters = {
             repr(each.settings): open_painter(
-                Painter(model=model, **defaults | dict(each.settings)), Limits(timeout=120), print
+                Painter(model=model, **defaults | dict(each.settings)), Limits(timeout=120), Hooks()
             )
             for each in {repr(each.settings): each for each in drawn}.values()
         }

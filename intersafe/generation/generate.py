@@ -29,6 +29,7 @@ from intersafe.generation.shortfall import how_far, losses, refusals_to_change, 
 from intersafe.generation.workers.driver import Farm
 from intersafe.generation.workers.ray_cluster import Cluster, check_recipe, joined
 from intersafe.images.store import ImageStore
+from intersafe.models.base import Hooks
 from intersafe.models.cast import Company
 from intersafe.models.http.waits import LOOK as WAITS_LOOK
 from intersafe.models.open import clear_batches, open_models, open_painter
@@ -235,24 +236,23 @@ class _Session:
             async with Farm(self.prepared, path, self.workers, journal, budget, images, say, older) as farm:
                 yield farm
             return
-        waiting: dict[str, str] = {}
-        may_send = budget.check if budget.is_bound else None
+        hooks = Hooks(say, may_send=budget.check if budget.is_bound else None)
         async with contextlib.AsyncExitStack() as closing:
             models = open_models(
-                recipe.cast, recipe.limits, images, say, path / "batches", waiting, may_send, recipe.engine
+                recipe.cast, recipe.limits, images, hooks, folder=path / "batches", engine_of=recipe.engine
             )
             for model in set(models.values()):
                 closing.push_async_callback(model.aclose)
             self.watch = Watch(recipe, models)
             drawing = recipe.cast.painter
-            painter = open_painter(drawing, recipe.limits, say, waiting, may_send) if drawing else None
+            painter = open_painter(drawing, recipe.limits, hooks) if drawing else None
             if painter:
                 closing.push_async_callback(painter.aclose)
             older_images = ImageStore(older / "images") if older else None
             company = Company(
                 recipe.cast, models, self.prepared.prompts, journal, index, None, painter, images, older_images
             )
-            company.budget, company.waiting = budget, waiting
+            company.budget, company.waiting = budget, hooks.outages
             yield Stages(recipe, self.prepared.manifest, company)
 
     async def _lines(

@@ -6,13 +6,15 @@ bytes when it sends them.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from intersafe.records import Finish, Message
 from intersafe.replies import Schema
+from intersafe.run.incidents import Incidents
 
 if TYPE_CHECKING:
     pass
@@ -54,6 +56,20 @@ class Reply(msgspec.Struct, frozen=True):
     text: str
     finish: Finish = "stop"
     tokens: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Hooks:
+    """What models tell a run while they answer, and what they ask it. Every field has a default that does nothing."""
+
+    notify: Callable[[str], None] = lambda _: None
+    """Tells the user one line, for example that a service is away or back."""
+    outages: dict[str, str] = field(default_factory=dict)
+    """The services that are away right now, by name, each with its reason; the same object for the whole run."""
+    may_send: Callable[[], None] | None = None
+    """Raises `BudgetReached` once no further call may be sent."""
+    incidents: dict[str, Incidents] = field(default_factory=dict)
+    """Retries, throttling and outages by role."""
 
 
 class ChatModel(Protocol):

@@ -14,28 +14,26 @@ from intersafe.recipe.sections import Cast, Limits, Member, Painter
 
 if TYPE_CHECKING:
     from intersafe.models.batch.lane import Lanes
-from intersafe.models.base import ChatModel, PaintModel
+from intersafe.models.base import ChatModel, Hooks, PaintModel
 
 
 def open_models(
     cast: Cast,
     limits: Limits,
     images: ImageStore,
-    say: Callable[[str], None],
+    hooks: Hooks,
+    *,
     folder: Path | None = None,
-    waiting: dict[str, str] | None = None,
-    may_send: Callable[[], None] | None = None,
     engine_of: Callable[[str], Engine] = lambda _: Engine(),
 ) -> dict[str, ChatModel]:
     """One model for each member of the cast; members with the same settings share one. Needs a running event loop.
 
-    `folder` keeps the batches of members with `batch: true`; no other process may use it. `waiting` holds why a service
-    is away for as long as it is. `may_send` raises `BudgetReached` from the moment on when no call may be sent.
-    `engine_of` is how a model is put up that runs in this process (`Recipe.engine`).
+    `folder` keeps the batches of members with `batch: true`; no other process may use it. `engine_of` gives the
+    settings of a model that runs in this process (`Recipe.engine`).
     """
     shared: dict[str, ChatModel] = {}
     members = list(cast.members.values())
-    if lanes := _lanes(cast, limits, say, folder, waiting, may_send):
+    if lanes := _lanes(cast, limits, hooks, folder):
         for member in members:
             if member.batch:
                 shared.setdefault(_same(member), lanes.open(member, images))
@@ -43,21 +41,14 @@ def open_models(
     if any(member.in_process for member in members):  # last: they begin to load
         from intersafe.models.local.open import open_engines
 
-        shared |= open_engines(members, _same, images, {} if waiting is None else waiting, may_send, engine_of)
+        shared |= open_engines(members, _same, images, hooks.outages, hooks.may_send, engine_of)
     return {
-        role: _open(_within_limits_of_all(member, members), limits, images, say, shared, waiting, may_send)
+        role: _open(_within_limits_of_all(member, members), limits, images, hooks, shared)
         for role, member in cast.members.items()
     }
 
 
-def _lanes(
-    cast: Cast,
-    limits: Limits,
-    say: Callable[[str], None],
-    folder: Path | None,
-    waiting: dict[str, str] | None,
-    may_send: Callable[[], None] | None,
-) -> "Lanes | None":
+def _lanes(cast: Cast, limits: Limits, hooks: Hooks, folder: Path | None) -> "Lanes | None":
     """The lanes of the members with `batch: true`; also there where an earlier process left batches in the folder."""
     wanted = any(member.batch for member in cast.members.values())
     if folder is None and wanted:
@@ -66,7 +57,7 @@ def _lanes(
         return None
     from intersafe.models.batch.lane import Lanes
 
-    return Lanes(folder, limits, say, waiting, may_send)
+    return Lanes(folder, limits, hooks.notify, hooks.outages, hooks.may_send)
 
 
 def clear_batches(folder: Path) -> None:
@@ -98,10 +89,8 @@ def _open(
     member: Member,
     limits: Limits,
     images: ImageStore,
-    say: Callable[[str], None],
+    hooks: Hooks,
     shared: dict[str, ChatModel],
-    waiting: dict[str, str] | None,
-    may_send: Callable[[], None] | None,
 ) -> ChatModel:
     backend = member.spec.backend
     same = _same(member)
@@ -113,18 +102,16 @@ def _open(
         else:
             from intersafe.models.http.chat import EndpointModel
 
-            shared[same] = EndpointModel(member, limits, images, say, waiting, may_send)
+            shared[same] = EndpointModel(member, limits, images, hooks.notify, hooks.outages, hooks.may_send)
     return shared[same]
 
 
 def open_painter(
     painter: Painter,
     limits: Limits,
-    say: Callable[[str], None],
-    waiting: dict[str, str] | None = None,
-    may_send: Callable[[], None] | None = None,
+    hooks: Hooks,
 ) -> PaintModel:
-    """The painter of a cast; `say` is told when its service goes away or comes back. Needs a running event loop."""
+    """The painter of a cast. Needs a running event loop."""
     backend, name, _ = painter.spec
     if backend == "scripted":
         from intersafe.models.scripted.painter import ScriptedPainter
@@ -136,7 +123,7 @@ def open_painter(
         return DiffusersPainter(painter)
     from intersafe.models.http.images import ImagesEndpoint
 
-    return ImagesEndpoint(painter, limits, say, waiting, may_send)
+    return ImagesEndpoint(painter, limits, hooks.notify, hooks.outages, hooks.may_send)
 
 
 def check_cast(cast: Cast, engine_of: Callable[[str], Engine] = lambda _: Engine()) -> None:

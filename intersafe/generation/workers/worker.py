@@ -21,7 +21,7 @@ from msgspec import structs
 from intersafe.errors import BudgetReached, InputError, IntersafeError, JobEnded, ServiceGone, StorageError
 from intersafe.generation.grow import Stages
 from intersafe.images.store import ImageStore
-from intersafe.models.base import ChatModel, PaintModel
+from intersafe.models.base import ChatModel, Hooks, PaintModel
 from intersafe.models.cast import Company
 from intersafe.models.open import check_cast, open_models, open_painter
 from intersafe.recipe.sections import Model, Recipe
@@ -145,10 +145,10 @@ class Worker:
         self._journal = Journal(self._writer, setup.journal, prices)
         images = ImageStore(root / "images")
         self._budget = Budget(recipe.limits, self._journal.roles)
-        say, waiting, may_send = self._said.append, self._waiting, self._budget.check
-        models = open_models(recipe.cast, recipe.limits, images, say, waiting=waiting, may_send=may_send)
+        hooks = Hooks(self._said.append, self._waiting, self._budget.check)
+        models = open_models(recipe.cast, recipe.limits, images, hooks)
         painter = recipe.cast.painter
-        opened = open_painter(painter, recipe.limits, say, waiting, may_send) if painter else None
+        opened = open_painter(painter, recipe.limits, hooks) if painter else None
         self._models = [*set(models.values()), *([opened] if opened else [])]
         older = Path(setup.reuse) if setup.reuse else None
         self._company = Company(
