@@ -33,7 +33,7 @@ seeds: s.jsonl
 prompts: {PROMPTS}
 strategies: [role_play]
 """
-GENERATE = ("generate", "--pipeline", "r.yaml", "--n", "1")
+GENERATE = ("generate", "--recipe", "r.yaml", "--n", "1")
 RENDER = ("prompts", "render")
 
 Files = dict[str, str | bytes]
@@ -119,7 +119,11 @@ BAD: dict[str, tuple[tuple[str, ...], Files, str]] = {
     "seeds a folder": (("generate", "--seeds", "."), {}, "a folder, not a seed file"),
     "seeds malformed": (("generate", "--seeds", "e.jsonl"), {"e.jsonl": row() + "\n{oops\n"}, "e.jsonl:3: malformed"),
     "all seeds excluded": (GENERATE, recipe() | {"s.jsonl": row(source_category="cse")}, "no usable seed (1 excluded)"),
-    "recipe missing": (("generate", "--pipeline", "none.yaml"), {}, "none.yaml: cannot read the recipe"),
+    "recipe missing": (
+        ("generate", "--recipe", "none.yaml"),
+        {},
+        "none.yaml: cannot read the recipe (No such file or directory); check",
+    ),
     "recipe no YAML": (GENERATE, recipe(new="turns:\n\tmin: 2\n"), "r.yaml:10: not plain YAML"),
     "recipe bomb": (GENERATE, recipe(new="turns: &a [*a]\n"), "r.yaml:9: not plain YAML: an alias"),
     "unknown key": (GENERATE, recipe(new="promts: x\n"), "r.yaml:9: unknown key 'promts', did you mean 'prompts'?"),
@@ -143,7 +147,29 @@ BAD: dict[str, tuple[tuple[str, ...], Files, str]] = {
         recipe(new="limits: {max_time: 8h}\n"),
         "r.yaml:9: limits.max_time: Expected `float | null`, got `str`; write a plain number",
     ),
-    "patience no number": ((*GENERATE, "--patience", "nan"), recipe(), "limits.patience: Expected"),
+    "patience no number": (
+        (*GENERATE, "--patience", "nan"),
+        recipe(),
+        "--patience: 'nan' is not a finite number; write a plain number",
+    ),
+    "tokens no number": (
+        (*GENERATE, "--max-tokens", "2X"),
+        recipe(),
+        "--max-tokens: '2X' is not a number of tokens; write",
+    ),
+    "two prices": ((*GENERATE, *("--price", "judge=1,2") * 2), recipe(), "--price: two prices for judge; pass one"),
+    "a price for nobody": (
+        (*GENERATE, "--price", "jugde=1,2"),
+        recipe(),
+        "prices: no role 'jugde' in the cast; roles: ",
+    ),
+    "two recipes": (
+        (*GENERATE, "--pipeline", "r.yaml"),
+        recipe(),
+        "--recipe: two recipes, r.yaml and r.yaml; pass one",
+    ),
+    "no recipe": (("regate", "demo"), {}, "--recipe: no recipe; pass --recipe FILE"),
+    "nothing to serve": (("serve", "--dry-run"), {}, "--recipe: no recipe; pass --recipe FILE"),
     "image truncated": (GENERATE, pictured("a.png", PNG[:100]), "s.jsonl:1: image `a.png`: the image is truncated"),
     "image oversized": (GENERATE, pictured("a.png", PNG + bytes(21 * 2**20)), "more than 20,971,520 bytes"),
     "image a bomb": (GENERATE, pictured("a.png", BOMB), "claims 60000 x 60000 pixels"),
@@ -215,7 +241,7 @@ def test_a_bad_prompt_file_is_named_before_anything_is_written(tmp_path: Path, t
     shutil.copytree(PROMPTS, tmp_path / "prompts")
     lay(tmp_path, recipe(str(PROMPTS), "prompts") | {"prompts/judge/turn.md": text})
     assert says in refusal(attempt(tmp_path, *GENERATE))
-    linted = run(tmp_path, "prompts", "lint", "--pipeline", "r.yaml")
+    linted = run(tmp_path, "prompts", "lint", "--recipe", "r.yaml")
     assert linted.returncode == 2
     assert [says in line for line in linted.stderr.splitlines()] == [True, False]
 
@@ -252,6 +278,59 @@ def test_a_folder_without_rights_is_said_in_one_line(tmp_path: Path) -> None:
     lay(tmp_path, recipe())
     tmp_path.chmod(0o500)
     assert "cannot be written" in refusal(attempt(tmp_path, *GENERATE), code=4)
+
+
+# --- the recipe of a command ------------------------------------------------------------------------------------------
+
+TAKES_A_RECIPE = {
+    "generate": ("generate", "--n", "1"),
+    "estimate": ("estimate", "--n", "1", "--samples", "1"),
+    "regate": ("regate", "t", "--out", "again"),
+    "list": ("prompts", "list"),
+    "lint": ("prompts", "lint"),
+    "render": ("prompts", "render", "judge/turn", "--seed", "a"),
+    "doctor": ("doctor",),
+    "serve": ("serve", "--dry-run"),
+}
+WITHOUT_A_FLAG = ("estimate", "doctor", "serve")
+
+
+@pytest.mark.parametrize("name", TAKES_A_RECIPE)
+def test_every_command_takes_its_recipe_by_the_same_flag(tmp_path: Path, name: str) -> None:
+    lay(tmp_path, recipe())
+    assert run(tmp_path, "generate", "--recipe", "r.yaml", "--n", "1").returncode == 0
+    words = TAKES_A_RECIPE[name]
+    by_flag, by_alias = (run(tmp_path, *words, flag, "none.yaml") for flag in ("--recipe", "--pipeline"))
+    assert (
+        by_flag.stderr == "intersafe: none.yaml: cannot read the recipe (No such file or directory); check the path\n"
+    )
+    assert (by_flag.returncode, by_alias.returncode, by_alias.stderr) == (2, 2, by_flag.stderr)
+    twice = run(tmp_path, *words, "--recipe", "r.yaml", "--pipeline", "b.yaml")
+    assert (twice.returncode, twice.stderr) == (2, "intersafe: --recipe: two recipes, r.yaml and b.yaml; pass one\n")
+    found = run(tmp_path, *words, "--recipe", "r.yaml")
+    if name == "serve":
+        assert "two recipes" not in found.stderr
+        assert "no recipe" not in found.stderr
+    else:
+        assert found.returncode == 0, found.stderr
+    bare = run(tmp_path, *words, "r.yaml")
+    if name in WITHOUT_A_FLAG:
+        assert bare.returncode == found.returncode
+        assert run(tmp_path, *words, "none.yaml").stderr == by_flag.stderr
+        both = run(tmp_path, *words, "r.yaml", "--recipe", "b.yaml")
+        assert (both.returncode, both.stderr) == (2, twice.stderr)
+    else:
+        assert bare.returncode == 2
+    shown = run(tmp_path, *words[: 2 if words[0] == "prompts" else 1], "--help").stdout
+    assert "--recipe, --pipeline FILE" in shown
+    assert "[RECIPE]" not in shown
+
+
+def test_without_a_recipe_the_one_here_is_taken_or_the_one_that_ships(tmp_path: Path) -> None:
+    assert str(PROMPTS) in run(tmp_path, "prompts", "lint").stdout
+    mine = recipe(str(PROMPTS), "mine")["r.yaml"]
+    lay(tmp_path, {"pipelines/demo.yaml": mine})
+    assert "pipelines/mine: no prompts folder there" in run(tmp_path, "prompts", "lint").stderr
 
 
 # --- damaged runs ----------------------------------------------------------------------------------------------------
@@ -335,7 +414,7 @@ def test_fewer_dialogues_than_there_are_is_refused(home: Path) -> None:
 def test_a_fresh_folder_lints_lists_and_checks(home: Path) -> None:
     linted = run(home, "prompts", "lint")
     assert (linted.returncode, linted.stderr) == (0, "")
-    assert "25 files, all well" in linted.stdout
+    assert "25 files, no problem" in linted.stdout
     listed = run(home, "prompts", "list").stdout
     assert all(name in listed for name in ("attacker/role_play", "judge/turn", "victim/system", "judge/rubrics/legal"))
     assert "* query" in listed

@@ -135,7 +135,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(how: signal.Signals
     process.send_signal(how)
     _, talk = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "goes on where it was" in talk
+    assert "the same command resumes" in talk
     assert "Traceback" not in talk
     assert not (tmp_path / "run" / "summary.json").exists()
     for name in ("dialogues.jsonl", "journal/main.jsonl"):

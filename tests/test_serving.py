@@ -500,7 +500,7 @@ def test_a_stop_in_the_middle_leaves_no_server_and_goes_on_later(tmp_path: Path,
     command.until("growing ")
     command.process.send_signal(signal.SIGTERM)
     assert command.ends() == 130
-    assert command.said[-1] == "intersafe: stopped; the same command goes on where it was\n"
+    assert command.said[-1] == "intersafe: stopped; the same command resumes\n"
     assert world.is_clean()
 
 

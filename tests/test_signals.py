@@ -20,7 +20,7 @@ from tests.studio import as_image, picture
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 N = 6
-STOPPED = "intersafe: stopped; the same command goes on where it was"
+STOPPED = "intersafe: stopped; the same command resumes"
 
 
 class Command:

@@ -13,13 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import click
 import msgspec
 import pytest
 
-from intersafe.cli.values import parse_prices
+from intersafe.cli.values import PRICE
 from intersafe.errors import ServiceGone
 from intersafe.models.http.embeddings import Embedder, open_embedder
-from intersafe.recipe.sections import Limits, digest_of
+from intersafe.recipe.sections import Limits, Price, digest_of
 from intersafe.records import (
     Aligned,
     Check,
@@ -445,29 +446,42 @@ ENTRIES = [
 ]
 
 
+def prices_of(*texts: str) -> dict[str, Price]:
+    return dict(PRICE.convert(text, None, None) for text in texts)
+
+
 def test_cost_by_role_where_a_role_has_a_price(tmp_path: Path) -> None:
     run = lay(tmp_path / "r", talk(1, SAFE), talk(2, SAFE), entries=ENTRIES)
-    some = stats_of(run, prices=parse_prices(["victim=1,2", "victim:1=0,0", "painter=0,0,0.25"])).costs
+    some = stats_of(run, prices=prices_of("victim=1,2", "victim:1=0,0", "painter=0,0,0.25")).costs
     assert {role: cost.usd for role, cost in some.roles.items()} == {
         "attacker": None, "painter": 0.5, "victim:0": 2.0, "victim:1": 0.0,
     }  # fmt: skip
     assert (some.usd, some.usd_per_dialogue, some.unpriced) == (2.5, None, ("attacker",))
-    every = stats_of(run, prices=parse_prices(["victim=1,2", "attacker=1,2", "painter=0,0"])).costs
+    every = stats_of(run, prices=prices_of("victim=1,2", "attacker=1,2", "painter=0,0")).costs
     assert (every.usd, every.usd_per_dialogue, every.unpriced) == (8.0, 4.0, ())
     assert stats_of(run).costs.usd is None
 
 
 @pytest.mark.parametrize(
     "price",
-    ["judge", "judge=", "judge=1", "judge=1,2,3,4", "=1,2", "judge=1,-2", "judge=nan,1", "judge=inf,1", "x=1,2"],
+    ["judge", "judge=", "judge=1", "judge=1,2,3,4", "=1,2", "judge=1,-2", "judge=nan,1", "judge=inf,1"],
 )
-def test_a_price_that_is_none_is_refused(tmp_path: Path, price: str) -> None:
+def test_a_price_that_is_none_is_refused(price: str) -> None:
+    flag = click.Option(["--price"])
+    assert refusal(lambda: PRICE.convert(price, flag, None)).startswith(f"--price: {price!r} is not a price; write")
+
+
+def test_a_price_of_an_unknown_role_is_refused(tmp_path: Path) -> None:
     run = lay(tmp_path / "r", talk(1, SAFE), entries=ENTRIES)
-    assert "--price" in refusal(lambda: stats_of(run, prices=parse_prices([price])))
+    message = refusal(lambda: stats_of(run, prices=prices_of("x=1,2")))
+    assert message.startswith("prices: no role 'x' in this run; roles: attacker, ")
 
 
-def test_two_prices_for_a_role_are_refused() -> None:
-    assert "judge" in refusal(lambda: parse_prices(["judge=1,2", "judge=1,2"]))
+def test_two_prices_for_a_role_are_refused(tmp_path: Path) -> None:
+    lay(tmp_path / "r", talk(1, SAFE))
+    done = cli("stats", "./r", "--price", "judge=1,2", "--price", "judge=1,2", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "intersafe: --price: two prices for judge; pass one\n"
 
 
 # --- an embedder over real HTTP --------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from intersafe.wording import nearest
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file, its paths made absolute; `InputError` names file, line and remedy."""
     path = Path(path)
-    node, raw = read_yaml(path)
+    node, raw = read_yaml(path, "recipe")
     if not isinstance(node, yaml.MappingNode):
         raise InputError("a recipe is a mapping of keys", at=path, line=1, remedy="start from `intersafe init DIR`")
     lines: dict[str, int] = {}

@@ -44,7 +44,7 @@ def _priced(cast: Cast, prices: Mapping[str, Price]) -> Cast:
     roles = sorted({name for role in cast.models for name in (role, role.partition(":")[0])})
     for role in prices:
         if role not in roles:
-            raise InputError(f"no role {role!r} in the cast", at="--price", remedy=f"roles: {', '.join(roles)}")
+            raise InputError(f"no role {role!r} in the cast", at="prices", remedy=f"roles: {', '.join(roles)}")
 
     def priced(role: str, model: M) -> M:
         price = prices.get(role) or prices.get(role.partition(":")[0])
