@@ -37,7 +37,8 @@ from intersafe.records import (
     Turn,
     Verdict,
 )
-from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_bleu, tokens_of, vendi_score
+from intersafe.report.dispersion import PURE_PYTHON, mean_cosine_distance, vendi_score
+from intersafe.report.diversity import NgramCounter, self_bleu, words_in
 from intersafe.report.figures import Stats
 from intersafe.report.stats import stats_of
 from intersafe.report.table import sections
@@ -359,7 +360,7 @@ def test_a_script_in_the_cast_is_named_first(tmp_path: Path) -> None:
     ],
 )
 def test_tokens(text: str, tokens: list[str]) -> None:
-    assert tokens_of(text) == tokens
+    assert words_in(text) == tokens
 
 
 def test_distinct_n_counts_no_pair_across_two_texts() -> None:
@@ -430,9 +431,39 @@ def test_one_text_has_no_self_bleu_and_an_empty_one_none_in_common() -> None:
         ([[1, 0, 0], [1, 1, 0], [0, 1, 2], [-1, 0.5, 0.25]], 0.9612972807475592, 2.4563507026882383),
     ],
 )
-def test_the_spread_of_known_vectors(vectors: list[list[float]], distance: float, vendi: float) -> None:
+@pytest.mark.parametrize("numpy", [True, False])
+def test_the_spread_of_known_vectors(
+    vectors: list[list[float]], distance: float, vendi: float, numpy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not numpy:
+        monkeypatch.setitem(sys.modules, "numpy", None)
     assert mean_cosine_distance(vectors) == pytest.approx(distance, abs=1e-12)
     assert vendi_score(vectors) == pytest.approx(vendi, abs=1e-9)
+
+
+def test_pure_python_and_numpy_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = random.Random(7)
+    vectors = [[dice.gauss(0.3, 1) for _ in range(24)] for _ in range(60)]
+    with_numpy = (mean_cosine_distance(vectors), vendi_score(vectors))
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert (mean_cosine_distance(vectors), vendi_score(vectors)) == pytest.approx(with_numpy, abs=1e-9)
+
+
+def test_without_numpy_the_vendi_score_of_a_large_sample_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks = [talk(i, SAFE) for i in range(PURE_PYTHON + 1)]
+    vectors = Embedder("e", lambda texts: [[1.0 + i % 7, 1.0] for i, _ in enumerate(texts)])
+    run = lay(tmp_path / "r", *talks)
+    exact = stats_of(run, sample=500, embedder=vectors).diversity.dispersion
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    found = stats_of(run, sample=500, embedder=vectors)
+    assert exact is not None
+    assert exact.vendi is not None
+    assert found.diversity.dispersion is not None
+    assert found.diversity.dispersion.vendi is None
+    assert found.diversity.dispersion.mean_cosine_distance == pytest.approx(exact.mean_cosine_distance, abs=1e-9)
+    assert "Vendi score of more than 200: not measured; pip install 'intersafe[figures]'" in text_of(found)
 
 
 # --- tokens and cost -------------------------------------------------------------------------------------------------
@@ -579,7 +610,7 @@ def test_the_command_prints_and_writes_and_leaves_the_run_alone(tmp_path: Path) 
     assert "\x1b" not in done.stdout
     assert "dialogues with an unsafe turn (ASR)" in done.stdout
     assert "total 1.00 USD; without a price: attacker, victim:0, victim:1" in done.stdout
-    assert "not configured; give --embedder" in done.stdout
+    assert "not measured; pass --embedder" in done.stdout
     alone = cli("stats", "./r", "--json", "-", "--price", "painter=0,0,0.5", cwd=tmp_path)
     assert alone.stdout == (tmp_path / "out/figures.json").read_text()
     assert msgspec.json.decode(alone.stdout, type=Stats).safety.asr.count == 1

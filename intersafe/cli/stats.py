@@ -9,6 +9,7 @@ from intersafe.cli.values import JsonTarget
 from intersafe.errors import InputError
 
 if TYPE_CHECKING:
+    from intersafe.models.http.embeddings import Embedder
     from intersafe.recipe.sections import Price
     from intersafe.report.figures import Stats
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     type=click.IntRange(2, 500),
     default=200,
     show_default=True,
-    help="Dialogues for self-BLEU and the embeddings.",
+    help="Dialogues for self-BLEU and the embeddings. The Vendi score of more than 200 needs `intersafe[figures]`.",
 )
 @click.option("--embedder", metavar="SPEC", help="Embedding model, as openai:model@url, for the embedding dispersion.")
 @click.option("--embedder-key", metavar="ENVVAR", default="", help="Environment variable with its API key.")
@@ -44,7 +45,6 @@ def stats(
     A --price replaces the recipe's price of that role. Nothing is written into the run. docs/stats.md says what each
     figure means and what it does not show.
     """
-    from intersafe.models.http.embeddings import open_embedder
     from intersafe.report.cost import with_flags
     from intersafe.report.stats import stats_of
     from intersafe.run.directory import Run
@@ -55,12 +55,18 @@ def stats(
     priced = with_flags(opened.prices(), prices)
     if target:
         target.check_outside(opened.path)
-    model = open_embedder(embedder, embedder_key, lambda text: click.echo(text, err=True)) if embedder else None
+    model = _embedder(embedder, embedder_key) if embedder else None
     found = stats_of(opened, sample=sample, prices=priced, embedder=model)
     if target:
         target.write(found)
     if not target or target.path:
         _print(found)
+
+
+def _embedder(spec: str, key: str) -> "Embedder":
+    from intersafe.models.http.embeddings import open_embedder
+
+    return open_embedder(spec, key, lambda text: click.echo(text, err=True))
 
 
 def _print(found: "Stats") -> None:

@@ -167,7 +167,8 @@ class Dispersion(msgspec.Struct, frozen=True):
     embedder: str
     dimensions: int
     mean_cosine_distance: float
-    vendi: float
+    vendi: float | None
+    """None for a large sample where NumPy is not installed."""
 
 
 class Diversity(msgspec.Struct, frozen=True):

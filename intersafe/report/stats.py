@@ -9,12 +9,13 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from intersafe.models.http.embeddings import Embedder
 from intersafe.recipe.sections import Price
 from intersafe.records import Dialogue, RefusalSample
 from intersafe.report.cost import check_roles, costs_of
-from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_bleu, tokens_of, vendi_score
+from intersafe.report.dispersion import mean_cosine_distance, vendi_score
+from intersafe.report.diversity import NgramCounter, self_bleu, words_in
 from intersafe.report.figures import (
     About,
     AlignedFigures,
@@ -37,11 +38,14 @@ from intersafe.report.published import Compared, compare
 from intersafe.run.directory import Run
 from intersafe.run.outcomes import LINES
 
+if TYPE_CHECKING:
+    from intersafe.models.http.embeddings import Embedder
+
 SAMPLE = 200
 
 
 def stats_of(
-    run: Run, *, sample: int = SAMPLE, prices: Mapping[str, Price] | None = None, embedder: Embedder | None = None
+    run: Run, *, sample: int = SAMPLE, prices: Mapping[str, Price] | None = None, embedder: "Embedder | None" = None
 ) -> Stats:
     """The figures of a run, complete or not; `InputError` for a damaged row or the price of an unknown role.
 
@@ -172,7 +176,7 @@ class _Talks:
                 self.aligned[aligned.recovery, verdict.safety == "safe", verdict.refusal] += 1
         self._add_images(dialogue)
         for turn in dialogue.turns:
-            self.ngrams.add(tokens_of(turn.user.text))
+            self.ngrams.add(words_in(turn.user.text))
         self.sample.add(dialogue)
 
     def _add_images(self, dialogue: Dialogue) -> None:
@@ -344,10 +348,10 @@ class _Sample:
         else:
             heapq.heappushpop(self._heap, item)
 
-    def diversity(self, ngrams: NgramCounter, embedder: Embedder | None) -> Diversity:
+    def diversity(self, ngrams: NgramCounter, embedder: "Embedder | None") -> Diversity:
         """The measures on the sample, beside those of `ngrams` on all."""
         sides = [side for _, _, side in sorted(self._heap, reverse=True)]
-        tokens = [[tokens_of(text) for text in side] for side in sides]
+        tokens = [[words_in(text) for text in side] for side in sides]
         dispersion = None
         if embedder and len(sides) > 1:
             vectors = embedder.embed(["\n".join(side) for side in sides])

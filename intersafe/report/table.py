@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from intersafe.report.cost import Costs
+from intersafe.report.dispersion import PURE_PYTHON
 from intersafe.report.figures import Diversity, Histogram, ImageFigures, Losses, SafetyFigures, Share, Sizes, Stats
 from intersafe.report.published import SOURCE
 
@@ -218,8 +219,10 @@ def _diversity(diversity: Diversity) -> list[str]:
     if found:
         rows.append(("mean cosine distance", "", _number(found.mean_cosine_distance, 4)))
         rows.append(("Vendi score", "", _number(found.vendi, 1)))
-        return [*_grid(rows), f"embeddings by {found.embedder}, {found.dimensions:,} dimensions"]
-    return [*_grid(rows), "embedding dispersion: not configured; give --embedder openai:model@url"]
+        lines = [*_grid(rows), f"embeddings by {found.embedder}, {found.dimensions:,} dimensions"]
+        missing = f"Vendi score of more than {PURE_PYTHON}: not measured; pip install 'intersafe[figures]'"
+        return lines if found.vendi is not None else [*lines, missing]
+    return [*_grid(rows), "embedding dispersion: not measured; pass --embedder openai:model@url"]
 
 
 def _costs(costs: Costs) -> list[str]:
@@ -229,7 +232,7 @@ def _costs(costs: Costs) -> list[str]:
         for role, c in costs.roles.items()
     ]
     if costs.usd is None:
-        return [*_grid(rows), "no prices; give --price ROLE=IN,OUT in USD per million tokens"]
+        return [*_grid(rows), "no prices; pass --price ROLE=IN,OUT in USD per million tokens"]
     each = "" if costs.usd_per_dialogue is None else f", {costs.usd_per_dialogue:,.4f} a dialogue kept"
     missing = f"; without a price: {', '.join(costs.unpriced)}" if costs.unpriced else ""
     return [*_grid(rows), f"total {_usd(costs.usd)} USD{each}{missing}"]
