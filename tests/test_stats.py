@@ -38,7 +38,7 @@ from intersafe.records import (
     Verdict,
 )
 from intersafe.report.dispersion import PURE_PYTHON, mean_cosine_distance, vendi_score
-from intersafe.report.diversity import NgramCounter, self_bleu, words_in
+from intersafe.report.diversity import NgramCounter, self_bleu, tokens_of
 from intersafe.report.figures import Stats
 from intersafe.report.stats import stats_of
 from intersafe.report.table import sections
@@ -360,7 +360,7 @@ def test_a_script_in_the_cast_is_named_first(tmp_path: Path) -> None:
     ],
 )
 def test_tokens(text: str, tokens: list[str]) -> None:
-    assert words_in(text) == tokens
+    assert tokens_of(text) == tokens
 
 
 def test_distinct_n_counts_no_pair_across_two_texts() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from intersafe.generation.workers.ray_cluster import Cluster
     from intersafe.recipe.sections import Recipe
 
-F = TypeVar("F", bound=Callable[..., None])
+_Command = TypeVar("_Command", bound=Callable[..., None])
 
 _RECIPE_OPTIONS = (
     click.option("--attacker", metavar="SPEC", help="Model that plays the user, as backend:model[@url]."),
@@ -48,7 +48,7 @@ _RECIPE_OPTIONS = (
 )
 
 
-def _recipe_options(command: F) -> F:
+def _recipe_options(command: _Command) -> _Command:
     """The flags that change a recipe."""
     for option in reversed(_RECIPE_OPTIONS):
         command = option(command)

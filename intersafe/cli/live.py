@@ -52,7 +52,7 @@ class PlainLines(Display):
     def look(self) -> None:
         """Says how far it is."""
         if self._progress:
-            self.say(line_of(self._progress, time.monotonic() - self._began))
+            self.say(status_line(self._progress, time.monotonic() - self._began))
 
     def say(self, text: str) -> None:
         """Writes one line."""
@@ -61,7 +61,7 @@ class PlainLines(Display):
             self._stream.flush()
 
 
-def line_of(progress: Progress, seconds: float) -> str:
+def status_line(progress: Progress, seconds: float) -> str:
     """Accepted, rate, time left, rejected, tokens, cost, in flight, and who is waited for: in one line."""
     funnel = progress.funnel
     calls = sum(tally.calls for tally in progress.journal.roles.values())
@@ -108,7 +108,7 @@ def used_of(progress: Progress) -> list[str]:
     limits = Limits()
     if progress.budget:
         limits, (tokens, usd) = progress.budget.limits, progress.budget.spent
-    share = share_of(progress)
+    share = fraction_done(progress)
 
     def words(used: float, limit: float | None, show: Callable[[float], str], unit: str) -> str:
         of = f" of {show(limit)}" if limit is not None else ""
@@ -122,7 +122,7 @@ def used_of(progress: Progress) -> list[str]:
     return found
 
 
-def share_of(progress: Progress) -> float:
+def fraction_done(progress: Progress) -> float:
     """How much of what is wanted was kept, this session or before; 0 while that says nothing about the rest.
 
     Refusal samples and twins take few calls beside a dialogue, so the dialogues are what is counted.

@@ -13,7 +13,7 @@ from intersafe.errors import InputError
 if TYPE_CHECKING:
     from intersafe.recipe.sections import Recipe
 
-F = TypeVar("F", bound=Callable[..., Any])
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _HERE = Path("pipelines/demo.yaml")
 _DEFAULT = "Default: pipelines/demo.yaml here, else the demo recipe that ships with intersafe."
@@ -33,14 +33,14 @@ class _Positional(click.Argument):
         return []
 
 
-def recipe_option(*, required: bool = False, positional: bool = False) -> Callable[[F], F]:
+def recipe_option(*, required: bool = False, positional: bool = False) -> Callable[[_Command], _Command]:
     """Adds `--recipe FILE`; the command gets the loaded `Recipe` as its argument `recipe`.
 
     `positional` accepts the file without the flag too. `InputError` for two recipes, or for none where it is required.
     """
     text = "Recipe file" + ("; the flag may be left out. " if positional else ". ")
 
-    def decorate(command: F) -> F:
+    def decorate(command: _Command) -> _Command:
         @functools.wraps(command)
         def with_recipe(*, recipe_flags: tuple[Path, ...], recipe_argument: Path | None = None, **values: Any) -> Any:
             files = [*([] if recipe_argument is None else [recipe_argument]), *recipe_flags]
@@ -54,7 +54,7 @@ def recipe_option(*, required: bool = False, positional: bool = False) -> Callab
             help=text + ("Required." if required else _DEFAULT),
         )
         argument = click.argument("recipe_argument", cls=_Positional, required=False, type=click.Path(path_type=Path))
-        return cast(F, option(argument(with_recipe) if positional else with_recipe))
+        return cast(_Command, option(argument(with_recipe) if positional else with_recipe))
 
     return decorate
 

@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from intersafe.errors import InputError
-from intersafe.recipe.checks import check_recipe, check_served
+from intersafe.recipe.checks import validate_recipe, validate_served
 from intersafe.recipe.misfits import dict_values, misfit, section_in
 from intersafe.recipe.sections import Recipe
 from intersafe.storage.yaml import read_yaml
@@ -34,8 +34,8 @@ def load_recipe(path: str | Path) -> Recipe:
         recipe = msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
         raise misfit(error, path, lines, raw) from None
-    recipe = check_recipe(_with_paths(recipe, path.resolve().parent), path, lines)
-    check_served(recipe, path, lines)
+    recipe = validate_recipe(_with_paths(recipe, path.resolve().parent), path, lines)
+    validate_served(recipe, path, lines)
     return recipe
 
 

@@ -18,7 +18,7 @@ _NO_MATCH = 0.1
 """Stands for zero matching n-grams: "method 1" of Chen & Cherry (2014), as in Texygen."""
 
 
-def words_in(text: str) -> list[str]:
+def tokens_of(text: str) -> list[str]:
     """Words, punctuation marks and single Chinese or Japanese characters, after NFKC and case folding."""
     return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
 
