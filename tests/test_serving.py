@@ -497,7 +497,7 @@ def test_a_stop_in_the_middle_leaves_no_server_and_goes_on_later(tmp_path: Path,
     world = World(tmp_path)
     whole(world)
     command = begin(world, *GENERATE[:-3], "--n", "2000", "--serve")
-    command.until("growing ")
+    command.until("generating ")
     command.process.send_signal(signal.SIGTERM)
     assert command.ends() == 130
     assert command.said[-1] == "intersafe: stopped; the same command resumes\n"
