@@ -360,7 +360,7 @@ def test_a_source_without_one_table_is_refused(tmp_path: Path) -> None:
     refusal(lambda: import_figstep(tmp_path / "none", tmp_path / "out"))
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("x")
-    assert "2 csv" in refusal(lambda: import_figstep(tmp_path, tmp_path / "out"))
+    assert "2 CSV" in refusal(lambda: import_figstep(tmp_path, tmp_path / "out"))
 
 
 def test_one_broken_image_stops_the_import_before_anything_is_written(tmp_path: Path) -> None:
