@@ -29,7 +29,7 @@ from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
 from intersafe.run.journal import entries_of
 from intersafe.storage.files import bundled
-from tests.servers.chaos_server import AWAY, FAULTS, Running, running_chaos
+from tests.support.servers.chaos_server import AWAY, FAULTS, Running, running_chaos
 
 ALL_KINDS = 1_000
 """Dialogues from which on every kind of fault must have been met."""
