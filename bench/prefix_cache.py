@@ -30,7 +30,8 @@ from intersafe.generation.generate import generate_dialogues
 from intersafe.recipe.load import load_recipe
 from intersafe.serving.plan import servers_of
 from intersafe.serving.supervisor import watched
-from tests.engines import FIXTURES, put_up, write_recipe
+from tests.support.paths import FIXTURES
+from tests.support.tiny_engines import put_up, write_recipe
 
 BLOCK = 32
 """Tokens of a block of the KV cache: the fewest that a CPU has; the usual 128 are longer than many a turn here."""
