@@ -2,33 +2,28 @@
 
 import asyncio
 import base64
-import contextlib
 import email.utils
-import io
 import itertools
 import json
-import os
 import shutil
 import ssl
 import subprocess
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from intersafe.errors import CallFailed, InputError, ServiceGone
 from intersafe.images.store import ImageStore, normalise
-from intersafe.models.base import Call, Hooks, Reply, Sampling
-from intersafe.models.http.chat import EndpointModel
+from intersafe.models.base import Hooks, Reply
 from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
-from intersafe.records import Message
 from intersafe.replies import MessageAnswer, Schema, schema_of
+from tests.support.endpoints import call, failure, once, opened, picture
 from tests.support.servers.fault_server import (
     CUT,
     RESET,
@@ -43,66 +38,12 @@ from tests.support.servers.fault_server import (
 )
 
 KEY_NAME, KEY = "INTERSAFE_TEST_KEY", "sk-test-0123456789-abcdefghij-0123456789"
-SAMPLING = Sampling(0.3, 0.9, 123, 4567)
-
-
-class Asked:
-    """A model, and what it told the user."""
-
-    def __init__(self, model: EndpointModel, said: list[str]) -> None:
-        self.model, self.said = model, said
-
-    async def __call__(self, text: str = "hi", job: str = "job", **changes: Any) -> Reply:
-        return await self.model.answer(call(text, job, **changes))
-
-
-def call(text: str, job: str = "job", *, images: Sequence[str] = (), schema: Schema | None = None) -> Call:
-    messages = (Message("system", "be brief"), Message("user", text, tuple(images)))
-    return Call("judge", "prompt", messages, SAMPLING, schema, job, 0)
-
-
-@contextlib.asynccontextmanager
-async def opened(
-    *servers: FaultServer,
-    limits: Limits | None = None,
-    images: ImageStore | None = None,
-    said: list[str] | None = None,
-    say: Callable[[str], None] | None = None,
-    **changes: Any,
-) -> AsyncIterator[Asked]:
-    """A model in front of the servers."""
-    member = Member(model=f"openai:some/model@{','.join(server.url for server in servers)}", **changes)
-    said = [] if said is None else said
-    limits = limits or Limits(timeout=10, patience=30, retries=3)
-    model = EndpointModel(member, limits, images or ImageStore(Path("nowhere")), say or said.append)
-    try:
-        yield Asked(model, said)
-    finally:
-        await model.aclose()
 
 
 def ask_once(server: FaultServer, text: str = "hi", **changes: Any) -> Reply:
     """One call to a server, in an event loop of its own."""
 
-    async def main() -> Reply:
-        async with opened(server, **changes) as ask:
-            return await ask(text)
-
-    return asyncio.run(main())
-
-
-async def failure(awaitable: Coroutine[Any, Any, Reply]) -> CallFailed:
-    """The exception that a call ends with."""
-    with pytest.raises(CallFailed) as caught:
-        await awaitable
-    return caught.value
-
-
-def picture(width: int, height: int, noise: bool = False) -> bytes:
-    image = Image.frombytes("RGB", (width, height), os.urandom(3 * width * height)) if noise else None
-    data = io.BytesIO()
-    (image or Image.new("RGB", (width, height), "teal")).save(data, "PNG")
-    return data.getvalue()
+    return once(opened(server, **changes), text)
 
 
 # --- what is sent ----------------------------------------------------------------------------------------------------

@@ -2,23 +2,22 @@
 
 import asyncio
 import base64
-import contextlib
 import io
 import json
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from intersafe.errors import CallFailed, InputError, ServiceGone
-from intersafe.models.base import Call, Hooks, Painted, PaintModel, Sampling
+from intersafe.models.base import Hooks, Painted
 from intersafe.models.http.images import MAX_BODY, SMALL_PICTURE
 from intersafe.models.open import check_cast, open_painter
 from intersafe.recipe.sections import Cast, Limits, Member, Painter
-from intersafe.records import Message
+from tests.support.endpoints import once, opened_painter
 from tests.support.servers.fault_server import RESET, STALL, Answer, FaultServer, Request, Script, error, in_turn, raw
 
 KEY_NAME, KEY = "INTERSAFE_TEST_KEY", "sk-test-0123456789-abcdefghij-0123456789"
@@ -43,47 +42,10 @@ PICTURE = drawn(b64_json=ENCODED, url=None, revised_prompt=None)
 CUT = raw(PICTURE.body * 50, how="cut")
 
 
-def call(description: str = "a lamp", job: str = "job", seed: int = 4567) -> Call:
-    sampling = Sampling(1.0, 1.0, 1, seed)
-    return Call("painter", "painter/describe", (Message("user", description),), sampling, None, job, 0)
-
-
-class Asked:
-    """A painter, and what it told the user."""
-
-    def __init__(self, model: PaintModel, said: list[str]) -> None:
-        self.model, self.said = model, said
-
-    async def __call__(self, description: str = "a lamp", job: str = "job") -> Painted:
-        return await self.model.paint(call(description, job))
-
-
-@contextlib.asynccontextmanager
-async def opened(
-    *servers: FaultServer,
-    limits: Limits | None = None,
-    said: list[str] | None = None,
-    say: Callable[[str], None] | None = None,
-    **changes: Any,
-) -> AsyncIterator[Asked]:
-    """A painter in front of the servers."""
-    said = [] if said is None else said
-    painter = Painter(model=f"openai:some/model@{','.join(server.url for server in servers)}", **changes)
-    model = open_painter(painter, limits or Limits(timeout=10, patience=30, retries=3), Hooks(say or said.append))
-    try:
-        yield Asked(model, said)
-    finally:
-        await model.aclose()
-
-
 def paint_once(server: FaultServer, description: str = "a lamp", **changes: Any) -> Painted:
     """One picture, in an event loop of its own."""
 
-    async def main() -> Painted:
-        async with opened(server, **changes) as ask:
-            return await ask(description)
-
-    return asyncio.run(main())
+    return once(opened_painter(server, **changes), description)
 
 
 def painting(answer: Script | None = None) -> FaultServer:
@@ -244,7 +206,7 @@ def test_a_stalled_answer_is_tried_again() -> None:
 @pytest.mark.parametrize("poison", [error(500, "engine"), error(403, "engine"), CUT], ids=["500", "403", "cut"])
 def test_a_description_that_always_fails_is_given_up_and_the_others_are_drawn(poison: Answer) -> None:
     async def main() -> None:
-        async with opened(server) as ask:
+        async with opened_painter(server) as ask:
             with pytest.raises(CallFailed):
                 await ask("poison")
             assert await ask("next") == Painted(PNG)
@@ -279,7 +241,7 @@ def test_a_server_that_lists_its_models_but_draws_nothing_is_waited_for(fault: A
         server.script = lambda _: PICTURE
 
     async def main() -> None:
-        async with opened(server, say=say, limits=Limits(retries=2, patience=30)) as ask:
+        async with opened_painter(server, say=say, limits=Limits(retries=2, patience=30)) as ask:
             assert await asyncio.gather(*(ask(str(i)) for i in range(8))) == [Painted(PNG)] * 8
 
     with painting(script) as server:
@@ -296,7 +258,7 @@ def test_a_refused_connection_waits_and_goes_on_when_the_server_comes() -> None:
             server.start()
 
     async def main() -> None:
-        async with opened(server, say=say) as ask:
+        async with opened_painter(server, say=say) as ask:
             assert await asyncio.gather(*(ask(str(i)) for i in range(8))) == [Painted(PNG)] * 8
 
     with painting() as server:

@@ -9,7 +9,7 @@ import pytest
 
 from intersafe.models.http.limits import seconds_of
 from intersafe.models.http.quotas import Quota, span_of, words_of
-from tests.models.test_limits import run
+from tests.support.jumping_time import run
 
 Sent = list[tuple[float, int]]
 """When each request went, and what it cost."""

@@ -14,8 +14,8 @@ from intersafe.errors import CallFailed, ServiceGone
 from intersafe.images.store import ImageStore, normalise
 from intersafe.models.http.replicas import PLACES, Replicas
 from intersafe.recipe.sections import Limits
-from tests.models.test_endpoint import Asked, opened, picture
-from tests.models.test_limits import run
+from tests.support.endpoints import OpenedChat, opened, picture
+from tests.support.jumping_time import run
 from tests.support.servers.fault_server import RESET, STALL, Answer, FaultServer, Request, error, reply
 
 pytestmark = pytest.mark.alone
@@ -30,7 +30,7 @@ async def told(said: asyncio.Queue[str], what: str) -> str:
     return text
 
 
-async def ask_all(ask: Asked, jobs: Sequence[str], text: str = "") -> None:
+async def ask_all(ask: OpenedChat, jobs: Sequence[str], text: str = "") -> None:
     """One call for each job, all at once."""
     replies = await asyncio.gather(*(ask(text or job, job) for job in jobs))
     assert {reply.text for reply in replies} == {"ok"}

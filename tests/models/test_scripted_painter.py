@@ -16,7 +16,7 @@ from intersafe.models.base import Hooks, Painted
 from intersafe.models.open import open_painter
 from intersafe.models.scripted.painter import PROFILES, STOCK, draw
 from intersafe.recipe.sections import Limits, Painter
-from tests.models.test_painter import call
+from tests.support.endpoints import paint_call
 from tests.support.paths import REPOSITORY
 
 WORDS = ("kitchen", "poster", "bottle", "street", "warning", "market", "ladder", "tunnel", "garden", "window", "crowd")
@@ -47,7 +47,7 @@ def test_scripted_pictures_are_small_sound_and_do_not_resemble_each_other() -> N
 def test_any_description_and_size_gives_a_sound_small_picture(description: str, size: str) -> None:
     async def main() -> list[Painted]:
         painter = open_painter(Painter(model="scripted:flawless", size=size), Limits(), Hooks())
-        return [await painter.paint(call(description, seed=seed)) for seed in range(30)]
+        return [await painter.paint(paint_call(description, seed=seed)) for seed in range(30)]
 
     for painted in asyncio.run(main()):
         image = normalise(painted.data, at="scripted")
@@ -108,9 +108,9 @@ def test_description_seed_and_size_each_decide_the_picture_and_the_job_does_not(
             open_painter(Painter(model="scripted:flawless", size=size), Limits(), Hooks())
             for size in ("96x96", "96x64")
         )
-        calls = (call("a"), call("b"), call("a", seed=1), call("a", job="another"))
+        calls = (paint_call("a"), paint_call("b"), paint_call("a", seed=1), paint_call("a", job="another"))
         pictures = [(await small.paint(each)).data for each in calls]
-        return [*pictures, (await wide.paint(call("a"))).data]
+        return [*pictures, (await wide.paint(paint_call("a"))).data]
 
     one, *others, another_job, wide = asyncio.run(main())
     assert another_job == one

@@ -15,7 +15,7 @@ from intersafe.models.base import Hooks
 from intersafe.models.http.chat import REMEMBERED
 from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
-from tests.models.test_endpoint import call, failure, opened, picture
+from tests.support.endpoints import call, failure, opened, picture
 from tests.support.servers.fault_server import CUT, Answer, FaultServer, Request, error, reply
 
 

@@ -17,6 +17,7 @@ from intersafe.models.open import open_painter
 from intersafe.recipe.sections import Limits, Painter
 from intersafe.records import Message
 from tests.support.paths import SUPPORT
+from tests.support.servers import running
 
 MISSING = [name for name in ("torch", "diffusers", "transformers") if importlib.util.find_spec(name) is None]
 
@@ -96,15 +97,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    command = [sys.executable, str(SUPPORT / "servers/t2i_server.py"), "0", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            ready = next((line for line in server.stdout if line.startswith("ready ")), "")
-            assert ready, "the t2i server did not start"
-            yield ready.split()[1]
-        finally:
-            server.kill()
+    with running("t2i_server.py", str(folder)) as base:
+        yield base
 
 
 @pytest.fixture(scope="module")

@@ -43,11 +43,6 @@ Found = list[list[Reply | IntersafeError]]
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
-    return ImageStore(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
 def colours(store: ImageStore) -> dict[str, str]:
     return {colour: picture(store, colour) for colour in COLOURS}
 

@@ -83,11 +83,6 @@ def serving(recipe: Path, folder: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
-    return ImageStore(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
 def calls(store: ImageStore) -> list[Call]:
     """Talks of every kind, good ones and bad ones, which are asked for all at once."""
     refs = {colour: picture(store, colour) for colour in COLOURS}

@@ -18,14 +18,20 @@ def running_vlm(*options: str) -> Iterator[str]:
         import pytest  # here, because the environment that trains the model has none
 
         pytest.skip("mistralrs is not installed: pip install 'intersafe[test]'")
-    command = [sys.executable, str(HERE / "vlm_server.py"), "0", *options]
     # The engine logs to stdout unless it is told not to; what it says in spite of that comes before the ready line.
-    quiet = os.environ | {"RUST_LOG": "error", "RUST_BACKTRACE": "0"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet) as server:
+    with running("vlm_server.py", *options, RUST_LOG="error", RUST_BACKTRACE="0") as url:
+        yield url
+
+
+@contextlib.contextmanager
+def running(script: str, *options: str, **env: str) -> Iterator[str]:
+    """Yields the base URL (with `/v1`) of a server of this folder that takes a port and these options."""
+    command = [sys.executable, str(HERE / script), "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | env) as server:
         try:
             assert server.stdout is not None
             ready = next((line for line in server.stdout if line.startswith("ready ")), "")
-            assert ready, "the tiny VLM did not start"
+            assert ready, f"{script} did not start"
             yield ready.split()[1]
         finally:
             server.kill()
