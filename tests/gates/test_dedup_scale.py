@@ -22,35 +22,15 @@ from intersafe.generation.regate import regate
 from intersafe.recipe.gates import DuplicateSettings
 from intersafe.recipe.override import override
 from intersafe.records import Dialogue
-from tests.gates.test_gates import edited, made_up
+from tests.support.dialogues import DEFAULT, colliding_signatures, made_up, nearest_of_each, similar_dialogues
 from tests.support.paths import REPOSITORY
 from tests.support.runs import cli, demo, digest, started
 
-DEFAULT = DuplicateSettings()
 HEAD, RECORD = 64, 4 * DEFAULT.permutations + 8
-Said = list[tuple[str, float] | None]
-
-
-def offered(count: int = 200) -> list[Dialogue]:
-    """Dialogues of which many are more or less alike, and several exactly."""
-    rng = random.Random(9)
-    found = [made_up(number) for number in range(count // 2)]
-    found += [edited(found[rng.randrange(len(found))], rng, rng.randrange(60)) for _ in range(count - len(found))]
-    rng.shuffle(found)
-    return [msgspec.structs.replace(one, id=f"{place:016x}") for place, one in enumerate(found)]
 
 
 def asked(one: Dialogue) -> list[str]:
     return [turn.user.text for turn in one.turns]
-
-
-def said(dialogues: list[Dialogue], file: Path | None = None, settings: DuplicateSettings = DEFAULT) -> Said:
-    """What an index says of each dialogue before it is told of it."""
-    index, answers = DuplicateIndex(settings, file), []
-    for one in dialogues:
-        answers.append(index.nearest(one))
-        index.add(one)
-    return answers
 
 
 # --- the index --------------------------------------------------------------------------------------------------------
@@ -75,7 +55,7 @@ def test_answers_are_those_of_rensas_own_index_and_of_brute_force(changes: dict[
     lsh = RMinHashLSH(settings.threshold, settings.permutations, bands)
     hashes: list[RMinHash] = []
     bands_of: list[list[tuple[int, ...]]] = []
-    dialogues, expected = offered(), list[tuple[str, float] | None]()
+    dialogues, expected = similar_dialogues(), list[tuple[str, float] | None]()
     for place, one in enumerate(dialogues):
         mine = RMinHash(settings.permutations, 1)
         mine.update(sorted(text_shingles(asked(one), settings)))
@@ -93,26 +73,19 @@ def test_answers_are_those_of_rensas_own_index_and_of_brute_force(changes: dict[
         lsh.insert(place, mine)
         hashes.append(mine)
         bands_of.append(cut)
-    assert said(dialogues, settings=settings) == expected
+    assert nearest_of_each(dialogues, settings=settings) == expected
     assert {bool(answer) for answer in expected} == {True, False}
-
-
-def small_values(count: int, rng: random.Random, values: int = 32) -> list[bytes]:
-    """Signatures of so few values that bands of 4 collide all the time, the first and the last ones equal."""
-    alphabet = [rng.randbytes(4) for _ in range(6)]
-    made = [b"".join(rng.choices(alphabet, k=values)) for _ in range(count)]
-    return [*made, *made[:5], *made[count // 2 :][:5]]
 
 
 @pytest.mark.parametrize("off_the_heap", [False, True])
 def test_answers_hold_over_several_tables(off_the_heap: bool, tmp_path: Path) -> None:
     rng, values = random.Random(3), 32
-    made = small_values(9000, rng)  # where equals are found the earliest counts, whatever table it is in
+    made = colliding_signatures(9000, rng)  # where equals are found the earliest counts, whatever table it is in
     index = BandedSignatures(values, 8, 14, tmp_path if off_the_heap else None)
     for signature in made:
         index.add(signature)
     assert len(index) == len(made)
-    for mine in [*made[:3], *made[4500:4503], *small_values(12, rng)]:
+    for mine in [*made[:3], *made[4500:4503], *colliding_signatures(12, rng)]:
         best, most = 0, 13
         for number, other in enumerate(made, 1):
             equal = [mine[i : i + 4] == other[i : i + 4] for i in range(0, len(mine), 4)]
@@ -164,12 +137,12 @@ def directory(path: Path) -> None:
 
 def made_by_others(path: Path) -> None:
     path.unlink()
-    said([made_up(number) for number in range(1000, 1128)], path)
+    nearest_of_each([made_up(number) for number in range(1000, 1128)], path)
 
 
 def made_with_other_settings(path: Path) -> None:
     path.unlink()
-    said(offered(), path, DuplicateSettings(size=4))
+    nearest_of_each(similar_dialogues(), path, DuplicateSettings(size=4))
 
 
 HARM: dict[str, Callable[[Path], object]] = {
@@ -198,32 +171,32 @@ HARM: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("harm", HARM)
 def test_whatever_becomes_of_the_file_the_answers_are_the_same_and_it_heals(harm: str, tmp_path: Path) -> None:
-    dialogues, path = offered(), tmp_path / SIGNATURES
-    expected = said(dialogues)
-    assert said(dialogues, path) == expected
+    dialogues, path = similar_dialogues(), tmp_path / SIGNATURES
+    expected = nearest_of_each(dialogues)
+    assert nearest_of_each(dialogues, path) == expected
     sound = path.read_bytes()
     assert len(sound) == HEAD + 192 * RECORD  # whole groups of 64
     HARM[harm](path)
-    assert said(dialogues, path) == expected
+    assert nearest_of_each(dialogues, path) == expected
     if harm != "a folder":
         healed = path.read_bytes()
         wrong = [k for k in range(192) if healed[HEAD + k * RECORD :][:RECORD] != sound[HEAD + k * RECORD :][:RECORD]]
         assert healed[:HEAD] == sound[:HEAD]
         assert len(wrong) < 64, "what is mended is written in groups"
-        assert said(dialogues, path) == expected
+        assert nearest_of_each(dialogues, path) == expected
 
 
 def test_a_file_that_is_ahead_of_the_rows_is_of_no_consequence(tmp_path: Path) -> None:
-    dialogues, path = offered(), tmp_path / SIGNATURES
-    said(dialogues, path)
+    dialogues, path = similar_dialogues(), tmp_path / SIGNATURES
+    nearest_of_each(dialogues, path)
     others = dialogues[:90] + dialogues[:89:-1]  # killed before the rows were written, and other dialogues came then
-    assert said(others, path) == said(others)
-    assert said(others, path) == said(others)
+    assert nearest_of_each(others, path) == nearest_of_each(others)
+    assert nearest_of_each(others, path) == nearest_of_each(others)
 
 
 def test_a_text_that_a_curator_changed_is_the_one_that_counts(tmp_path: Path) -> None:
-    dialogues, path = offered(), tmp_path / SIGNATURES
-    said(dialogues, path)
+    dialogues, path = similar_dialogues(), tmp_path / SIGNATURES
+    nearest_of_each(dialogues, path)
     fresh = msgspec.structs.replace(made_up(5000), id=dialogues[7].id)
     index = DuplicateIndex(DEFAULT, path)
     for one in [*dialogues[:7], fresh, *dialogues[8:]]:
@@ -250,13 +223,13 @@ def test_a_full_disk_ends_the_file_and_not_the_run(allowed: int, tmp_path: Path)
     code = f"""
 import resource
 from pathlib import Path
-from tests.gates.test_dedup_scale import offered, said
+from tests.support.dialogues import nearest_of_each, similar_dialogues
 resource.setrlimit(resource.RLIMIT_FSIZE, ({allowed}, {allowed}))
-assert said(offered(), Path({str(path)!r})) == said(offered())
+assert nearest_of_each(similar_dialogues(), Path({str(path)!r})) == nearest_of_each(similar_dialogues())
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
     assert path.stat().st_size <= allowed
-    assert said(offered(), path) == said(offered())
+    assert nearest_of_each(similar_dialogues(), path) == nearest_of_each(similar_dialogues())
     assert path.stat().st_size > HEAD + 136 * RECORD  # all but what waits
 
 
@@ -264,7 +237,7 @@ def test_a_place_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "full").symlink_to("/dev/full")
     (tmp_path / "index").write_text("a file where the folder should be")
     for place in ("full", SIGNATURES):
-        assert said(offered(), tmp_path / place) == said(offered())
+        assert nearest_of_each(similar_dialogues(), tmp_path / place) == nearest_of_each(similar_dialogues())
     assert (tmp_path / "index").read_text() == "a file where the folder should be"
 
 

@@ -12,7 +12,7 @@ import pytest
 from intersafe.errors import StorageError
 from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, TextIndex
 from intersafe.gates.index.banded import BandedSignatures
-from tests.gates.test_dedup_scale import DEFAULT, offered, small_values
+from tests.support.dialogues import DEFAULT, colliding_signatures, similar_dialogues
 from tests.support.paths import REPOSITORY
 
 
@@ -40,7 +40,7 @@ def test_files_and_memory_say_the_same(permutations: int, bands: int, least: int
 def test_what_is_entered_together_is_found_as_what_was_entered_alone(tmp_path: Path) -> None:
     """Through the end of the first table, through a full group, and with questions at odd places."""
     rng = random.Random(12)
-    made = small_values(25_000, rng)
+    made = colliding_signatures(25_000, rng)
     alone, together, memory = (BandedSignatures(32, 8, 20, folder) for folder in (tmp_path, tmp_path, None))
     asked_at = {0, 1, 4095, 4097, 4100, 24_000}
     for number, signature in enumerate(made):
@@ -52,7 +52,7 @@ def test_what_is_entered_together_is_found_as_what_was_entered_alone(tmp_path: P
         if number in asked_at:
             said_of = [index.nearest(made[number // 2]) for index in (alone, together, memory)]
             assert said_of[0] == said_of[1] == said_of[2] is not None
-    for mine in [*made[:5], made[20_000], *small_values(5, rng)]:
+    for mine in [*made[:5], made[20_000], *colliding_signatures(5, rng)]:
         sharing = {
             number
             for number, other in enumerate(made, 1)
@@ -91,9 +91,9 @@ def test_a_disk_that_refuses_a_scratch_file_changes_no_answer(after: int, allowe
 import random, resource
 from pathlib import Path
 from intersafe.gates.index.banded import BandedSignatures
-from tests.gates.test_dedup_scale import small_values
+from tests.support.dialogues import colliding_signatures
 rng = random.Random(6)
-made = small_values(5500, rng)
+made = colliding_signatures(5500, rng)
 one, other = BandedSignatures(32, 8, 20, Path({str(tmp_path)!r})), BandedSignatures(32, 8, 20)
 for place, signature in enumerate(made):
     if place == {after}:
@@ -133,7 +133,7 @@ def test_scratch_files_have_no_name_and_end_with_their_index(tmp_path: Path) -> 
 
 
 def test_what_the_disk_does_not_give_back_ends_the_run_instead_of_changing_an_answer(tmp_path: Path) -> None:
-    index, dialogues = DuplicateIndex(DEFAULT, tmp_path / SIGNATURES), offered(20)
+    index, dialogues = DuplicateIndex(DEFAULT, tmp_path / SIGNATURES), similar_dialogues(20)
     for one in dialogues:
         index.add(one)
     for file in scratch_files(tmp_path):

@@ -22,18 +22,14 @@ from intersafe.models.http.embeddings import Embedder, open_embedder
 from intersafe.recipe.sections import Limits, digest_of
 from intersafe.records import (
     Aligned,
-    Check,
     Dialogue,
     Ended,
     ImageOrigin,
-    Message,
-    Plan,
     Provenance,
     RefusalCheck,
     RefusalSample,
     RemovedImage,
     Seed,
-    Turn,
     Verdict,
 )
 from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_bleu, tokens_of, vendi_score
@@ -45,6 +41,7 @@ from intersafe.run.funnel import Funnel, Summary
 from intersafe.run.journal import Entry
 from intersafe.run.manifest import Manifest
 from intersafe.run.outcomes import outcome_row
+from tests.support.dialogues import dialogue, turn
 from tests.support.runs import cli, refusal
 from tests.support.servers.fault_server import Answer, FaultServer, Request, error, raw, reply
 
@@ -55,7 +52,7 @@ REAL = {"attacker": "openai:a", "judge": "openai:j", "victim:0": "openai:v", "vi
 LINES = ("", "refusals", "twins")
 
 
-def talk(
+def judged(
     number: int,
     *verdicts: Verdict,
     texts: Sequence[str] = (),
@@ -70,16 +67,11 @@ def talk(
     for i, verdict in enumerate(verdicts):
         kind = images[i : i + 1]
         origins = {"s": (origin("seed"),), "p": (origin("painted"),)}.get(kind, ())
-        text = texts[i] if texts else f"message {i} of talk {number}"
-        user = Message("user", text, tuple(o.image for o in origins))
-        answer = aligned[i] if aligned else None
-        turns.append(Turn(user, Message("assistant", "reply"), verdict, origins=origins, aligned=answer))
+        text = texts[i] if texts else f"message {i} of dialogue {number}"
+        turns.append(turn(text, "reply", verdict, origins=origins, aligned=aligned[i] if aligned else None))
     seed = Seed(f"seed-{number}", "query", category, "house", "MIT" if number % 2 else "CC0-1.0")
-    plan, check = Plan(()), Check(risk=True, coherent=True)
-    key = f"key-{number}"
-    return Dialogue(
-        f"id-{number}", number, key, seed, "role_play", victim, 0, plan, tuple(turns), (), check, MADE_BY, removed
-    )
+    names: dict[str, Any] = {"id": f"id-{number}", "job": number, "key": f"key-{number}"}
+    return dialogue(turns, seed=seed, victim=victim, provenance=MADE_BY, removed=removed, **names)
 
 
 def origin(source: Literal["seed", "painted"]) -> ImageOrigin:
@@ -135,9 +127,9 @@ def test_sizes_turns_and_images_are_counted_and_set_beside_the_published_ones(tm
     gone = RemovedImage(1, origin("painted"), "0" * 64 + ".png")
     run = lay(
         tmp_path / "r",
-        talk(1, SAFE, SAFE, images="sp", removed=(gone, gone)),
-        talk(2, SAFE, SAFE, SAFE, SAFE, images="pp.s"),
-        talk(3, SAFE, SAFE, SAFE, category="political"),
+        judged(1, SAFE, SAFE, images="sp", removed=(gone, gone)),
+        judged(2, SAFE, SAFE, SAFE, SAFE, images="pp.s"),
+        judged(3, SAFE, SAFE, SAFE, category="political"),
     )
     lay(run.path, sample(1, "general", image=True), sample(2, "general"), sample(3, "health"), line="refusals")
     found = stats_of(run)
@@ -173,11 +165,11 @@ def test_sizes_turns_and_images_are_counted_and_set_beside_the_published_ones(tm
 def test_the_first_unsafe_turn_curve_lets_short_dialogues_leave(tmp_path: Path) -> None:
     run = lay(
         tmp_path / "r",
-        talk(1, UNSAFE, SAFE),
-        talk(2, SAFE, UNSAFE, UNSAFE, victim="w"),
-        talk(3, SAFE, SAFE),
-        talk(4, SAFE, SAFE, UNSAFE, SAFE),
-        talk(5, UNCLEAR, SAFE, SAFE),
+        judged(1, UNSAFE, SAFE),
+        judged(2, SAFE, UNSAFE, UNSAFE, victim="w"),
+        judged(3, SAFE, SAFE),
+        judged(4, SAFE, SAFE, UNSAFE, SAFE),
+        judged(5, UNCLEAR, SAFE, SAFE),
     )
     safety = stats_of(run).safety
     rows = [(p.turn, p.at_risk, p.unsafe, p.censored) for p in safety.first_unsafe]
@@ -192,14 +184,14 @@ def test_the_first_unsafe_turn_curve_lets_short_dialogues_leave(tmp_path: Path) 
 
 
 def test_a_dialogue_without_a_turn_is_never_at_risk(tmp_path: Path) -> None:
-    found = stats_of(lay(tmp_path / "r", talk(1), talk(2, UNSAFE)))
+    found = stats_of(lay(tmp_path / "r", judged(1), judged(2, UNSAFE)))
     assert [(p.turn, p.at_risk, p.unsafe) for p in found.safety.first_unsafe] == [(1, 1, 1)]
     assert (found.safety.asr.count, found.safety.asr.total) == (1, 2)
     assert found.turns.counts == {0: 1, 1: 1}
 
 
 def test_refusals_are_counted_by_turn(tmp_path: Path) -> None:
-    safety = stats_of(lay(tmp_path / "r", talk(1, FULL, SAFE, SOFT), talk(2, FULL, FULL))).safety
+    safety = stats_of(lay(tmp_path / "r", judged(1, FULL, SAFE, SOFT), judged(2, FULL, FULL))).safety
     assert safety.refusals_by_turn == {1: {"full": 2}, 2: {"full": 1, "none": 1}, 3: {"deflect": 1}}
     assert safety.refusals == {"full": 3, "deflect": 1, "none": 1}
 
@@ -208,14 +200,14 @@ def test_aligned_answers_twins_and_losses(tmp_path: Path) -> None:
     good, back, bad = Aligned("a", FULL, False), Aligned("a", SOFT, True), Aligned("a", UNSAFE, True)
     run = lay(
         tmp_path / "r",
-        talk(1, UNSAFE, UNSAFE, SAFE, aligned=(good, back, bad)),
-        talk(2, SAFE),
+        judged(1, UNSAFE, UNSAFE, SAFE, aligned=(good, back, bad)),
+        judged(2, SAFE),
         ended(3, "gates", "near_duplicate"),
         ended(4, "gates", "near_duplicate"),
         ended(5, "gates", "similar_images"),
         ended(6, "plan", "blocked", "failed"),
     )
-    lay(run.path, talk(1, SAFE, FULL, FULL), talk(2, SAFE), talk(3, UNSAFE), line="twins")
+    lay(run.path, judged(1, SAFE, FULL, FULL), judged(2, SAFE), judged(3, UNSAFE), line="twins")
     lay(run.path, ended(1, "gates", "near_duplicate"), line="refusals")
     found = stats_of(run)
     assert (found.aligned.answers, found.aligned.safe.count) == (3, 2)
@@ -240,11 +232,11 @@ def test_aligned_answers_twins_and_losses(tmp_path: Path) -> None:
 # --- any run ---------------------------------------------------------------------------------------------------------
 
 
-def random_talks(seed: int) -> list[Dialogue]:
+def random_dialogues(seed: int) -> list[Dialogue]:
     dice = random.Random(seed)
     verdicts = (SAFE, FULL, SOFT, UNSAFE, UNCLEAR)
     return [
-        talk(
+        judged(
             number,
             *dice.choices(verdicts, weights=(9, 3, 2, dice.randint(0, 5), 1), k=dice.randint(1, 6)),
             images="".join(dice.choices("sp..", k=6)),
@@ -257,9 +249,9 @@ def random_talks(seed: int) -> list[Dialogue]:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_sums_hold_for_any_run(tmp_path: Path, seed: int) -> None:
-    talks = random_talks(seed)
-    found = stats_of(lay(tmp_path / "r", *talks))
-    n, safety, curve = len(talks), found.safety, found.safety.first_unsafe
+    dialogues = random_dialogues(seed)
+    found = stats_of(lay(tmp_path / "r", *dialogues))
+    n, safety, curve = len(dialogues), found.safety, found.safety.first_unsafe
     assert found.sizes.dialogues == n
     for histogram in (found.turns, found.images.all, found.images.seed, found.images.painted):
         assert sum(histogram.counts.values()) == n
@@ -283,22 +275,22 @@ def test_the_sums_hold_for_any_run(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_in_another_order_give_the_same_bytes(tmp_path: Path, seed: int) -> None:
-    talks = random_talks(seed)
-    mixed = random.Random(seed + 100).sample(talks, len(talks))
+    dialogues = random_dialogues(seed)
+    mixed = random.Random(seed + 100).sample(dialogues, len(dialogues))
     vectors = Embedder("e", lambda texts: [[1.0 + len(text), 1.0 + text.count("1")] for text in texts])
     one, other = (
         stats_of(lay(tmp_path / name / "r", *order), sample=7, embedder=vectors)
-        for name, order in (("one", talks), ("other", mixed))
+        for name, order in (("one", dialogues), ("other", mixed))
     )
     assert msgspec.json.encode(one) == msgspec.json.encode(other)
-    assert one.diversity.sample == min(7, len(talks))
+    assert one.diversity.sample == min(7, len(dialogues))
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_torn_last_line_is_not_counted(tmp_path: Path) -> None:
-    run = lay(tmp_path / "r", talk(1, SAFE), talk(2, SAFE))
+    run = lay(tmp_path / "r", judged(1, SAFE), judged(2, SAFE))
     summary = Summary(2, True, Funnel(2, 2), Funnel(), Funnel(), (), {}, 0, False)
     (run.path / "summary.json").write_bytes(msgspec.json.encode(summary))
     assert stats_of(run).about.state == "complete"
@@ -309,7 +301,7 @@ def test_a_torn_last_line_is_not_counted(tmp_path: Path) -> None:
 
 
 def test_a_damaged_row_is_named(tmp_path: Path) -> None:
-    run = lay(tmp_path / "r", talk(1, SAFE), talk(2, SAFE))
+    run = lay(tmp_path / "r", judged(1, SAFE), judged(2, SAFE))
     path = run.path / "dialogues.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"job":2', b'"job":"two"'))
     assert "dialogues.jsonl:2" in refusal(lambda: stats_of(run))
@@ -326,7 +318,7 @@ def test_an_empty_run_has_no_means(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ended_short_says_so_and_a_complete_one_says_nothing(tmp_path: Path) -> None:
-    run = lay(tmp_path / "r", talk(1, SAFE))
+    run = lay(tmp_path / "r", judged(1, SAFE))
     summary = Summary(1, True, Funnel(1, 1), Funnel(), Funnel(), (), {}, 0, False)
     (run.path / "summary.json").write_bytes(msgspec.json.encode(summary))
     assert stats_of(run).about.state == "complete"
@@ -339,7 +331,7 @@ def test_a_run_that_ended_short_says_so_and_a_complete_one_says_nothing(tmp_path
 
 
 def test_a_script_in_the_cast_is_named_first(tmp_path: Path) -> None:
-    run = lay(tmp_path / "r", talk(1, SAFE), cast=REAL | {"judge": "scripted:demo"})
+    run = lay(tmp_path / "r", judged(1, SAFE), cast=REAL | {"judge": "scripted:demo"})
     found = stats_of(run)
     assert found.about.scripted == ("judge",)
     assert "SCRIPTED (judge): not real model output" in sections(found)[0].lines[0]
@@ -446,7 +438,7 @@ ENTRIES = [
 
 
 def test_cost_by_role_where_a_role_has_a_price(tmp_path: Path) -> None:
-    run = lay(tmp_path / "r", talk(1, SAFE), talk(2, SAFE), entries=ENTRIES)
+    run = lay(tmp_path / "r", judged(1, SAFE), judged(2, SAFE), entries=ENTRIES)
     some = stats_of(run, prices=parse_prices(["victim=1,2", "victim:1=0,0", "painter=0,0,0.25"])).costs
     assert {role: cost.usd for role, cost in some.roles.items()} == {
         "attacker": None, "painter": 0.5, "victim:0": 2.0, "victim:1": 0.0,
@@ -462,7 +454,7 @@ def test_cost_by_role_where_a_role_has_a_price(tmp_path: Path) -> None:
     ["judge", "judge=", "judge=1", "judge=1,2,3,4", "=1,2", "judge=1,-2", "judge=nan,1", "judge=inf,1", "x=1,2"],
 )
 def test_a_price_that_is_none_is_refused(tmp_path: Path, price: str) -> None:
-    run = lay(tmp_path / "r", talk(1, SAFE), entries=ENTRIES)
+    run = lay(tmp_path / "r", judged(1, SAFE), entries=ENTRIES)
     assert "--price" in refusal(lambda: stats_of(run, prices=parse_prices([price])))
 
 
@@ -498,9 +490,9 @@ def test_texts_go_to_the_server_in_batches_and_come_back_in_order(monkeypatch: p
 
 
 def test_the_dispersion_of_a_run_is_that_of_its_users_sides(tmp_path: Path) -> None:
-    talks = [talk(i, SAFE, SAFE, texts=("a" * i, "b")) for i in range(1, 4)]
+    dialogues = [judged(i, SAFE, SAFE, texts=("a" * i, "b")) for i in range(1, 4)]
     with FaultServer(vectors_of) as server:
-        found = stats_of(lay(tmp_path / "r", *talks), embedder=embedder_at(server)).diversity
+        found = stats_of(lay(tmp_path / "r", *dialogues), embedder=embedder_at(server)).diversity
     assert sorted(server.requests[0].body["input"]) == ["a\nb", "aa\nb", "aaa\nb"]
     assert "Authorization" not in server.requests[0].headers
     assert found.dispersion is not None
@@ -558,7 +550,7 @@ def test_an_embedder_that_is_none_is_refused() -> None:
 
 
 def test_the_command_prints_and_writes_and_leaves_the_run_alone(tmp_path: Path) -> None:
-    run = lay(tmp_path / "r", talk(1, SAFE, UNSAFE, victim="v\x1b[31m"), entries=ENTRIES)
+    run = lay(tmp_path / "r", judged(1, SAFE, UNSAFE, victim="v\x1b[31m"), entries=ENTRIES)
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     done = cli("stats", "./r", "--json", "out/figures.json", "--price", "painter=0,0,0.5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -587,7 +579,7 @@ def test_the_command_prints_and_writes_and_leaves_the_run_alone(tmp_path: Path) 
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
-    lay(tmp_path / "r", talk(1, SAFE))
+    lay(tmp_path / "r", judged(1, SAFE))
     files = sorted(tmp_path.rglob("*"))
     done = cli(*words, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -598,7 +590,7 @@ def test_bad_input_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
 
 
 def test_a_reader_that_left_is_no_traceback(tmp_path: Path) -> None:
-    lay(tmp_path / "r", talk(1, SAFE))
+    lay(tmp_path / "r", judged(1, SAFE))
     read, write = os.pipe()
     os.close(read)
     words = [sys.executable, "-m", "intersafe", "stats", "./r"]

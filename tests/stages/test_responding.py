@@ -55,7 +55,7 @@ def rejected(hook: Hook, turns: Sequence[Turn], store: ImageStore, **options: An
     return caught.value, servers[0]
 
 
-def talk(images: Sequence[str] = ()) -> tuple[Turn, ...]:
+def four_turns(images: Sequence[str] = ()) -> tuple[Turn, ...]:
     """Four turns: unsafe in the second, images in the first and the third."""
     first, third = tuple(images[:1]), tuple(images[1:])
     return turn_of(1, images=first), turn_of(2, "unsafe"), turn_of(3, images=third), turn_of(4)
@@ -63,7 +63,7 @@ def talk(images: Sequence[str] = ()) -> tuple[Turn, ...]:
 
 def test_every_turn_gets_an_answer_and_the_talk_itself_stays_as_it_was(tmp_path: Path) -> None:
     store, refs = stored(tmp_path, 3)
-    turns = talk(refs)
+    turns = four_turns(refs)
     made, _ = answers(None, turns, store)
     assert [msgspec.structs.replace(turn, aligned=None) for turn in made] == list(turns)
     aligned = [turn.aligned for turn in made if turn.aligned]
@@ -74,7 +74,7 @@ def test_every_turn_gets_an_answer_and_the_talk_itself_stays_as_it_was(tmp_path:
 
 def test_the_responder_sees_the_talk_before_the_turn_its_images_and_nothing_else(tmp_path: Path) -> None:
     store, refs = stored(tmp_path, 3)
-    turns = talk(refs)
+    turns = four_turns(refs)
     made, server = answers(None, turns, store)
     asked = [body for body in server.bodies if asks_for(body) == "aligned"]
     assert len(asked) == 4
@@ -98,7 +98,7 @@ def test_the_responder_sees_the_talk_before_the_turn_its_images_and_nothing_else
 
 def test_the_judge_sees_the_answer_in_the_place_of_the_victims(tmp_path: Path) -> None:
     store, refs = stored(tmp_path, 3)
-    turns = talk(refs)
+    turns = four_turns(refs)
     made, server = answers(None, turns, store)
     asked = [body for body in server.bodies if asks_for(body) == "alignedverdict"]
     assert len(asked) == 4
@@ -125,7 +125,7 @@ def test_a_judge_that_never_agrees_ends_the_job_after_exactly_that_many_tries(
     def hook(body: Body) -> str | None:
         return json.dumps(GOOD | verdict) if asks_for(body) == "alignedverdict" else None
 
-    ended, server = rejected(hook, talk(), ImageStore(tmp_path), tries=tries)
+    ended, server = rejected(hook, four_turns(), ImageStore(tmp_path), tries=tries)
     assert (ended.stage, ended.reason) == ("respond", word)
     assert server.seen == Counter(aligned=tries, alignedverdict=tries)
 
@@ -137,7 +137,7 @@ def test_an_answer_that_is_turned_down_is_asked_for_again_with_the_judges_reason
     def hook(body: Body) -> str | None:
         return json.dumps(GOOD | next(verdicts, {})) if asks_for(body) == "alignedverdict" else None
 
-    made, server = answers(hook, talk()[:1], ImageStore(tmp_path))
+    made, server = answers(hook, four_turns()[:1], ImageStore(tmp_path))
     asked = [text_of(body["messages"][-1]) for body in server.bodies if asks_for(body) == "aligned"]
     assert len(asked) == 3
     assert "turned down" not in asked[0]
@@ -156,7 +156,7 @@ def test_the_judges_reason_is_kept_from_the_responder_where_it_tells_too_much(re
     def hook(body: Body) -> str | None:
         return json.dumps(GOOD | {"safety": "unsafe", "reason": reason}) if asks_for(body) == "alignedverdict" else None
 
-    _, server = rejected(hook, talk()[:1], ImageStore(tmp_path), tries=2)
+    _, server = rejected(hook, four_turns()[:1], ImageStore(tmp_path), tries=2)
     again = sent([body for body in server.bodies if asks_for(body) == "aligned"][1])
     assert "it was judged unsafe)" in again
     assert reason not in again
@@ -167,7 +167,7 @@ def test_the_exclusion_reads_the_whole_record_and_the_answer_as_one_text(said: t
     def hook(body: Body) -> str | None:
         return json.dumps({"answer": "This is about sexual content."}) if asks_for(body) == "aligned" else None
 
-    first, *others = talk()
+    first, *others = four_turns()
     if not said:  # the other word stands in a later turn, which the responder does not see yet
         last = msgspec.structs.replace(others.pop(), user=Message("user", "And what of minors?"))
         others.append(last)
@@ -182,13 +182,13 @@ def test_two_answers_are_read_together(tmp_path: Path) -> None:
     def hook(body: Body) -> str | None:
         return json.dumps({"answer": next(words)}) if asks_for(body) == "aligned" else None
 
-    ended, _ = rejected(hook, talk(), ImageStore(tmp_path))
+    ended, _ = rejected(hook, four_turns(), ImageStore(tmp_path))
     assert (ended.reason, ended.detail) == ("excluded", "answer of turn 2")
 
 
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_an_unsafe_reply_of_the_victim_is_no_aligned_answer(place: int, tmp_path: Path) -> None:
-    turns = talk()
+    turns = four_turns()
     copied = turns[1].reply.text.upper().replace(",", " -")
 
     def hook(body: Body) -> str | None:
@@ -201,7 +201,7 @@ def test_an_unsafe_reply_of_the_victim_is_no_aligned_answer(place: int, tmp_path
 
 
 def test_a_safe_reply_of_the_victim_may_be_the_aligned_answer_too(tmp_path: Path) -> None:
-    turns = talk()[:1]
+    turns = four_turns()[:1]
 
     def hook(body: Body) -> str | None:
         return json.dumps({"answer": turns[0].reply.text}) if asks_for(body) == "aligned" else None
@@ -218,7 +218,7 @@ def test_an_answer_that_nobody_could_use_is_asked_for_again_unjudged(answer: str
     def hook(body: Body) -> str | None:
         return json.dumps({"answer": answer}) if asks_for(body) == "aligned" else None
 
-    ended, server = rejected(hook, talk(), ImageStore(tmp_path))
+    ended, server = rejected(hook, four_turns(), ImageStore(tmp_path))
     assert (ended.stage, ended.reason) == ("respond", word)
     assert server.seen == Counter(aligned=3)
 
@@ -227,10 +227,10 @@ def test_what_the_judge_leaves_open_goes_to_the_second_judge_and_is_never_a_verd
     def hook(body: Body) -> str | None:
         return "Hard to say." if asks_for(body) == "alignedverdict" and body["temperature"] != 0.1 else None
 
-    made, server = answers(hook, talk(), ImageStore(tmp_path), second_judge=True)
+    made, server = answers(hook, four_turns(), ImageStore(tmp_path), second_judge=True)
     assert all(turn.aligned and turn.aligned.verdict.safety == "safe" for turn in made)
     assert Counter(body["temperature"] for body in server.bodies if asks_for(body) == "alignedverdict")[0.1] == 4
-    ended, _ = rejected(hook, talk(), ImageStore(tmp_path))
+    ended, _ = rejected(hook, four_turns(), ImageStore(tmp_path))
     assert (ended.stage, ended.reason) == ("judge", "undetermined")
 
 
@@ -241,7 +241,7 @@ def test_a_responder_that_is_cut_off_ends_the_job_with_that_reason(tmp_path: Pat
         choice = {"index": 0, "message": {"role": "assistant", "content": '{"answer": "I'}, "finish_reason": "length"}
         return web.json_response({"object": "chat.completion", "choices": [choice]})
 
-    ended, _ = rejected(hook, talk(), ImageStore(tmp_path))
+    ended, _ = rejected(hook, four_turns(), ImageStore(tmp_path))
     assert (ended.stage, ended.reason) == ("respond", "responder_truncated")
 
 
@@ -254,7 +254,7 @@ def scripted(turns: Sequence[Turn], store: ImageStore, journal: Memory, index: i
 
 
 def test_a_job_that_is_grown_again_pays_for_nothing_and_gives_the_same(tmp_path: Path) -> None:
-    store, journal, turns = ImageStore(tmp_path), Memory(), talk()
+    store, journal, turns = ImageStore(tmp_path), Memory(), four_turns()
     made = scripted(turns, store, journal)
     paid = dict(journal.entries)
     assert scripted(turns, store, journal) == made

@@ -21,7 +21,6 @@ from intersafe.records import (
     Job,
     Message,
     Plan,
-    Provenance,
     Safety,
     Seed,
     Step,
@@ -32,6 +31,7 @@ from intersafe.records import (
 from intersafe.run.journal import Entry
 from intersafe.storage.bundled import bundled
 from intersafe.templates.load import Prompts, load_prompts
+from tests.support.dialogues import dialogue
 from tests.support.servers.scripted_server import Body, text_of
 
 T = TypeVar("T")
@@ -134,17 +134,13 @@ def turn_of(number: int, safety: Safety = "safe", images: tuple[str, ...] = ()) 
 def dialogue_of(job: Job, turns: tuple[Turn, ...]) -> Dialogue:
     """A dialogue of those turns."""
     steps = tuple(Step(f"{STEP} {i}", StepScore(7, 7, 9), bool(turn.origins)) for i, turn in enumerate(turns))
-    return Dialogue(
-        id="d0",
+    return dialogue(
+        turns,
         job=job.index,
         key=job.key,
         seed=job.seed,
         strategy=job.strategy,
-        victim="scripted:demo",
         sample=job.sample,
         plan=Plan(steps),
-        turns=turns,
-        pruned=(),
         check=Check(True, True, REASON),
-        provenance=Provenance({}, {}, {}, "", {}, True),
     )
