@@ -14,7 +14,7 @@ from intersafe.recipe.sections import Limits, Price
 from intersafe.run.directory import Run
 from intersafe.run.journal import RoleTally
 from intersafe.storage.bundled import bundled
-from tests.run.test_budgets import Said
+from tests.support.displays import Recording
 from tests.support.runs import cli, demo, journal_keys, refusal, whole_demo
 from tests.support.servers.scripted_server import Body, asks_for, scripted_server
 
@@ -174,7 +174,7 @@ def test_an_estimate_uses_the_few_samples_that_were_kept(tmp_path: Path) -> None
             return None
         return None if plans.setdefault(str(body["messages"][:2]), len(plans)) == 0 else "no plan"
 
-    shown = Said()
+    shown = Recording()
     with scripted_server(rarely) as server:
         spec = f"openai:scripted@{server.url}"
         recipe = demo(attacker=spec, judge=spec, victims=[spec], concurrency=1)

@@ -20,6 +20,7 @@ from intersafe.recipe.sections import Member, PlanSettings, Recipe
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run
 from tests.support.runs import cli, demo, digest, journal_keys, rows, started, whole_demo
+from tests.support.seeds import seeds_in
 from tests.support.servers.scripted_server import Body, asks_for, images_of, scripted_server, text_of
 
 N = 60
@@ -228,7 +229,7 @@ def test_where_and_how_fast_may_change(tmp_path: Path) -> None:
 
 
 def test_seeds_that_cannot_yield_n_end_with_the_funnel(tmp_path: Path) -> None:
-    seed_file(tmp_path, 2)
+    seeds_in(tmp_path, 2)
     done = cli("generate", "--seeds", "seeds.jsonl", "--n", "1000", "--run", "./run", cwd=tmp_path)
     assert done.returncode == 3
     assert "all 120 jobs are used up" in done.stderr
@@ -253,14 +254,6 @@ def grown(hook: Callable[[Body], Any], path: Path, n: int = 4, **changes: Any) -
             return Run(path)
 
 
-def seed_file(folder: Path, count: int, query: str = "A concern of kind {}") -> Path:
-    """So many seeds in one category."""
-    fields = '"category":"fraud","source":"own","license":"CC0-1.0"'
-    lines = [f'{{"id":"s{i}","query":"{query.format(i)}",{fields}}}\n' for i in range(count)]
-    (folder / "seeds.jsonl").write_text("".join(lines))
-    return folder / "seeds.jsonl"
-
-
 def few(recipe: Recipe) -> Recipe:
     """The recipe with one sample of one strategy."""
     return msgspec.structs.replace(recipe, samples=1, strategies=recipe.strategies[:1])
@@ -277,7 +270,7 @@ def few(recipe: Recipe) -> Recipe:
 )
 def test_a_verdict_that_cannot_be_read_is_never_a_score(verdict: str, word: str, tmp_path: Path) -> None:
     with scripted_server(lambda body: verdict if asks_for(body) == "verdict" else None, profile="flawless") as server:
-        recipe = few(over_http(server.url, seeds=(str(seed_file(tmp_path, 12)),)))
+        recipe = few(over_http(server.url, seeds=(str(seeds_in(tmp_path, 12)),)))
         with pytest.raises(SeedsExhausted):
             generate_dialogues(recipe, run=tmp_path / "run", n=1)
     run = Run(tmp_path / "run")
@@ -343,7 +336,7 @@ def instead(kind: str, text: str) -> Callable[[Body], str | None]:
 )
 def test_every_way_to_end_is_counted_once_with_its_reason(hook: Any, place: str, tmp_path: Path) -> None:
     with scripted_server(hook, profile="flawless") as server:
-        recipe = few(over_http(server.url, seeds=(str(seed_file(tmp_path, 30)),)))
+        recipe = few(over_http(server.url, seeds=(str(seeds_in(tmp_path, 30)),)))
         with pytest.raises(SeedsExhausted):
             generate_dialogues(recipe, run=tmp_path / "run", n=10_000)
     assert Run(tmp_path / "run").funnel().ended == {place: 30}

@@ -19,8 +19,8 @@ from intersafe.recipe.sections import Recipe, RefusalGroup, TwinSettings
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run
 from intersafe.storage.bundled import bundled
-from tests.generation.test_generate import seed_file
 from tests.support.runs import cli, digest, journal_keys, rows, started
+from tests.support.seeds import seeds_in
 from tests.support.servers.scripted_server import Body, Hook, asks_for, scripted_server, text_of
 
 N = 60
@@ -222,7 +222,7 @@ def test_the_terminal_hears_of_missing_twins(tmp_path: Path) -> None:
 
 
 def test_a_longer_run_that_uses_up_its_jobs_keeps_and_counts_its_twins(tmp_path: Path) -> None:
-    recipe = everything(seeds=(str(seed_file(tmp_path, 12)),), samples=1, strategies=("role_play",))
+    recipe = everything(seeds=(str(seeds_in(tmp_path, 12)),), samples=1, strategies=("role_play",))
     recipe = structs.replace(recipe, refusals=None)
     generate_dialogues(recipe, run=tmp_path / "run", n=8)
     before = (tmp_path / "run" / "twins.jsonl").read_bytes()

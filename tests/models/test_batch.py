@@ -18,12 +18,13 @@ from msgspec import structs
 
 from intersafe.errors import BudgetReached, ServiceGone
 from intersafe.generation.generate import generate_dialogues
-from intersafe.generation.progress import Display, Progress
+from intersafe.generation.progress import Progress
 from intersafe.models.batch import api, lane
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Member, Recipe, Turns
 from intersafe.storage.bundled import bundled
+from tests.support.displays import Recording
 from tests.support.runs import demo, digest, journal_keys, refusal, rows
 from tests.support.servers.batch_server import KEY, Line, Provider, batch_server, fingerprint, problem
 from tests.support.servers.scripted_server import Body, asks_for, scripted_server
@@ -41,19 +42,6 @@ def _pace(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(lane, name, value)
     for name, value in API_PACE.items():
         monkeypatch.setattr(api, name, value)
-
-
-class Heard(Display):
-    """What the user is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def heard(self, words: str) -> bool:
-        return any(words in text for text in self.said)
 
 
 def through(url: str, *, batch: bool = True, limits: Limits | None = None, **member: Any) -> Recipe:
@@ -80,7 +68,7 @@ def dialogues(run: Path) -> bytes:
 
 def test_a_run_through_batches_has_the_bytes_of_a_direct_one(direct: Path, tmp_path: Path) -> None:
     with batch_server() as provider:
-        heard = Heard()
+        heard = Recording()
         generate_dialogues(through(provider.url), run=tmp_path / "run", n=N, display=heard)
     assert digest(tmp_path / "run") == digest(direct)
     assert set(provider.answered.values()) == {1}
@@ -252,7 +240,7 @@ def test_what_a_batch_did_not_answer_goes_into_the_next(end: str, direct: Path, 
     with batch_server() as provider:
         provider.end = {0: end, 3: end}
         provider.problems = [{"code": "empty_file", "message": "The provider's own words", "line": None}]
-        heard = Heard()
+        heard = Recording()
         generate_dialogues(through(provider.url), run=tmp_path / "run", n=N, display=heard)
     assert dialogues(tmp_path / "run") == dialogues(direct)
     assert set(provider.answered.values()) == {1}
@@ -320,7 +308,7 @@ def test_a_line_at_fault_fails_and_its_batch_goes_on_without_it(tmp_path: Path) 
 def test_a_full_queue_makes_batches_smaller_and_costs_no_try(direct: Path, tmp_path: Path) -> None:
     with batch_server() as provider:
         provider.most = 2
-        heard = Heard()
+        heard = Recording()
         limits = Limits(concurrency=N, patience=5, retries=1)
         generate_dialogues(through(provider.url, limits=limits), run=tmp_path / "run", n=N, display=heard)
     assert dialogues(tmp_path / "run") == dialogues(direct)
@@ -412,7 +400,7 @@ def test_batches_that_no_member_asks_for_any_longer_are_named(tmp_path: Path) ->
         recipe = load_recipe(path)
         member = Member(model=f"openai:scripted@{server.url}")
         recipe = structs.replace(recipe, cast=structs.replace(recipe.cast, attacker=member, judge=member))
-        heard = Heard()
+        heard = Recording()
         generate_dialogues(recipe, run=tmp_path / "run", display=heard)
     assert heard.heard("stay with the provider")
 
@@ -558,7 +546,7 @@ def test_no_batch_is_sent_once_a_limit_is_reached(
 # --- who is waited for -----------------------------------------------------------------------------------------------
 
 
-class Watching(Heard):
+class Watching(Recording):
     """Looks often, and mends what the run waits for as soon as it is shown."""
 
     interval = 0.02
@@ -630,7 +618,7 @@ def test_a_long_retry_after_is_told_before_it_is_waited_for(tmp_path: Path, monk
         answer.headers["Retry-After"] = "1"
         return answer
 
-    heard = Heard()
+    heard = Recording()
     with batch_server(busy) as provider:
         generate_dialogues(through(provider.url), run=tmp_path / "run", n=N, display=heard)
     assert heard.heard("HTTP 429 later")

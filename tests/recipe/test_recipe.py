@@ -18,6 +18,7 @@ from intersafe.recipe.sections import Limits, Member, Recipe, Turns
 from intersafe.recipe.specs import parse_spec
 from intersafe.seeds.load import load_seeds
 from intersafe.storage.bundled import bundled
+from tests.support.recipes import Plain, shortest
 
 BASE: dict[str, Any] = {
     "name": "t",
@@ -26,23 +27,7 @@ BASE: dict[str, Any] = {
     "prompts": "prompts",
     "strategies": ["role_play"],
 }
-TEXT = """\
-name: t
-cast:
-  attacker: scripted:demo
-  victims: [scripted:careful]
-  judge: scripted:demo
-seeds: s.jsonl
-prompts: prompts
-strategies: [role_play]
-"""
-
-
-class Plain(yaml.SafeDumper):
-    """Writes a value out each time that it stands somewhere."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+TEXT = shortest()
 
 
 def load(folder: Path, text: str | bytes) -> Recipe:

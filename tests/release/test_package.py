@@ -31,9 +31,10 @@ from intersafe.release.package import Options, Packaged, VersionTaken, package, 
 from intersafe.release.rows import COLUMNS, bare, refusal_row, split_of
 from intersafe.release.shards import check_release, write_shard
 from intersafe.run.directory import Run
-from tests.support.chat_and_images import few, seeds_in, studio
+from tests.support.chat_and_images import few, studio
 from tests.support.packaged_runs import digests, grown, kept_turns, published, rows_of, shards, unsafe_texts
 from tests.support.runs import cli, refusal, rows
+from tests.support.seeds import seeds_in
 
 PARTS = Options(test_share=0.2, shard_bytes=60_000, allow_incomplete=True)
 

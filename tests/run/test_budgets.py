@@ -19,7 +19,7 @@ from intersafe.cli.live import LivePanel, PlainLines, rate_of
 from intersafe.cli.values import limits_of
 from intersafe.errors import BudgetReached
 from intersafe.generation.generate import generate_dialogues
-from intersafe.generation.progress import Display, Progress
+from intersafe.generation.progress import Progress
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Price, Recipe
@@ -29,6 +29,7 @@ from intersafe.run.funnel import Funnel
 from intersafe.run.journal import Journal, RoleTally
 from intersafe.storage.bundled import bundled
 from intersafe.storage.jsonl import GroupWriter
+from tests.support.displays import Recording
 from tests.support.runs import cli, demo, digest, journal_keys, refusal, rows, started
 from tests.support.servers.scripted_server import Body, scripted_server
 
@@ -384,7 +385,7 @@ def shown(kind: type[PlainLines | LivePanel], progress: Progress) -> str:
      ', "usage": {"prompt_tokens": 7.5, "completion_tokens": 3}', f', "usage": {{"prompt_tokens": {10**30}}}'],
 )  # fmt: skip
 def test_calls_without_usage_are_counted_by_estimate_and_that_is_said_once(usage: str, tmp_path: Path) -> None:
-    shown = Said()
+    shown = Recording()
     text = "0123456789abcdef" * 25
 
     def silent(_: Body) -> web.Response:
@@ -404,25 +405,12 @@ def test_calls_without_usage_are_counted_by_estimate_and_that_is_said_once(usage
     ]
 
 
-class Said(Display):
-    """A display that remembers what was said."""
-
-    interval = 0.05
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        """Keeps it."""
-        self.lines.append(text)
-
-
 # --- calls that wait -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.alone
 def test_calls_that_wait_for_a_place_are_not_sent_after_the_limit(tmp_path: Path) -> None:
-    run, shown = tmp_path / "run", Said()
+    run, shown = tmp_path / "run", Recording()
     with scripted_server(delay=0.3) as server:
         recipe = over_http(server.url, max_tokens=1, concurrency=AT_ONCE)
         # The three roles share one model, and the lowest limit holds.
@@ -458,7 +446,7 @@ def test_the_time_ends_a_wait_for_a_quota(tmp_path: Path) -> None:
 
 @pytest.mark.alone
 def test_one_line_says_what_is_in_flight_at_the_limit(tmp_path: Path) -> None:
-    shown = Said()
+    shown = Recording()
     with scripted_server(delay=2.0) as server:
         recipe = over_http(server.url, max_time=1.0, concurrency=3)
         with pytest.raises(BudgetReached):
@@ -480,7 +468,7 @@ def test_a_slow_rate_is_no_zero(per_second: float, words: str) -> None:
 
 @pytest.mark.alone
 def test_a_wait_for_a_quota_is_shown_and_a_request_above_it_is_said_once(tmp_path: Path) -> None:
-    class Watching(Said):
+    class Watching(Recording):
         """Remembers what was waited for."""
 
         def begin(self, progress: Progress) -> None:

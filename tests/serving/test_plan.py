@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from intersafe.engines.arguments import engine_arguments
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.sections import Recipe
 from intersafe.serving.plan import Server, left_alone, servers_of
-from intersafe.storage.bundled import bundled
+from tests.support.recipes import at, written
 from tests.support.runs import cli, refusal
 
 VLLM = "/opt/vllm/bin/vllm serve"
@@ -23,29 +22,8 @@ C = {"command": VLLM}
 STRUCTURED = ["--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}']
 
 
-class Plain(yaml.SafeDumper):
-    """Writes a value out wherever it stands: a recipe knows no aliases."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-def written(folder: Path, cast: dict[str, Any], serve: dict[str, Any], **more: Any) -> Path:
-    """A recipe file; who is not named in the cast is scripted."""
-    names = {"attacker": "scripted:demo", "victims": ["scripted:careful"], "judge": "scripted:demo"} | cast
-    path = folder / "mine.yaml"
-    recipe = {"name": "mine", "cast": names, "serve": serve, "strategies": ["role_play"], **more}
-    recipe |= {"prompts": str(bundled("prompts")), "seeds": str(bundled("seeds/intersafe.jsonl"))}
-    path.write_text(yaml.dump(recipe, Dumper=Plain, sort_keys=False))
-    return path
-
-
 def made(folder: Path, cast: dict[str, Any], serve: dict[str, Any], **more: Any) -> Recipe:
     return load_recipe(written(folder, cast, serve, **more))
-
-
-def at(name: str, *ports: int, host: str = "localhost", backend: str = "vllm") -> str:
-    return f"{backend}:{name}@" + ",".join(f"http://{host}:{port}/v1" for port in ports)
 
 
 def one(folder: Path, engine: dict[str, Any], **member: Any) -> Server:

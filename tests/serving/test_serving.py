@@ -21,8 +21,8 @@ from intersafe.run.directory import Run
 from intersafe.serving.guard import Guard
 from intersafe.serving.plan import servers_of
 from intersafe.serving.supervisor import Supervisor, serving
-from tests.serving.test_plan import at, written
 from tests.support.paths import SUPPORT
+from tests.support.recipes import at, written
 from tests.support.runs import cli, digest, rows, started
 from tests.support.servers.vllm_command import FAILURES
 

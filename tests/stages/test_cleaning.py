@@ -16,7 +16,8 @@ from intersafe.images.store import dhash, distance
 from intersafe.recipe.sections import CleanSettings, Recipe
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run
-from tests.support.chat_and_images import Studio, few, hashed, seeds_in, studio, uri
+from tests.support.chat_and_images import Studio, few, hashed, studio, uri
+from tests.support.seeds import seeds_in
 from tests.support.servers.fault_server import Request
 from tests.support.servers.scripted_server import Body, Hook, asks_for, images_of, text_of
 

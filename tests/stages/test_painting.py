@@ -29,8 +29,9 @@ from intersafe.recipe.gates import Gates, RuleSettings
 from intersafe.recipe.sections import ConverseSettings, Painter
 from intersafe.records import Plan
 from intersafe.run.directory import Run
-from tests.support.chat_and_images import Studio, as_image, few, picture, seeds_in, studio, uri
+from tests.support.chat_and_images import Studio, as_image, few, picture, studio, uri
 from tests.support.runs import digest, journal_keys, rows, started
+from tests.support.seeds import seeds_in
 from tests.support.servers.fault_server import Answer, Request, error, raw
 from tests.support.servers.scripted_server import Body, asks_for, images_of, text_of
 

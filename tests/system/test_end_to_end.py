@@ -22,9 +22,10 @@ from intersafe.recipe.sections import Recipe, Turns
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run
 from intersafe.seeds.figstep import import_figstep
-from tests.support.chat_and_images import few, seeds_in, studio
+from tests.support.chat_and_images import few, studio
 from tests.support.paths import SHARED
 from tests.support.runs import cli, demo
+from tests.support.seeds import seeds_in
 from tests.support.servers import running_vlm
 from tests.support.servers.fault_server import Request
 from tests.support.servers.scripted_server import Body, asks_for
