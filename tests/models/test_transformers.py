@@ -12,7 +12,6 @@ from intersafe.images.store import ImageStore
 from intersafe.models.base import Reply
 from intersafe.recipe.engine import Engine
 from intersafe.records import Message
-from intersafe.replies import CheckAnswer, PlanAnswer, StepScoreAnswer, VerdictAnswer
 from tests.support.runs import cli, digest, journal_keys, refusal, rows
 from tests.support.tiny_engines import (
     CAST,
@@ -27,6 +26,7 @@ from tests.support.tiny_engines import (
     put_up,
     question,
     run_of,
+    schema_questions,
     texts,
     write_recipe,
 )
@@ -64,10 +64,7 @@ def test_images_of_every_turn_are_seen_in_a_batch_of_unlike_talks(store: ImageSt
 
 def test_a_schema_holds_and_is_closed_once(store: ImageStore, colours: dict[str, str]) -> None:
     calls = [
-        question("Score it.", answer=StepScoreAnswer),
-        question("Judge it.", colours["red"], answer=VerdictAnswer),
-        question("Check it.", answer=CheckAnswer),
-        question("Plan it.", answer=PlanAnswer, sizes=(("steps", 3),)),
+        *schema_questions(colours["red"]),
         question("No schema here."),
     ]
     (found,) = answers(SPEC, engine(), store, [calls])

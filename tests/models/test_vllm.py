@@ -21,7 +21,6 @@ from intersafe.errors import CallFailed, InputError, IntersafeError
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Call, Reply
 from intersafe.records import Message
-from intersafe.replies import CheckAnswer, PlanAnswer, StepScoreAnswer, VerdictAnswer
 from tests.support.runs import cli, digest, hears_ctrl_c, journal_keys, rows
 from tests.support.tiny_engines import (
     CAST,
@@ -35,6 +34,7 @@ from tests.support.tiny_engines import (
     put_up,
     question,
     run_of,
+    schema_questions,
     texts,
     write_recipe,
 )
@@ -93,10 +93,7 @@ def calls(store: ImageStore) -> list[Call]:
         question("Which was it?", history=earlier),
         question("And now?", refs["white"], history=earlier),
         question("A forbidden one."),
-        question("Score it.", answer=StepScoreAnswer),
-        question("Judge it.", refs["red"], answer=VerdictAnswer),
-        question("Check it.", answer=CheckAnswer),
-        question("Plan it.", answer=PlanAnswer, sizes=(("steps", 3),)),
+        *schema_questions(refs["red"]),
         question("Tell me more.", most=3),
         question("word " * 6000),
         question("Too many.", *[refs["red"]] * 5),

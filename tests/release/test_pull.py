@@ -1,42 +1,11 @@
 """`pull` and `diff` against a Hub: a release comes back whole or not at all, and rows are told apart."""
 
-import itertools
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from intersafe.release.manifest import check_files, read_manifest
-from tests.support.hub_releases import Bench, Started, bench, fault, make_release, refused, rows, shards_of
+from tests.support.hub_releases import Bench, Started, fault, make_release, refused, rows, shards_of
 from tests.support.servers.hub_state import Fault
-
-_numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["lfs", "xet"])
-def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench(tmp_path_factory.mktemp("hub"), xet=request.param) as running:
-        yield running
-
-
-@pytest.fixture
-def repo() -> str:
-    return f"alice/set-{next(_numbers)}"
-
-
-@pytest.fixture
-def one(tmp_path: Path) -> Path:
-    """Version 1.0.0 with two shards."""
-    return make_release(tmp_path / "run" / "release", "1.0.0", [rows("a"), rows("b")])
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> Path:
-    """Version 1.1.0: a shard as before, one changed, one new."""
-    changed = [*rows("b", 3), *rows("c", 2, "self_harm", "unsafe")]
-    return make_release(tmp_path / "run" / "release", "1.1.0", [rows("a"), changed, rows("d")])
-
 
 # --- pull ------------------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,12 @@
 """`push` against a Hub: what is published, what is refused, and what bad input gets."""
 
 import email.utils
-import itertools
 import json
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -17,47 +15,9 @@ import pytest
 from intersafe.release.card import KEEP, KEEP_END
 from intersafe.release.manifest import check_files, read_manifest, write_manifest
 from intersafe.release.staged import open_release
-from tests.support.hub_releases import Bench, Done, bench, copy_of, fault, make_release, refused, rows, shards_of
+from tests.support.hub_releases import Bench, Done, copy_of, fault, make_release, refused, rows, shards_of
 from tests.support.runs import refusal
 from tests.support.servers.hub_state import Entry, Fault
-
-_numbers = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def lfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench(tmp_path_factory.mktemp("lfs"), page=3) as running:  # three entries to a page of a listing
-        yield running
-
-
-@pytest.fixture(scope="module")
-def xet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench(tmp_path_factory.mktemp("xet"), xet=True) as running:
-        yield running
-
-
-@pytest.fixture(params=["lfs", "xet"])
-def either(request: pytest.FixtureRequest) -> Bench:
-    running: Bench = request.getfixturevalue(request.param)
-    return running
-
-
-@pytest.fixture
-def repo() -> str:
-    return f"alice/set-{next(_numbers)}"
-
-
-@pytest.fixture
-def one(tmp_path: Path) -> Path:
-    """Version 1.0.0 with two shards."""
-    return make_release(tmp_path / "run" / "release", "1.0.0", [rows("a"), rows("b")])
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> Path:
-    """Version 1.1.0: a shard as before, one changed, one new."""
-    changed = [*rows("b", 3), *rows("c", 2, "self_harm", "unsafe")]
-    return make_release(tmp_path / "run" / "release", "1.1.0", [rows("a"), changed, rows("d")])
 
 
 def untouched(on: Bench, repo: str) -> None:

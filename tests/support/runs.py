@@ -54,14 +54,15 @@ def hears_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def started(*words: str, cwd: Path) -> "subprocess.Popen[str]":
-    """Starts `intersafe` and returns at once."""
+def started(*words: str, cwd: Path, new_session: bool = False) -> "subprocess.Popen[str]":
+    """Starts `intersafe` and returns at once; in a new session it leads a process group, as a shell lets it."""
     return subprocess.Popen(
         [sys.executable, "-m", "intersafe", *words],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=new_session,
         preexec_fn=hears_ctrl_c,
     )
 

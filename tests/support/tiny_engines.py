@@ -22,7 +22,7 @@ from intersafe.models.open import open_models
 from intersafe.recipe.engine import Engine
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Message
-from intersafe.replies import Answer, schema_of
+from intersafe.replies import Answer, CheckAnswer, PlanAnswer, StepScoreAnswer, VerdictAnswer, schema_of
 from tests.support.paths import FIXTURES, REPOSITORY
 from tests.support.runs import cli, journal_keys
 
@@ -59,6 +59,16 @@ def question(
     messages = (*history, Message("user", text, images))
     schema = schema_of(answer, sizes) if answer else None
     return Call("judge", "", messages, Sampling(temperature, 1.0, most, seed), schema, "job", 0)
+
+
+def schema_questions(image: str) -> list[Call]:
+    """One question for each of four schemas, the second with an image."""
+    return [
+        question("Score it.", answer=StepScoreAnswer),
+        question("Judge it.", image, answer=VerdictAnswer),
+        question("Check it.", answer=CheckAnswer),
+        question("Plan it.", answer=PlanAnswer, sizes=(("steps", 3),)),
+    ]
 
 
 def answers(

@@ -12,7 +12,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -33,7 +32,7 @@ from intersafe.run.directory import Run
 from intersafe.run.journal import Journal
 from intersafe.storage.bundled import bundled
 from intersafe.storage.jsonl import GROUP_LINES, GROUP_SECONDS, GroupWriter
-from tests.support.runs import cli, demo, digest, hears_ctrl_c, journal_keys, rows, started, whole_demo
+from tests.support.runs import cli, demo, digest, journal_keys, rows, started, whole_demo
 from tests.support.servers.scripted_server import Server, scripted_server
 
 JOBS, SLOTS = 24, 8
@@ -277,19 +276,6 @@ def wait_for(reached: Callable[[], bool], process: "subprocess.Popen[str] | None
         time.sleep(0.02)
 
 
-def leading(*words: str, cwd: Path) -> "subprocess.Popen[str]":
-    """Starts `intersafe` as the leader of a process group of its own, as a shell does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "intersafe", *words],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=hears_ctrl_c,
-    )
-
-
 def writer_of(journal: Path) -> int:
     """The process that has the file open."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
@@ -297,6 +283,11 @@ def writer_of(journal: Path) -> int:
             if link.readlink() == journal.resolve():
                 return int(link.parts[2])
     raise AssertionError(f"nobody writes {journal}")
+
+
+def on_two_workers(recipe: Path, address: str) -> tuple[str, ...]:
+    """The command that grows `./run` on that cluster."""
+    return ("generate", "--pipeline", str(recipe), "--run", "./run", "--ray", address, "--ray-workers", "2")
 
 
 def journals(run: Path) -> list[Path]:
@@ -359,7 +350,7 @@ def test_a_signal_stops_the_workers_cleanly(name: signal.Signals, cluster: str, 
         words, run = ("generate", "--pipeline", str(recipe), "--run", "./run"), tmp_path / "run"
         # Ctrl-C reaches all of a terminal's foreground, Ray's own processes included; SIGTERM the driver alone.
         where = () if name == signal.SIGINT else (cluster,)
-        process = leading(*words, "--ray", *where, "--ray-workers", "2", cwd=tmp_path)
+        process = started(*words, "--ray", *where, "--ray-workers", "2", cwd=tmp_path, new_session=True)
         wait_for(lambda: grown(run) >= 5, process)
         workers = [writer_of(path) for path in journals(run)]
         (os.killpg if name == signal.SIGINT else os.kill)(process.pid, name)
@@ -379,18 +370,7 @@ def test_a_killed_worker_is_replaced_and_its_jobs_go_on(cluster: str, tmp_path: 
     with scripted_server(profile="flawless") as server:
         recipe, whole = whole_over_http(tmp_path, server, delay=0.02)
         run = tmp_path / "run"
-        process = started(
-            "generate",
-            "--pipeline",
-            str(recipe),
-            "--run",
-            "./run",
-            "--ray",
-            cluster,
-            "--ray-workers",
-            "2",
-            cwd=tmp_path,
-        )
+        process = started(*on_two_workers(recipe, cluster), cwd=tmp_path)
         wait_for(lambda: grown(run) >= 5, process)
         os.kill(writer_of(journals(run)[0]), signal.SIGKILL)
         _, said = process.communicate(timeout=90)
@@ -408,18 +388,7 @@ def test_a_node_is_killed_in_the_middle(tmp_path: Path) -> None:
     with scripted_server(profile="flawless") as server, nodes(1, 1) as (address, kill_last):
         recipe, whole = whole_over_http(tmp_path, server, delay=0.02)
         run = tmp_path / "run"
-        process = started(
-            "generate",
-            "--pipeline",
-            str(recipe),
-            "--run",
-            "./run",
-            "--ray",
-            address,
-            "--ray-workers",
-            "2",
-            cwd=tmp_path,
-        )
+        process = started(*on_two_workers(recipe, address), cwd=tmp_path)
         wait_for(lambda: grown(run) >= 5 and all_write(run), process)
         kill_last()
         _, said = process.communicate(timeout=90)
