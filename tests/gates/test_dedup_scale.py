@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from rensa import RMinHash, RMinHashLSH
 
+from intersafe.gates import dedup
 from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, bands_for, signature_of, text_shingles
 from intersafe.gates.index.banded import BandedSignatures
 from intersafe.generation.generate import generate_dialogues
@@ -204,13 +205,14 @@ def test_a_text_that_a_curator_changed_is_the_one_that_counts(tmp_path: Path) ->
     assert index.nearest(made_up(5000)) == (fresh.id, 1.0)
 
 
-def test_the_file_is_truly_used(tmp_path: Path) -> None:
-    """A record that proves itself and yet holds another text's signature is believed: nothing was made anew."""
+def test_the_file_is_truly_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record with a valid digest that holds another text's signature is believed: nothing was made anew."""
     dialogues, path = [made_up(number) for number in range(64)], tmp_path / SIGNATURES
     index, strange = DuplicateIndex(DEFAULT, path), signature_of(asked(made_up(777)), DEFAULT)
-    assert index._file is not None
-    for place, one in enumerate(dialogues):
-        index._file.put(place, msgspec.json.encode((one.id, asked(one))), strange)
+    with monkeypatch.context() as patch:
+        patch.setattr(dedup, "signature_of", lambda *_: strange)
+        for one in dialogues:
+            index.add(one)
     reader = DuplicateIndex(DEFAULT, path)
     reader.add(dialogues[0])
     assert reader.nearest(made_up(777)) == (dialogues[0].id, 1.0)
