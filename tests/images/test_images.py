@@ -457,18 +457,21 @@ def test_a_data_uri_carries_its_own_type(store: ImageStore, kind: str, media: st
     assert base64.b64decode(body, validate=True) == image.data
 
 
-def test_the_uri_cache_stays_in_its_bounds_and_right(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("room", "count"), [(0, 0), (1, 0), (400, 3), (10**6, 12)])
+def test_the_uri_cache_keeps_the_last_used_that_fit(room: int, count: int, tmp_path: Path) -> None:
     images = [normalise(encoded(Image.new("RGB", (8, 8), (i, 0, 0))), at=AT) for i in range(12)]
-    for room in (0, 1, 400, 10**6):
-        store = ImageStore(tmp_path / str(room), cache_bytes=room)
-        uris = {image.ref: store.data_uri(store.put(image)) for image in images}
-        for image in random.Random(room).choices(images, k=60):
-            assert store.data_uri(image.ref) == uris[image.ref]
-        for image in images:
-            (store.root / image.ref[:2] / image.ref).unlink()
-        remembered = [image for image in images if _answers(store, image.ref)]
-        assert sum(len(uris[image.ref]) for image in remembered) <= room
-        assert len(remembered) == (12 if room == 10**6 else len(remembered))
+    store = ImageStore(tmp_path / "images", cache_bytes=room)
+    uris = {image.ref: store.data_uri(store.put(image)) for image in images}
+    used = random.Random(room).choices(images, k=60)
+    for image in used:
+        assert store.data_uri(image.ref) == uris[image.ref]
+    for image in images:
+        (store.root / image.ref[:2] / image.ref).unlink()
+    last_used = list(dict.fromkeys(image.ref for image in (*reversed(used), *reversed(images))))
+    remembered = {image.ref for image in images if _answers(store, image.ref)}
+    assert remembered == set(last_used[:count])
+    assert sum(len(uris[ref]) for ref in remembered) <= room
+    assert count == 12 or sum(len(uris[ref]) for ref in last_used[: count + 1]) > room
 
 
 def _answers(store: ImageStore, ref: str) -> bool:

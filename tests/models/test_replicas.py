@@ -131,6 +131,8 @@ def test_patience_counts_when_all_are_out_and_ends_with_all_of_them_named(faults
 
 
 def test_patience_does_not_count_while_another_replica_answers() -> None:
+    """Every call is answered (`ask_all`), none ends with `ServiceGone`."""
+
     async def main() -> None:
         async with opened(well, ill, limits=Limits(patience=0, retries=2)) as ask:
             for _ in range(30):
@@ -202,6 +204,8 @@ def test_a_slow_replica_is_taken_out_until_it_is_quick_again() -> None:
 
 
 def test_a_slow_replica_is_better_than_none() -> None:
+    """Every call is answered (`ask_all`), although only the slow replica is left."""
+
     async def main() -> None:
         said: asyncio.Queue[str] = asyncio.Queue()
         async with opened(well, slow, say=said.put_nowait, concurrency=60, limits=OFTEN) as ask:

@@ -129,18 +129,17 @@ def test_a_file_of_the_wrong_shape_is_refused(root: Path, text: str | bytes, lin
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "words"),
     [
-        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
-        "{{ " + "-" * 5000 + "1 }}",
-        "{% if query %}" * 500 + "x" + "{% endif %}" * 500,
-        "{% for a in 'xy' %}" * 25 + "x" + "{% endfor %}" * 25,
-        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "too deep"),
+        ("{{ " + "-" * 5000 + "1 }}", "too deep"),
+        ("{% if query %}" * 500 + "x" + "{% endif %}" * 500, "too deep"),
+        ("{% for a in 'xy' %}" * 25 + "x" + "{% endfor %}" * 25, "too deep"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     ],
 )
-def test_nesting_without_end_is_no_crash(root: Path, body: str) -> None:
-    message = refusal(root, user(body))
-    assert "too deep" in message or "recursion" in message
+def test_nesting_without_end_is_no_crash(root: Path, body: str, words: str) -> None:
+    assert words in refusal(root, user(body))
 
 
 @pytest.mark.parametrize("count", ["10 ** 9", "1000000000", "99999999999999999999"])
