@@ -150,11 +150,6 @@ FIGSTEP: dict[str, str] = {
 """FigStep's (SafeBench) ten topics to ours."""
 
 
-def crosswalk(taxonomy: Literal["safemt", "beavertails_v", "mlcommons"], label: str) -> str | None:
-    """Our category for another taxonomy's label, the first where a hazard code is shared; None where we have none."""
-    return next((c.name for c in CATEGORIES if label in getattr(c, taxonomy)), None)
-
-
 # Known limits: a word masked or misspelt (s*x, childd), reversed or in another language, half a word spelt out, two
 # tricks in one word, and a young age that only the story tells pass. A sexual word in another sense beside a word for
 # the young (pet grooming and a daughter) is excluded, as is sex education of teenagers.

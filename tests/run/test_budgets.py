@@ -23,7 +23,7 @@ from intersafe.generation.progress import Progress
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Price, Recipe
-from intersafe.run.budget import Budget, Spent, prices_of
+from intersafe.run.budget import Budget, prices_of
 from intersafe.run.directory import Run
 from intersafe.run.funnel import Funnel
 from intersafe.run.journal import Journal, RoleTally
@@ -213,12 +213,16 @@ def test_the_command_ends_with_code_5_and_says_how_to_go_on(tmp_path: Path) -> N
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-def test_what_other_processes_used_counts_and_they_can_be_stopped() -> None:
-    budget = Budget(Limits(max_tokens=100), {"judge": RoleTally(calls=1, prompt_tokens=40, completion_tokens=9)})
+def test_what_several_roles_used_is_added_up() -> None:
+    roles = {"judge": RoleTally(calls=1, prompt_tokens=40, completion_tokens=9)}
+    budget = Budget(Limits(max_tokens=100), roles)
     budget.check()
-    budget.elsewhere = Spent(51, 0.0)
+    roles["attacker"] = RoleTally(calls=1, prompt_tokens=50, completion_tokens=1)
     with pytest.raises(BudgetReached, match="100 of 100 tokens"):
         budget.check()
+
+
+def test_a_worker_can_be_stopped_from_outside() -> None:
     worker = Budget(Limits(), {})
     worker.check()
     worker.stopped = "50.10 of 50.00 USD are used"
@@ -361,9 +365,11 @@ def test_a_terminal_that_was_closed_stops_no_run(kind: type[PlainLines | LivePan
     display = kind(terminal)
     display.begin(Progress(200, 300, Funnel(), Journal(GroupWriter(tmp_path)), {}))
     terminal.is_gone = True
+    # That none of these raises is what is tested: the run calls them, and would end with their exception.
     display.look()
     display.say("judge at http://h/v1 is back after 3 s")
     display.end()
+    assert "is back" not in terminal.getvalue()
 
 
 def shown(kind: type[PlainLines | LivePanel], progress: Progress) -> str:
