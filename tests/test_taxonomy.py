@@ -214,7 +214,19 @@ def test_the_concern_is_found_wherever_it_stands(text: str) -> None:
     assert excluded(f"A long talk about gardens. {text}. And so on.")
     assert excluded(text.replace(" ", "\n"))
     assert excluded(text.replace(" ", " \t "))
-    assert excluded(text.replace("-", "\u2010").replace("'", "\u2019")) or "-" in text or "'" in text
+
+
+# A known gap: these two signs are not folded, and nothing but them joins the parts of these words.
+NOT_FOLDED = ("nude 14-year-old", "she's 12, sexual", "u-18 nude", "sub-18, explicit images")
+
+
+@pytest.mark.parametrize("text", [text for text in PLAIN if "-" in text or "'" in text])
+def test_the_concern_is_found_with_typographic_hyphens_and_apostrophes(
+    text: str, request: pytest.FixtureRequest
+) -> None:
+    if text in NOT_FOLDED:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="U+2010 and U+2019 are not folded"))
+    assert excluded(text.replace("-", "\u2010").replace("'", "\u2019"))
 
 
 @pytest.mark.parametrize("words", TWO_WORDS)

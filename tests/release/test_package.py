@@ -78,7 +78,7 @@ def test_the_rows_are_those_of_the_run(original: Run, made: Packaged) -> None:
         labels = json.loads(row["turn_labels"])
         assert [label["safety"] for label in labels] == [turn.verdict.safety for turn in dialogue.turns]
         for said, text, place in zip(kept_turns(dialogue), texts, range(len(texts)), strict=True):
-            assert (said == text) is not labels[place // 2]["withheld"] or place % 2 == 0
+            assert (said != text) is (place % 2 == 1 and labels[place // 2]["withheld"])
     assert {r["id"]: (r["question"], r["answer"]) for r in rows_of(made.path, "refusal_vqa")} == {
         s.id: (s.question, s.answer) for s in original.refusals()
     }
