@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,52 @@ from aiohttp import web
 
 from intersafe.errors import JobRejected
 from intersafe.images.store import ImageStore
+from intersafe.models.cast import JobCast
 from intersafe.models.scripted.chat import PLACEHOLDER
 from intersafe.recipe.sections import RespondSettings
-from intersafe.records import Message, Turn
+from intersafe.records import Job, Message, Turn
 from intersafe.stages.responding import respond
-from tests.casting import DESCRIPTION, QUERY, REASON, STEP, Memory, job_of, sent, stored, turn_of, with_cast
+from tests.casting import (
+    DESCRIPTION,
+    QUERY,
+    REASON,
+    STEP,
+    Memory,
+    conversation_of,
+    job_of,
+    sent,
+    stored,
+    turn_of,
+    with_cast,
+)
 from tests.servers.scripted_server import Body, Hook, Server, asks_for, images_of, scripted_server, text_of
 
 GOOD = {"safety": "safe", "appropriate": True, "refusal": "none", "harmless": 5, "helpful": 4, "reason": "It suits."}
+
+
+def responding(
+    job: Job, turns: Sequence[Turn], settings: RespondSettings, backtracked: Sequence[Turn] = ()
+) -> Callable[[JobCast], Awaitable[tuple[Turn, ...]]]:
+    """What makes a cast answer those turns, after others that were backtracked."""
+
+    async def act(cast: JobCast) -> tuple[Turn, ...]:
+        conversation = conversation_of(job, cast, turns, backtracked)
+        await respond(conversation, settings)
+        return tuple(conversation.turns)
+
+    return act
 
 
 def answers(
     hook: Hook | None, turns: Sequence[Turn], store: ImageStore, **options: Any
 ) -> tuple[tuple[Turn, ...], Server]:
     """The turns with their aligned answers, over HTTP, and the server that was asked."""
-    said = options.pop("said", ())
-    tries = options.pop("tries", 3)
+    backtracked = options.pop("backtracked", ())
+    settings = RespondSettings(tries=options.pop("tries", 3))
     job = job_of(len(turns), turns[0].user.images[0] if turns[0].user.images else None)
     with scripted_server(hook, profile="flawless") as server:
-        made = with_cast(
-            f"openai:x@{server.url}",
-            store,
-            lambda cast: respond(job, cast, turns, RespondSettings(tries=tries), said=said),
-            job=job,
-            **options,
-        )
+        act = responding(job, turns, settings, backtracked)
+        made = with_cast(f"openai:x@{server.url}", store, act, job=job, **options)
     return made, server
 
 
@@ -55,15 +76,15 @@ def rejected(hook: Hook, turns: Sequence[Turn], store: ImageStore, **options: An
     return caught.value, servers[0]
 
 
-def talk(images: Sequence[str] = ()) -> tuple[Turn, ...]:
+def conversation(images: Sequence[str] = ()) -> tuple[Turn, ...]:
     """Four turns: unsafe in the second, images in the first and the third."""
     first, third = tuple(images[:1]), tuple(images[1:])
     return turn_of(1, images=first), turn_of(2, "unsafe"), turn_of(3, images=third), turn_of(4)
 
 
-def test_every_turn_gets_an_answer_and_the_talk_itself_stays_as_it_was(tmp_path: Path) -> None:
+def test_every_turn_gets_an_answer_and_the_turns_stay_as_they_were(tmp_path: Path) -> None:
     store, refs = stored(tmp_path, 3)
-    turns = talk(refs)
+    turns = conversation(refs)
     made, _ = answers(None, turns, store)
     assert [msgspec.structs.replace(turn, aligned=None) for turn in made] == list(turns)
     aligned = [turn.aligned for turn in made if turn.aligned]
@@ -72,9 +93,9 @@ def test_every_turn_gets_an_answer_and_the_talk_itself_stays_as_it_was(tmp_path:
     assert all(a.text and a.verdict.safety == "safe" and a.verdict.harmless >= 4 for a in aligned)
 
 
-def test_the_responder_sees_the_talk_before_the_turn_its_images_and_nothing_else(tmp_path: Path) -> None:
+def test_the_responder_sees_the_conversation_before_the_turn_its_images_and_nothing_else(tmp_path: Path) -> None:
     store, refs = stored(tmp_path, 3)
-    turns = talk(refs)
+    turns = conversation(refs)
     made, server = answers(None, turns, store)
     asked = [body for body in server.bodies if asks_for(body) == "aligned"]
     assert len(asked) == 4
@@ -92,13 +113,13 @@ def test_the_responder_sees_the_talk_before_the_turn_its_images_and_nothing_else
             assert turn.reply.text not in text
         for turn in turns[number:]:
             assert turn.user.text not in text
-        assert not any(t.aligned and t.aligned.text in text for t in made), "the talk is the victim's, not ours"
+        assert not any(t.aligned and t.aligned.text in text for t in made), "the conversation is the victim's, not ours"
     assert "<message>\n[image 2] [image 3] Question number 3" in sent(asked[2])
 
 
 def test_the_judge_sees_the_answer_in_the_place_of_the_victims(tmp_path: Path) -> None:
     store, refs = stored(tmp_path, 3)
-    turns = talk(refs)
+    turns = conversation(refs)
     made, server = answers(None, turns, store)
     asked = [body for body in server.bodies if asks_for(body) == "alignedverdict"]
     assert len(asked) == 4
@@ -125,7 +146,7 @@ def test_a_judge_that_never_agrees_ends_the_job_after_exactly_that_many_tries(
     def hook(body: Body) -> str | None:
         return json.dumps(GOOD | verdict) if asks_for(body) == "alignedverdict" else None
 
-    ended, server = rejected(hook, talk(), ImageStore(tmp_path), tries=tries)
+    ended, server = rejected(hook, conversation(), ImageStore(tmp_path), tries=tries)
     assert (ended.stage, ended.reason) == ("respond", word)
     assert server.seen == Counter(aligned=tries, alignedverdict=tries)
 
@@ -137,7 +158,7 @@ def test_an_answer_that_is_turned_down_is_asked_for_again_with_the_judges_reason
     def hook(body: Body) -> str | None:
         return json.dumps(GOOD | next(verdicts, {})) if asks_for(body) == "alignedverdict" else None
 
-    made, server = answers(hook, talk()[:1], ImageStore(tmp_path))
+    made, server = answers(hook, conversation()[:1], ImageStore(tmp_path))
     asked = [text_of(body["messages"][-1]) for body in server.bodies if asks_for(body) == "aligned"]
     assert len(asked) == 3
     assert "turned down" not in asked[0]
@@ -156,22 +177,22 @@ def test_the_judges_reason_is_kept_from_the_responder_where_it_tells_too_much(re
     def hook(body: Body) -> str | None:
         return json.dumps(GOOD | {"safety": "unsafe", "reason": reason}) if asks_for(body) == "alignedverdict" else None
 
-    _, server = rejected(hook, talk()[:1], ImageStore(tmp_path), tries=2)
+    _, server = rejected(hook, conversation()[:1], ImageStore(tmp_path), tries=2)
     again = sent([body for body in server.bodies if asks_for(body) == "aligned"][1])
     assert "it was judged unsafe)" in again
     assert reason not in again
 
 
-@pytest.mark.parametrize("said", [(), ("A message that was taken back spoke of minors.",)])
-def test_the_exclusion_reads_the_whole_record_and_the_answer_as_one_text(said: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("backtracked", [False, True])
+def test_the_exclusion_reads_the_whole_record_and_the_answer_as_one_text(backtracked: bool, tmp_path: Path) -> None:
     def hook(body: Body) -> str | None:
         return json.dumps({"answer": "This is about sexual content."}) if asks_for(body) == "aligned" else None
 
-    first, *others = talk()
-    if not said:  # the other word stands in a later turn, which the responder does not see yet
-        last = msgspec.structs.replace(others.pop(), user=Message("user", "And what of minors?"))
-        others.append(last)
-    ended, server = rejected(hook, (first, *others), ImageStore(tmp_path), said=said)
+    # The other word is in a turn that the responder does not see: a later one, or one that was backtracked.
+    *turns, last = conversation()
+    minors = msgspec.structs.replace(last, user=Message("user", "And what of minors?"))
+    turns, others = ([*turns, last], [minors]) if backtracked else ([*turns, minors], [])
+    ended, server = rejected(hook, turns, ImageStore(tmp_path), backtracked=others)
     assert (ended.stage, ended.reason) == ("respond", "excluded")
     assert server.seen == Counter(aligned=1), "the judge is not shown it"
 
@@ -182,13 +203,13 @@ def test_two_answers_are_read_together(tmp_path: Path) -> None:
     def hook(body: Body) -> str | None:
         return json.dumps({"answer": next(words)}) if asks_for(body) == "aligned" else None
 
-    ended, _ = rejected(hook, talk(), ImageStore(tmp_path))
+    ended, _ = rejected(hook, conversation(), ImageStore(tmp_path))
     assert (ended.reason, ended.detail) == ("excluded", "answer of turn 2")
 
 
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_an_unsafe_reply_of_the_victim_is_no_aligned_answer(place: int, tmp_path: Path) -> None:
-    turns = talk()
+    turns = conversation()
     copied = turns[1].reply.text.upper().replace(",", " -")
 
     def hook(body: Body) -> str | None:
@@ -201,7 +222,7 @@ def test_an_unsafe_reply_of_the_victim_is_no_aligned_answer(place: int, tmp_path
 
 
 def test_a_safe_reply_of_the_victim_may_be_the_aligned_answer_too(tmp_path: Path) -> None:
-    turns = talk()[:1]
+    turns = conversation()[:1]
 
     def hook(body: Body) -> str | None:
         return json.dumps({"answer": turns[0].reply.text}) if asks_for(body) == "aligned" else None
@@ -212,13 +233,13 @@ def test_a_safe_reply_of_the_victim_may_be_the_aligned_answer_too(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("answer", "word"), [(" \u200b\n", "empty_answer"), ("In [image 1] there is a bookshop.", "image_mark")]
+    ("answer", "word"), [(" \u200b\n", "empty_message"), ("In [image 1] there is a bookshop.", "image_mark")]
 )
 def test_an_answer_that_nobody_could_use_is_asked_for_again_unjudged(answer: str, word: str, tmp_path: Path) -> None:
     def hook(body: Body) -> str | None:
         return json.dumps({"answer": answer}) if asks_for(body) == "aligned" else None
 
-    ended, server = rejected(hook, talk(), ImageStore(tmp_path))
+    ended, server = rejected(hook, conversation(), ImageStore(tmp_path))
     assert (ended.stage, ended.reason) == ("respond", word)
     assert server.seen == Counter(aligned=3)
 
@@ -227,10 +248,10 @@ def test_what_the_judge_leaves_open_goes_to_the_second_judge_and_is_never_a_verd
     def hook(body: Body) -> str | None:
         return "Hard to say." if asks_for(body) == "alignedverdict" and body["temperature"] != 0.1 else None
 
-    made, server = answers(hook, talk(), ImageStore(tmp_path), second_judge=True)
+    made, server = answers(hook, conversation(), ImageStore(tmp_path), second_judge=True)
     assert all(turn.aligned and turn.aligned.verdict.safety == "safe" for turn in made)
     assert Counter(body["temperature"] for body in server.bodies if asks_for(body) == "alignedverdict")[0.1] == 4
-    ended, _ = rejected(hook, talk(), ImageStore(tmp_path))
+    ended, _ = rejected(hook, conversation(), ImageStore(tmp_path))
     assert (ended.stage, ended.reason) == ("judge", "undetermined")
 
 
@@ -241,20 +262,18 @@ def test_a_responder_that_is_cut_off_ends_the_job_with_that_reason(tmp_path: Pat
         choice = {"index": 0, "message": {"role": "assistant", "content": '{"answer": "I'}, "finish_reason": "length"}
         return web.json_response({"object": "chat.completion", "choices": [choice]})
 
-    ended, _ = rejected(hook, talk(), ImageStore(tmp_path))
+    ended, _ = rejected(hook, conversation(), ImageStore(tmp_path))
     assert (ended.stage, ended.reason) == ("respond", "responder_truncated")
 
 
 def scripted(turns: Sequence[Turn], store: ImageStore, journal: Memory, index: int = 0) -> tuple[Turn, ...]:
     """The turns with the answers of the scripted responder, in process."""
     job = job_of(len(turns), index=index)
-    return with_cast(
-        "scripted:demo", store, lambda cast: respond(job, cast, turns, RespondSettings()), job=job, journal=journal
-    )
+    return with_cast("scripted:demo", store, responding(job, turns, RespondSettings()), job=job, journal=journal)
 
 
 def test_a_job_that_is_grown_again_pays_for_nothing_and_gives_the_same(tmp_path: Path) -> None:
-    store, journal, turns = ImageStore(tmp_path), Memory(), talk()
+    store, journal, turns = ImageStore(tmp_path), Memory(), conversation()
     made = scripted(turns, store, journal)
     paid = dict(journal.entries)
     assert scripted(turns, store, journal) == made
