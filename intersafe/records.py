@@ -295,22 +295,23 @@ def transcript(turns: Iterable[Turn]) -> str:
     return "\n".join(lines)
 
 
-def said_in(turns: Sequence[Turn]) -> list[str]:
-    """Every text of a talk, and what its pictures were painted from."""
-    return [
-        text
-        for turn in turns
-        for text in (*(o.description for o in turn.origins if o.description), turn.user.text, turn.reply.text)
-    ]
+def texts_of(turns: Sequence[Turn]) -> list[str]:
+    """Every text of the turns, aligned answers and what the images were painted from included."""
+    texts: list[str] = []
+    for turn in turns:
+        texts += [origin.description for origin in turn.origins if origin.description]
+        texts += [turn.user.text, turn.reply.text]
+        texts += [turn.aligned.text] if turn.aligned else []
+    return texts
 
 
 def origins_of(turns: Sequence[Turn]) -> list[ImageOrigin]:
-    """Where the images of a talk come from, in its order."""
+    """Where the images of the turns come from, in their order."""
     return [origin for turn in turns for origin in turn.origins]
 
 
 def images_of(turns: Sequence[Turn]) -> tuple[str, ...]:
-    """References of the images of a talk, in its order."""
+    """References of the images of the turns, in their order."""
     return tuple(image for turn in turns for image in turn.user.images)
 
 

@@ -62,7 +62,7 @@ def _empty_message(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
 
 def _truncated(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
     cut = next((place for place, turn in enumerate(dialogue.turns, 1) if turn.finish == "length"), None)
-    return Reason("truncated", f"turn {cut}") if cut else None
+    return Reason("victim_truncated", f"turn {cut}") if cut else None
 
 
 def _repeated_message(dialogue: Dialogue, settings: RuleSettings) -> Reason | None:

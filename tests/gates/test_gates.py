@@ -61,7 +61,10 @@ REJECTED: list[tuple[str, str, Dialogue]] = [
     ("turn_count", "0 turns for 0 steps", conversation((), (), steps=())),
     *(("empty_message", "turn 2, user", ask(2, b)) for b in ("", " \n\t", "\u200b\u200d", "\u2003\xa0", "\x00")),
     ("empty_message", "turn 4, assistant", answer(4, "\u200b")),
-    *(("truncated", f"turn {i + 1}", finished(*("length" if i == j else "stop" for j in range(4)))) for i in range(4)),
+    *(
+        ("victim_truncated", f"turn {i + 1}", finished(*("length" if i == j else "stop" for j in range(4))))
+        for i in range(4)
+    ),
     ("repeated_message", "user, turns 1 and 3", ask(3, ASKED[0].upper())),
     ("repeated_message", "user, turns 1 and 3", ask(3, "¡" + ASKED[0].replace(" ", "  \n") + "!!")),
     ("repeated_message", "user, turns 1 and 3", ask(3, f"**{ASKED[0]}**")),

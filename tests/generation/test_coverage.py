@@ -87,7 +87,7 @@ def test_a_victim_that_never_yields_ends_the_run_and_is_named(tmp_path: Path) ->
     assert outcomes[0] == outcomes[1]
     assert "11 of 60 dialogues were kept" in said[0]
     assert "victim openai:second 0 of 6" in said[0]
-    assert "rejected converse empty_reply" in said[0]
+    assert "rejected converse empty_message" in said[0]
     # One dialogue at a time pays for none that a quota turns down; many at once for a few that seemed to have room.
     assert paid[0] <= 11 + LOST + 10
     assert paid[1] <= 11 + LOST + 10 + 150
@@ -108,7 +108,7 @@ def test_a_strategy_that_never_yields_is_named_in_steps_as_at_once_and_after_a_l
         recipe = structs.replace(recipe, strategies=("role_play", "decomposition"))
         said = str(ended(recipe, tmp_path / "once", 40))
         assert "strategy role_play 0 of" in said
-        assert "rejected plan unparseable" in said
+        assert "rejected plan attacker_unparseable" in said
         generate_dialogues(recipe, run=tmp_path / "steps", n=5)
         assert str(ended(recipe, tmp_path / "steps", 40)) == said
         assert digest(tmp_path / "steps") == digest(tmp_path / "once")
@@ -229,7 +229,7 @@ def row(reason: str, stage: str = "gates") -> Ended:
 def test_a_line_gives_up_only_where_quotas_bite_and_nothing_comes_of_the_rest() -> None:
     assert not Drought(lost=HOPELESS - 1).lasting, "no quota is in the way"
     drought = Drought(lost=HOPELESS - 1)
-    drought.count(row("empty_reply", "converse"))
+    drought.count(row("empty_message", "converse"))
     assert drought.lasting, "nothing comes at all"
     drought = Drought()
     for _ in range(100 * FULL):

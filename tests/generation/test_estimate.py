@@ -156,7 +156,7 @@ def test_an_estimate_gives_up_soon_where_no_sample_is_kept(tmp_path: Path) -> No
     with scripted_server(lambda body: "no plan" if asks_for(body) == "plan" else None) as server:
         spec = f"openai:scripted@{server.url}"
         recipe = demo(attacker=spec, judge=spec, victims=[spec])
-        with pytest.raises(SeedsExhausted, match=r"none of 20 sample jobs was kept.*plan unparseable"):
+        with pytest.raises(SeedsExhausted, match=r"none of 20 sample jobs was kept.*plan attacker_unparseable"):
             estimate_run(recipe, n=50, samples=2, run=tmp_path / "run")
         paid = server.requests
         assert paid == len(journal_keys(tmp_path / "run"))
@@ -183,7 +183,9 @@ def test_an_estimate_uses_the_few_samples_that_were_kept(tmp_path: Path) -> None
     assert 1 <= sampled.kept < 4
     assert sampled.tried == 40
     assert sampled.jobs == 50 * 40 / sampled.kept
-    assert any(f"only {sampled.kept} of 40 sample jobs" in line and "plan unparseable" in line for line in shown.lines)
+    assert any(
+        f"only {sampled.kept} of 40 sample jobs" in line and "plan attacker_unparseable" in line for line in shown.lines
+    )
 
 
 def test_samples_and_a_run_are_not_taken_for_each_other(tmp_path: Path) -> None:

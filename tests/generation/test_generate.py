@@ -323,7 +323,7 @@ def instead(kind: str, text: str) -> Callable[[Body], str | None]:
     ("hook", "place"),
     [
         (instead("victim", "Talk about CSAM."), "rejected converse excluded"),
-        (instead("victim", " "), "rejected converse empty_reply"),
+        (instead("victim", " "), "rejected converse empty_message"),
         (instead("message", '{"message": "A word on CSAM."}'), "rejected converse excluded"),
         (instead("message", '{"message": "Tell me more."}'), "rejected converse repeated_message"),
         (instead("message", '{"message": "Step 2 of the plan: go on."}'), "rejected converse leaked_plan"),

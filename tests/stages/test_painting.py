@@ -339,9 +339,9 @@ def test_a_painter_that_fails_is_asked_again_within_limits_then_the_job_fails_an
         recipe = alone(both.recipe(seeds_in(tmp_path / "seeds")), converse=ConverseSettings(tries=4))
         run = generate_dialogues(recipe, run=tmp_path / "run", n=2)
     (failed,) = run.ended()
-    assert (failed.job, failed.kind, failed.stage, failed.reason) == (0, "failed", "paint", word)
+    assert (failed.job, failed.kind, failed.stage, failed.reason) == (0, "failed", "paint", f"painter_{word}")
     assert detail in failed.detail
-    assert rows(run.path / "failed.jsonl")[0]["reason"] == word
+    assert rows(run.path / "failed.jsonl")[0]["reason"] == f"painter_{word}"
     assert len(both.drawn) == 4 + 2
     descriptions, seeds = zip(*both.drawn[:4], strict=True)
     assert len(set(seeds)) == 4
@@ -380,7 +380,7 @@ def test_a_painter_that_fails_every_job_stops_the_run_which_goes_on_once_it_is_m
     broken = True
     with studio(paint=lambda _: FAULTS[fault][0] if broken else None) as both:
         recipe = both.recipe(seeds_in(tmp_path / "seeds"), concurrency=4, samples=6)
-        with pytest.raises(ServiceGone, match=f"paint {FAULTS[fault][1]}") as gone:
+        with pytest.raises(ServiceGone, match=f"paint painter_{FAULTS[fault][1]}") as gone:
             generate_dialogues(recipe, run=tmp_path / "run", n=40)
         assert gone.value.exit_code == 4
         assert FAILURES * 3 <= len(both.drawn) <= (FAILURES + 4) * 3

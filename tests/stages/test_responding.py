@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,52 @@ from aiohttp import web
 
 from intersafe.errors import JobRejected
 from intersafe.images.store import ImageStore
+from intersafe.models.cast import JobCast
 from intersafe.models.scripted.chat import PLACEHOLDER
 from intersafe.recipe.sections import RespondSettings
-from intersafe.records import Message, Turn
+from intersafe.records import Job, Message, Turn
 from intersafe.stages.responding import respond
-from tests.support.jobs import DESCRIPTION, QUERY, REASON, STEP, Memory, job_of, sent, stored, turn_of, with_cast
+from tests.support.jobs import (
+    DESCRIPTION,
+    QUERY,
+    REASON,
+    STEP,
+    Memory,
+    conversation_of,
+    job_of,
+    sent,
+    stored,
+    turn_of,
+    with_cast,
+)
 from tests.support.servers.scripted_server import Body, Hook, Server, asks_for, images_of, scripted_server, text_of
 
 GOOD = {"safety": "safe", "appropriate": True, "refusal": "none", "harmless": 5, "helpful": 4, "reason": "It suits."}
+
+
+def responding(
+    job: Job, turns: Sequence[Turn], settings: RespondSettings, backtracked: Sequence[Turn] = ()
+) -> Callable[[JobCast], Awaitable[tuple[Turn, ...]]]:
+    """What makes a cast answer those turns, after others that were backtracked."""
+
+    async def act(cast: JobCast) -> tuple[Turn, ...]:
+        conversation = conversation_of(job, cast, turns, backtracked)
+        await respond(conversation, settings)
+        return tuple(conversation.turns)
+
+    return act
 
 
 def answers(
     hook: Hook | None, turns: Sequence[Turn], store: ImageStore, **options: Any
 ) -> tuple[tuple[Turn, ...], Server]:
     """The turns with their aligned answers, over HTTP, and the server that was asked."""
-    said = options.pop("said", ())
-    tries = options.pop("tries", 3)
+    backtracked = options.pop("backtracked", ())
+    settings = RespondSettings(tries=options.pop("tries", 3))
     job = job_of(len(turns), turns[0].user.images[0] if turns[0].user.images else None)
     with scripted_server(hook, profile="flawless") as server:
-        made = with_cast(
-            f"openai:x@{server.url}",
-            store,
-            lambda cast: respond(job, cast, turns, RespondSettings(tries=tries), said=said),
-            job=job,
-            **options,
-        )
+        act = responding(job, turns, settings, backtracked)
+        made = with_cast(f"openai:x@{server.url}", store, act, job=job, **options)
     return made, server
 
 
@@ -61,7 +82,7 @@ def four_turns(images: Sequence[str] = ()) -> tuple[Turn, ...]:
     return turn_of(1, images=first), turn_of(2, "unsafe"), turn_of(3, images=third), turn_of(4)
 
 
-def test_every_turn_gets_an_answer_and_the_talk_itself_stays_as_it_was(tmp_path: Path) -> None:
+def test_every_turn_gets_an_answer_and_the_turns_stay_as_they_were(tmp_path: Path) -> None:
     store, refs = stored(tmp_path, 3)
     turns = four_turns(refs)
     made, _ = answers(None, turns, store)
@@ -72,7 +93,7 @@ def test_every_turn_gets_an_answer_and_the_talk_itself_stays_as_it_was(tmp_path:
     assert all(a.text and a.verdict.safety == "safe" and a.verdict.harmless >= 4 for a in aligned)
 
 
-def test_the_responder_sees_the_talk_before_the_turn_its_images_and_nothing_else(tmp_path: Path) -> None:
+def test_the_responder_sees_the_conversation_before_the_turn_its_images_and_nothing_else(tmp_path: Path) -> None:
     store, refs = stored(tmp_path, 3)
     turns = four_turns(refs)
     made, server = answers(None, turns, store)
@@ -92,7 +113,7 @@ def test_the_responder_sees_the_talk_before_the_turn_its_images_and_nothing_else
             assert turn.reply.text not in text
         for turn in turns[number:]:
             assert turn.user.text not in text
-        assert not any(t.aligned and t.aligned.text in text for t in made), "the talk is the victim's, not ours"
+        assert not any(t.aligned and t.aligned.text in text for t in made), "the conversation is the victim's, not ours"
     assert "<message>\n[image 2] [image 3] Question number 3" in sent(asked[2])
 
 
@@ -162,16 +183,16 @@ def test_the_judges_reason_is_kept_from_the_responder_where_it_tells_too_much(re
     assert reason not in again
 
 
-@pytest.mark.parametrize("said", [(), ("A message that was taken back spoke of minors.",)])
-def test_the_exclusion_reads_the_whole_record_and_the_answer_as_one_text(said: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("backtracked", [False, True])
+def test_the_exclusion_reads_the_whole_record_and_the_answer_as_one_text(backtracked: bool, tmp_path: Path) -> None:
     def hook(body: Body) -> str | None:
         return json.dumps({"answer": "This is about sexual content."}) if asks_for(body) == "aligned" else None
 
-    first, *others = four_turns()
-    if not said:  # the other word stands in a later turn, which the responder does not see yet
-        last = msgspec.structs.replace(others.pop(), user=Message("user", "And what of minors?"))
-        others.append(last)
-    ended, server = rejected(hook, (first, *others), ImageStore(tmp_path), said=said)
+    # The other word is in a turn that the responder does not see: a later one, or one that was backtracked.
+    *turns, last = four_turns()
+    minors = msgspec.structs.replace(last, user=Message("user", "And what of minors?"))
+    turns, others = ([*turns, last], [minors]) if backtracked else ([*turns, minors], [])
+    ended, server = rejected(hook, turns, ImageStore(tmp_path), backtracked=others)
     assert (ended.stage, ended.reason) == ("respond", "excluded")
     assert server.seen == Counter(aligned=1), "the judge is not shown it"
 
@@ -212,7 +233,7 @@ def test_a_safe_reply_of_the_victim_may_be_the_aligned_answer_too(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("answer", "word"), [(" \u200b\n", "empty_answer"), ("In [image 1] there is a bookshop.", "image_mark")]
+    ("answer", "word"), [(" \u200b\n", "empty_message"), ("In [image 1] there is a bookshop.", "image_mark")]
 )
 def test_an_answer_that_nobody_could_use_is_asked_for_again_unjudged(answer: str, word: str, tmp_path: Path) -> None:
     def hook(body: Body) -> str | None:
@@ -248,9 +269,7 @@ def test_a_responder_that_is_cut_off_ends_the_job_with_that_reason(tmp_path: Pat
 def scripted(turns: Sequence[Turn], store: ImageStore, journal: Memory, index: int = 0) -> tuple[Turn, ...]:
     """The turns with the answers of the scripted responder, in process."""
     job = job_of(len(turns), index=index)
-    return with_cast(
-        "scripted:demo", store, lambda cast: respond(job, cast, turns, RespondSettings()), job=job, journal=journal
-    )
+    return with_cast("scripted:demo", store, responding(job, turns, RespondSettings()), job=job, journal=journal)
 
 
 def test_a_job_that_is_grown_again_pays_for_nothing_and_gives_the_same(tmp_path: Path) -> None:

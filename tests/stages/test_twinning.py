@@ -24,6 +24,7 @@ from tests.support.jobs import (
     QUERY,
     REASON,
     STEP,
+    conversation_of,
     dialogue_of,
     job_of,
     sent,
@@ -101,8 +102,8 @@ def test_a_twin_has_the_images_of_its_original_turn_by_turn(tmp_path: Path) -> N
     _, dialogue = pair(refs)
     server = Server()
     made = twin(writes(SIDE), store, images=refs, server=server)
-    assert [turn.user.text for turn in made.turns] == SIDE
-    for turn, original in zip(made.turns, dialogue.turns, strict=True):
+    assert [turn.user.text for turn in made.conversation.turns] == SIDE
+    for turn, original in zip(made.conversation.turns, dialogue.turns, strict=True):
         assert turn.user.images == original.user.images
         assert turn.origins == original.origins
     uris = [store.data_uri(ref) for ref in refs]
@@ -110,10 +111,16 @@ def test_a_twin_has_the_images_of_its_original_turn_by_turn(tmp_path: Path) -> N
         assert [uri for message in body["messages"] for uri in images_of(message)] == uris[:shown]
     assert made.goal == GOAL
     assert (made.check.risk, made.check.coherent) == (False, True)
-    assert [step.text for step in made.plan.steps] == SIDE
-    assert [step.picture for step in made.plan.steps] == [step.picture for step in dialogue.plan.steps]
-    assert {step.score for step in made.plan.steps} == {UNSCORED}
-    record = msgspec.structs.replace(dialogue, plan=made.plan, turns=made.turns, twin_of=dialogue.id, check=made.check)
+    assert [step.text for step in made.conversation.plan.steps] == SIDE
+    assert [step.picture for step in made.conversation.plan.steps] == [step.picture for step in dialogue.plan.steps]
+    assert {step.score for step in made.conversation.plan.steps} == {UNSCORED}
+    record = msgspec.structs.replace(
+        dialogue,
+        plan=made.conversation.plan,
+        turns=tuple(made.conversation.turns),
+        twin_of=dialogue.id,
+        check=made.check,
+    )
     assert check_rules(record, RuleSettings()) is None
 
 
@@ -163,13 +170,13 @@ def test_a_side_that_a_rule_turns_down_is_asked_for_again_and_never_sent(
     assert "turned down" not in told[0]
     assert all(f"turned down ({word.replace('_', ' ')}" in text for text in told[1:])
     made = twin(writes(side, SIDE), ImageStore(tmp_path), tries=1_000)
-    assert [turn.user.text for turn in made.turns] != side
+    assert [turn.user.text for turn in made.conversation.turns] != side
 
 
 def test_a_second_version_that_fits_is_taken(tmp_path: Path) -> None:
     written = writes(SIDE[:2], SIDE)
     made = twin(written, ImageStore(tmp_path), tries=2)
-    assert [turn.user.text for turn in made.turns] == SIDE
+    assert [turn.user.text for turn in made.conversation.turns] == SIDE
 
 
 @pytest.mark.parametrize(
@@ -222,7 +229,7 @@ def test_over_refusal_is_kept_and_labelled(tmp_path: Path) -> None:
 
     server = Server()
     made = twin(hook, ImageStore(tmp_path), server=server)
-    assert [turn.verdict.refusal for turn in made.turns] == ["full"] * 4
+    assert [turn.verdict.refusal for turn in made.conversation.turns] == ["full"] * 4
     assert server.seen["victim"] == 4, "nothing is taken back"
 
 
@@ -261,10 +268,12 @@ def test_the_scripted_cast_makes_varied_twins_and_tells_them_from_their_original
             ends[error.reason] += 1
     assert 0 < ends.total() < 20
     assert set(ends) <= {"still_risky", "incoherent"}
-    assert len({turn.user.text for twin in made for turn in twin.turns}) == 4 * len(made)
-    refused = sum(turn.verdict.refusal == "full" for twin in made for turn in twin.turns)
+    assert len({turn.user.text for twin in made for turn in twin.conversation.turns}) == 4 * len(made)
+    refused = sum(turn.verdict.refusal == "full" for twin in made for turn in twin.conversation.turns)
     assert 0.15 < refused / (4 * len(made)) < 0.35
     job = job_of(4)
     turns = tuple(turn_of(number) for number in range(1, 5))
-    check = with_cast("scripted:flawless", store, lambda cast: check_dialogue(job, cast, turns, 3), job=job)
+    check = with_cast(
+        "scripted:flawless", store, lambda cast: check_dialogue(conversation_of(job, cast, turns)), job=job
+    )
     assert check.risk

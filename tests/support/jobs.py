@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import io
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from intersafe.images.store import ImageStore, normalise
 from intersafe.models.base import Hooks
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.open import open_models
-from intersafe.recipe.sections import Cast, Limits, Member
+from intersafe.recipe.sections import Cast, ConverseSettings, Limits, Member
 from intersafe.records import (
     Check,
     Dialogue,
@@ -21,6 +21,7 @@ from intersafe.records import (
     Job,
     Message,
     Plan,
+    PrunedTurn,
     Safety,
     Seed,
     Step,
@@ -29,6 +30,7 @@ from intersafe.records import (
     Verdict,
 )
 from intersafe.run.journal import Entry
+from intersafe.stages.conversation import Conversation
 from intersafe.storage.bundled import bundled
 from intersafe.templates.load import Prompts, load_prompts
 from tests.support.dialogues import dialogue
@@ -131,9 +133,20 @@ def turn_of(number: int, safety: Safety = "safe", images: tuple[str, ...] = ()) 
     return Turn(user, reply, verdict, origins=origins)
 
 
+def plan_of(turns: Sequence[Turn]) -> Plan:
+    """The plan that those turns follow."""
+    return Plan(tuple(Step(f"{STEP} {i}", StepScore(7, 7, 9), bool(turn.origins)) for i, turn in enumerate(turns)))
+
+
+def conversation_of(job: Job, cast: JobCast, turns: Sequence[Turn], backtracked: Sequence[Turn] = ()) -> Conversation:
+    """A conversation of those turns, after the first of which the others were backtracked."""
+    conversation = Conversation(job, plan_of(turns), cast, ConverseSettings(), None, list(turns))
+    conversation.backtracked = [PrunedTurn(1, turn, "refused") for turn in backtracked]
+    return conversation
+
+
 def dialogue_of(job: Job, turns: tuple[Turn, ...]) -> Dialogue:
     """A dialogue of those turns."""
-    steps = tuple(Step(f"{STEP} {i}", StepScore(7, 7, 9), bool(turn.origins)) for i, turn in enumerate(turns))
     return dialogue(
         turns,
         job=job.index,
@@ -141,6 +154,6 @@ def dialogue_of(job: Job, turns: tuple[Turn, ...]) -> Dialogue:
         seed=job.seed,
         strategy=job.strategy,
         sample=job.sample,
-        plan=Plan(steps),
+        plan=plan_of(turns),
         check=Check(True, True, REASON),
     )

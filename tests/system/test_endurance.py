@@ -75,8 +75,8 @@ def test_what_is_cut_off_or_filtered_is_counted_and_never_scored(tmp_path: Path)
     assert digest(tmp_path / "quiet") == digest(tmp_path / "faulty")
     assert filtered > 0
     ended = {(row.kind, row.stage, row.reason) for row in run.ended()}
-    assert ("failed", "converse", "blocked") in ended
-    assert {reason for kind, _, reason in ended if kind == "failed"} == {"blocked"}
+    assert ("failed", "converse", "victim_blocked") in ended
+    assert {reason for kind, _, reason in ended if kind == "failed"} == {"victim_blocked"}
     assert run.funnel().jobs == 20 + sum(run.funnel().ended.values())
     for dialogue in run.dialogues():
         assert all(turn.reply.text and turn.verdict.safety != "undetermined" for turn in dialogue.turns)
