@@ -88,7 +88,7 @@ def test_a_victim_that_never_yields_ends_the_run_and_is_named(tmp_path: Path) ->
     assert "11 of 60 dialogues were kept" in said[0]
     assert "victim openai:second 0 of 6" in said[0]
     assert "rejected converse empty_message" in said[0]
-    # One dialogue at a time pays for none that a quota turns down; many at once for a few that seemed to have room.
+    # One dialogue at a time pays for none that a quota turns down; many at once for a few that seemed to fit.
     assert paid[0] <= 11 + LOST + 10
     assert paid[1] <= 11 + LOST + 10 + 150
     run = Run(path)
@@ -131,7 +131,7 @@ def test_a_victim_whose_calls_all_fail_is_a_fault_to_mend_and_costs_no_decision(
 
     with scripted_server(hook, profile="flawless") as server:
         recipe = recipe_of(server, VICTIMS, concurrency=8)
-        # The first failures stand alone between dialogues that are kept; once the other victim is full, nothing does.
+        # The first failures come between dialogues that are accepted; once the other victim is full, none is.
         with pytest.raises(ServiceGone, match=f"{FAILURES} jobs in a row failed.*no such model"):
             generate_dialogues(recipe, run=tmp_path / "run", n=30)
         decided = Run(tmp_path / "run").funnel()
@@ -219,14 +219,14 @@ def test_a_cell_below_its_quota_is_said_kept_and_shown_although_n_was_reached(tm
     assert cell in again.stdout
 
 
-# --- when a line gives up --------------------------------------------------------------------------------------------
+# --- when a kind of job gives up -------------------------------------------------------------------------------------
 
 
 def row(reason: str, stage: str = "gates") -> Ended:
     return Ended(0, "key", "fraud", "rejected", stage, reason)
 
 
-def test_a_line_gives_up_only_where_quotas_bite_and_nothing_comes_of_the_rest() -> None:
+def test_a_kind_gives_up_only_where_quotas_bite_and_nothing_comes_of_the_rest() -> None:
     assert not Drought(lost=HOPELESS - 1).lasting, "no quota is in the way"
     drought = Drought(lost=HOPELESS - 1)
     drought.count(row("empty_message", "converse"))
@@ -295,7 +295,7 @@ def test_shares_that_cannot_be_kept_leave_no_run(tmp_path: Path) -> None:
         generate_dialogues(load_recipe(path), run=tmp_path / "run", n=3)
 
 
-def test_a_line_that_nothing_comes_of_ends_before_all_jobs_are_paid_for(tmp_path: Path) -> None:
+def test_a_kind_that_nothing_comes_of_ends_before_all_jobs_are_paid_for(tmp_path: Path) -> None:
     recipe = structs.replace(demo(judge="scripted:weak"), gates=Gates(coverage=None))
     with pytest.raises(SeedsExhausted, match=f"the last {HOPELESS} jobs were all lost") as caught:
         generate_dialogues(recipe, run=tmp_path / "run", n=10)

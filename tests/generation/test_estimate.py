@@ -32,7 +32,7 @@ def tokens(tally: RoleTally) -> float:
     return tally.prompt_tokens + tally.completion_tokens
 
 
-def test_eight_samples_foretell_some_hundred_dialogues(real: Run, tmp_path: Path) -> None:
+def test_eight_samples_predict_some_hundred_dialogues(real: Run, tmp_path: Path) -> None:
     found = estimate_run(whole_demo(), n=N, run=tmp_path / "estimate")
     took = real.roles()
     calls, used = sum(tally.calls for tally in took.values()), sum(tokens(tally) for tally in took.values())
@@ -43,7 +43,7 @@ def test_eight_samples_foretell_some_hundred_dialogues(real: Run, tmp_path: Path
     assert sum(sampled.wanted for kind, sampled in found.sampled.items() if kind != "dialogues") == 500
 
 
-def test_more_samples_go_on_with_the_same_run_and_come_nearer(real: Run, tmp_path: Path) -> None:
+def test_more_samples_continue_the_same_run_and_come_nearer(real: Run, tmp_path: Path) -> None:
     few = estimate_run(whole_demo(), n=N, samples=8, run=tmp_path / "estimate")
     more = estimate_run(whole_demo(), n=N, samples=100, run=tmp_path / "estimate")
     took = real.roles()
@@ -56,7 +56,7 @@ def test_more_samples_go_on_with_the_same_run_and_come_nearer(real: Run, tmp_pat
     assert more.tokens.total == pytest.approx(sum(tokens(tally) for tally in took.values()), rel=0.05)
 
 
-def test_a_run_of_everything_is_foretold_with_its_twins(tmp_path: Path) -> None:
+def test_a_run_of_every_kind_of_job_is_predicted_with_its_twins(tmp_path: Path) -> None:
     recipe = load_recipe(bundled("pipelines/aligned.yaml"))
     found = estimate_run(recipe, n=120, samples=16, run=tmp_path / "estimate")
     took = generate_dialogues(recipe, run=tmp_path / "run", n=120).roles()

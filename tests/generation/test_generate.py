@@ -129,15 +129,15 @@ def test_a_kill_costs_no_more_than_the_calls_in_flight_and_one_group(tmp_path: P
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_cleanly_and_the_same_command_goes_on(how: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_stops_cleanly_and_the_same_command_resumes(how: signal.Signals, tmp_path: Path) -> None:
     process = started("generate", "--n", "11270", "--run", "./run", cwd=tmp_path)
     while not lines(tmp_path / "run" / "dialogues.jsonl") and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(how)
-    _, talk = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "goes on where it was" in talk
-    assert "Traceback" not in talk
+    assert "goes on where it was" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "run" / "summary.json").exists()
     for name in ("dialogues.jsonl", "journal/main.jsonl"):
         assert (tmp_path / "run" / name).read_bytes().endswith(b"\n")
@@ -356,7 +356,7 @@ def test_a_weak_step_is_asked_again_until_it_is_good(tmp_path: Path) -> None:
         assert all(step.score.weakest >= PlanSettings().threshold for step in dialogue.plan.steps)
 
 
-def test_a_refused_turn_is_taken_back_and_kept_in_the_record(tmp_path: Path) -> None:
+def test_a_refused_turn_is_backtracked_and_recorded(tmp_path: Path) -> None:
     def hook(body: Body) -> str | None:
         if asks_for(body) == "verdict":
             refused = "I must decline." in text_of(body["messages"][1]).rpartition("<reply>")[2]
@@ -382,12 +382,12 @@ def test_a_refused_turn_is_taken_back_and_kept_in_the_record(tmp_path: Path) -> 
 # --- who sees what -------------------------------------------------------------------------------------------------
 
 
-def test_the_victim_sees_the_talk_and_its_images_and_nothing_else(tmp_path: Path) -> None:
+def test_the_victim_sees_the_dialogue_and_its_images_and_nothing_else(tmp_path: Path) -> None:
     with scripted_server(profile="flawless") as server:
         run = generate_dialogues(over_http(server.url), run=tmp_path / "run", n=28)
         asked = [body["messages"] for body in server.bodies if asks_for(body) == "victim"]
         judged = [body["messages"] for body in server.bodies if asks_for(body) == "verdict"]
-    talks = {tuple(text_of(message) for message in messages[1:]): messages for messages in asked}
+    histories = {tuple(text_of(message) for message in messages[1:]): messages for messages in asked}
     with_image = 0
     for dialogue in run.dialogues():
         said = [message.text for message in dialogue.messages]
@@ -399,7 +399,7 @@ def test_the_victim_sees_the_talk_and_its_images_and_nothing_else(tmp_path: Path
         ]
         secrets += [turn.verdict.reason for turn in dialogue.turns] + [dialogue.seed.category]
         for length in range(1, len(said), 2):
-            messages = talks[tuple(said[:length])]
+            messages = histories[tuple(said[:length])]
             assert [m["role"] for m in messages] == ["system", *(["user", "assistant"] * length)[:length]]
             assert not any(secret in text_of(m) for m in messages for secret in secrets if secret)
             assert [len(images_of(m)) for m in messages[1:]] == [len(m.images) for m in dialogue.messages[:length]]
@@ -470,7 +470,7 @@ def test_a_service_that_stays_away_ends_the_run_resumable(tmp_path: Path) -> Non
 
 
 def test_a_defect_ends_the_job_that_met_it_and_no_other(tmp_path: Path) -> None:
-    # A reply with lone surrogates cannot be written as UTF-8: whatever becomes of its job, the run goes on.
+    # A reply with lone surrogates cannot be written as UTF-8: whatever becomes of its job, the run continues.
     def hook(body: Body) -> web.Response | None:
         if asks_for(body) == "victim" and body.get("seed", 1) % 5 == 0:
             text = '{"choices":[{"message":{"content":"odd \\ud800 text"},"finish_reason":"stop"}]}'

@@ -1,4 +1,4 @@
-"""The lines of a run together (dialogues, aligned answers, refusal samples, twins), under kills and other orders."""
+"""All kinds of job of a run together (dialogues, aligned answers, refusals, twins), under kills and other orders."""
 
 import random
 import time
@@ -29,7 +29,7 @@ TWINS = 15
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every stage and line, asking once only, so that every line loses some of its jobs."""
+    """Every stage and kind of job, asking once only, so that every kind loses some of its jobs."""
     path = tmp_path_factory.mktemp("recipe") / "all.yaml"
     text = bundled("pipelines/aligned.yaml").read_text()
     text = text.replace("../", f"{bundled('pipelines').parent}/")
@@ -46,7 +46,7 @@ def reference(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def everything(url: str = "", **changes: Any) -> Recipe:
-    """The bundled recipe with every line; where a URL is given, everything but the painter behind it."""
+    """The bundled recipe with every kind of job; where a URL is given, everything but the painter behind it."""
     recipe = load_recipe(bundled("pipelines/aligned.yaml"))
     spec = f"openai:scripted@{url}"
     models = {"attacker": spec, "judge": spec, "responder": spec, "victims": [spec]} if url else {}
@@ -61,7 +61,7 @@ def unique(keys: list[str]) -> bool:
 # --- the same bytes --------------------------------------------------------------------------------------------------
 
 
-def test_every_line_has_its_number_and_loses_some_jobs(reference: Path) -> None:
+def test_every_kind_has_its_number_and_loses_some_jobs(reference: Path) -> None:
     summary = Run(reference).summary
     assert summary is not None
     assert summary.complete
@@ -98,7 +98,7 @@ def entries(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_ten_kills_change_no_byte_of_any_line(pipeline: Path, reference: Path, tmp_path: Path) -> None:
+def test_ten_kills_change_no_byte_of_any_kind(pipeline: Path, reference: Path, tmp_path: Path) -> None:
     dice, run = random.Random(5), tmp_path / "run"
     whole, killed, twins = entries(reference), 0, 0
     for left in reversed(range(11)):
@@ -136,7 +136,7 @@ def test_a_finished_run_is_answered_at_once_without_a_call_or_a_byte(tmp_path: P
 
 
 @pytest.mark.parametrize("line", ["refusals", "twins"])
-def test_rows_that_are_lost_from_a_line_come_back_unpaid(line: str, tmp_path: Path) -> None:
+def test_rows_that_are_lost_from_a_kind_come_back_unpaid(line: str, tmp_path: Path) -> None:
     recipe = everything()
     run = generate_dialogues(recipe, run=tmp_path / "run", n=20)
     whole, keys = digest(run.path), journal_keys(run.path)
@@ -184,7 +184,7 @@ def test_twins_belong_to_accepted_dialogues_and_have_their_images(reference: Pat
 
 
 def twins_of(hook: Hook, path: Path, n: int, ratio: float) -> tuple[Run, int]:
-    """A run with twins and nothing beside it, and how many requests it took."""
+    """A run with twins and nothing else, and how many requests it took."""
     with scripted_server(hook, profile="flawless") as server:
         recipe = everything(server.url, concurrency=8)
         recipe = structs.replace(recipe, refusals=None, respond=None, twins=TwinSettings(ratio=ratio))

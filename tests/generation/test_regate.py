@@ -1,4 +1,4 @@
-"""Gating again: other gates on what a run holds, no call, the old run untouched, and a run that goes on from there."""
+"""Gating again: other gates on what a run holds, no call, the old run untouched, and a run that resumes from there."""
 
 import shutil
 import time
@@ -148,7 +148,7 @@ def test_no_gates_at_all_and_other_quotas(old: Path, tmp_path: Path) -> None:
     assert made.funnel().ended["rejected gates strategy_full"] > 20
 
 
-# --- it goes on ------------------------------------------------------------------------------------------------------
+# --- it resumes ------------------------------------------------------------------------------------------------------
 
 
 def test_no_call_is_made_and_going_on_pays_for_new_jobs_alone(tmp_path: Path) -> None:
@@ -254,12 +254,12 @@ def test_an_incomplete_run_can_be_gated(tmp_path: Path) -> None:
     assert digest(made.path) == digest(tmp_path / "fresh")
 
 
-def test_an_exhausted_run_with_quotas_can_be_loosened_and_goes_on(tmp_path: Path) -> None:
+def test_an_exhausted_run_with_quotas_can_be_loosened_and_resumes(tmp_path: Path) -> None:
     one = CoverageSettings(category=None, strategy={"role_play": 1.0})
     recipe = structs.replace(gated(everything(), coverage=one), refusals=None, twins=None, samples=1)
     generate_dialogues(recipe, run=tmp_path / "run", n=5)
     made = regate(tmp_path / "run", gated(recipe, coverage=None), tmp_path / "new")
-    # What no quota had room for was never grown, so it cannot come back; what was kept is.
+    # What no quota allowed was never grown, so it cannot come back; what was accepted does.
     assert {d.strategy for d in made.dialogues()} == {"role_play"}
     assert len(list(made.dialogues())) >= 5
     assert made.funnel().ended["rejected gates strategy_full"] > 5

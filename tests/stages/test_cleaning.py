@@ -127,7 +127,7 @@ def test_the_later_of_two_images_goes_and_its_turn_is_asked_again_without_it(kin
     assert text_of(victims[3]["messages"][-1]) == dialogue.turns[1].user.text
     (again,) = [body for body in asked(both, "message") if LOST in text_of(body["messages"][-1])]
     assert shown(again) == [[first]]
-    # The judge sees the talk as it is in the end.
+    # The judge sees the dialogue as it is in the end.
     assert shown(asked(both, "check")[-1]) == [[first, far]]
 
 
@@ -164,10 +164,10 @@ def test_without_repair_the_dialogue_is_rejected(tmp_path: Path) -> None:
     assert len(asked(both, "victim")) == 3
 
 
-# --- the judge's eye -------------------------------------------------------------------------------------------------
+# --- the judge compares ----------------------------------------------------------------------------------------------
 
 
-def eye(answer: Callable[[list[str]], bool]) -> Hook:
+def judge_says(answer: Callable[[list[str]], bool]) -> Hook:
     """The judge's answers about two images."""
 
     def hook(body: Body) -> str | None:
@@ -181,7 +181,7 @@ def eye(answer: Callable[[list[str]], bool]) -> Hook:
 @pytest.mark.parametrize("same", [False, True])
 def test_the_judge_is_asked_for_the_unsure_pairs_and_decides_them(same: bool, tmp_path: Path) -> None:
     pictures = [hashed(FIRST), hashed(NEAR), hashed(FAR)]
-    dialogue, both, _ = cleaned(tmp_path, pictures, eye(lambda _: same), judge_distance=8)
+    dialogue, both, _ = cleaned(tmp_path, pictures, judge_says(lambda _: same), judge_distance=8)
     assert counts(dialogue) == ([1, 0, 1] if same else [1, 1, 1])
     (body,) = asked(both, "same")
     assert shown(body) == [[uri(hashed(FIRST)), uri(hashed(NEAR))]]
@@ -190,14 +190,14 @@ def test_the_judge_is_asked_for_the_unsure_pairs_and_decides_them(same: bool, tm
 @pytest.mark.parametrize("limit", [None, 5, 7])
 def test_the_judge_is_not_asked_beyond_its_distance_nor_for_what_is_sure(limit: int | None, tmp_path: Path) -> None:
     pictures = [hashed(FIRST), hashed(NEAR), hashed(FIRST ^ 1)]
-    dialogue, both, _ = cleaned(tmp_path, pictures, eye(lambda _: True), judge_distance=limit)
+    dialogue, both, _ = cleaned(tmp_path, pictures, judge_says(lambda _: True), judge_distance=limit)
     assert counts(dialogue) == [1, 1, 0]
     assert asked(both, "same") == []
 
 
 def test_a_pair_that_the_judge_told_apart_is_not_shown_to_it_again(tmp_path: Path) -> None:
     pictures = [hashed(FIRST), hashed(NEAR), hashed(FIRST)]
-    dialogue, both, _ = cleaned(tmp_path, pictures, eye(lambda _: False), judge_distance=12)
+    dialogue, both, _ = cleaned(tmp_path, pictures, judge_says(lambda _: False), judge_distance=12)
     assert counts(dialogue) == [1, 1, 0]
     assert len(asked(both, "same")) == 1
 
@@ -260,7 +260,7 @@ def test_a_repaired_message_that_is_excluded_ends_the_dialogue_and_is_not_sent(t
 
 
 @pytest.mark.parametrize("what", ["a later message", "an earlier message", "the lost description", "a later one"])
-def test_a_repaired_message_is_held_to_the_whole_talk(what: str, tmp_path: Path) -> None:
+def test_a_repaired_message_is_checked_against_the_whole_dialogue(what: str, tmp_path: Path) -> None:
     """Each of these would be turned down by the gates, after everything was paid for."""
     texts: list[str] = []
     hook, requests = rewriting()
@@ -270,11 +270,11 @@ def test_a_repaired_message_is_held_to_the_whole_talk(what: str, tmp_path: Path)
             return None
         if asks_for(body) != "message" or len(requests) > 1 or texts:
             return None
-        talk = [text_of(b["messages"][-1]) for b in asked(both[0], "victim")]
+        said = [text_of(b["messages"][-1]) for b in asked(both[0], "victim")]
         told = [description for description, _ in both[0].drawn]
         text = {
-            "a later message": talk[2],
-            "an earlier message": talk[0],
+            "a later message": said[2],
+            "an earlier message": said[0],
             "the lost description": f"Well, {told[1]}?",
             "a later one": f"Well, {told[2]}?",
         }[what]

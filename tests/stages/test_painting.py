@@ -114,7 +114,7 @@ def test_every_way_to_give_a_description_away_was_tried(made: Made) -> None:
     assert reasons["leaked_image_description"] <= 2, "asked again, the attacker wrote another message"
 
 
-def test_no_description_reaches_the_victim_or_stands_in_a_user_message(made: Made) -> None:
+def test_no_description_reaches_the_victim_or_is_in_a_user_message(made: Made) -> None:
     told = sorted({fold(description) for description, _ in made.studio.drawn})
     bodies = [body for body in made.studio.chat.bodies if asks_for(body) == "victim"]
     sent = {fold(text_of(message)) for body in bodies for message in body["messages"]}
@@ -171,13 +171,13 @@ def test_every_image_says_where_it_comes_from_and_can_be_painted_again(made: Mad
 def test_the_victim_gets_the_images_of_each_turn_and_no_other(made: Made) -> None:
     store = ImageStore(made.run.path / "images")
     bodies = [body["messages"][1:] for body in made.studio.chat.bodies if asks_for(body) == "victim"]
-    talks = {tuple((text_of(message), *images_of(message)) for message in messages) for messages in bodies}
+    histories = {tuple((text_of(message), *images_of(message)) for message in messages) for messages in bodies}
     for dialogue in made.run.dialogues():
         if dialogue.removed:
             continue  # the turns after a repaired one were answered before
-        talk = dialogue.messages
-        for length in range(1, len(talk), 2):
-            assert tuple((m.text, *(store.data_uri(image) for image in m.images)) for m in talk[:length]) in talks
+        said = [(m.text, *(store.data_uri(image) for image in m.images)) for m in dialogue.messages]
+        for length in range(1, len(said), 2):
+            assert tuple(said[:length]) in histories
 
 
 def test_the_attacker_writes_looking_at_the_new_image_and_without_its_description(made: Made) -> None:
@@ -331,7 +331,7 @@ def alone(recipe: Any, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_painter_that_fails_is_asked_again_within_limits_then_the_job_fails_and_the_run_goes_on(
+def test_a_painter_that_fails_is_asked_again_within_limits_then_the_job_fails_and_the_run_continues(
     fault: str, tmp_path: Path
 ) -> None:
     answer, word, detail = FAULTS[fault]
@@ -374,7 +374,7 @@ def test_a_link_is_never_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["a link", "truncated", "blocked"])
-def test_a_painter_that_fails_every_job_stops_the_run_which_goes_on_once_it_is_mended(
+def test_a_painter_that_fails_every_job_stops_the_run_which_resumes_once_it_is_mended(
     fault: str, tmp_path: Path
 ) -> None:
     broken = True
@@ -397,7 +397,7 @@ def test_a_painter_that_fails_every_job_stops_the_run_which_goes_on_once_it_is_m
 YOUNG, OTHER = "A poster for teenagers", "a display of nudity"
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "split over the talk"])
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split over the dialogue"])
 @pytest.mark.parametrize("rules", [RULES, None], ids=["rules", "no rules"])
 def test_an_excluded_description_is_never_painted(split: bool, rules: RuleSettings | None, tmp_path: Path) -> None:
     def hook(body: Body) -> str | None:
@@ -491,8 +491,8 @@ def test_kills_change_no_byte_and_no_image_is_paid_for_twice_beyond_those_in_fli
             if killed < kills:
                 assert process.poll() is None
                 process.kill()
-            _, talk = process.communicate(timeout=60)
-        assert process.returncode == 0, talk
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said
         paid = Counter(both.drawn)
         assert sum(count - 1 for count in paid.values()) <= kills * concurrency
         undisturbed = [word.replace("./run", "./whole") for word in words]

@@ -230,7 +230,7 @@ def test_over_refusal_is_kept_and_labelled(tmp_path: Path) -> None:
     server = Server()
     made = twin(hook, ImageStore(tmp_path), server=server)
     assert [turn.verdict.refusal for turn in made.conversation.turns] == ["full"] * 4
-    assert server.seen["victim"] == 4, "nothing is taken back"
+    assert server.seen["victim"] == 4, "nothing is backtracked"
 
 
 @pytest.mark.parametrize(
