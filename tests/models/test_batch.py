@@ -142,14 +142,14 @@ class Killer:
         return problem(500, "killed") if step == "create" else None
 
     def strike(self, recipe: Path, step: str) -> tuple[int, str]:
-        """Runs the command until it is struck or ends; exit code and talk."""
+        """Runs the command until it is struck or ends; exit code and what it said."""
         self.step = step
         self.ready.clear()
         process = command(recipe)
         self.pid = process.pid
         self.ready.set()
-        _, talk = process.communicate(timeout=60)
-        return process.returncode, talk
+        _, said = process.communicate(timeout=60)
+        return process.returncode, said
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +171,10 @@ def test_killed_at_each_step_of_the_protocol_pays_nothing_twice(undisturbed: byt
     with batch_server(killer) as provider:
         recipe = written(provider, tmp_path)
         for step in STEPS:
-            code, talk = killer.strike(recipe, step)
-            assert code == -signal.SIGKILL, (step, talk)
-        code, talk = killer.strike(recipe, "")
-        assert code == 0, talk
+            code, said = killer.strike(recipe, step)
+            assert code == -signal.SIGKILL, (step, said)
+        code, said = killer.strike(recipe, "")
+        assert code == 0, said
         nonces = [made["metadata"]["intersafe"] for made in provider.batches.values()]
     assert dialogues(tmp_path / "run") == undisturbed
     assert set(provider.seen.values()) == {1}
@@ -189,10 +189,10 @@ def test_sigterm_leaves_the_batches_to_the_provider_and_says_so(undisturbed: byt
     killer.signal = signal.SIGTERM
     with batch_server(killer) as provider:
         recipe = written(provider, tmp_path)
-        code, talk = killer.strike(recipe, "look")
-        assert code == 130, talk
-        assert "1 batches with 6 calls stay with the provider" in talk
-        assert "Traceback" not in talk
+        code, said = killer.strike(recipe, "look")
+        assert code == 130, said
+        assert "1 batches with 6 calls stay with the provider" in said
+        assert "Traceback" not in said
         assert killer.strike(recipe, "")[0] == 0
     assert dialogues(tmp_path / "run") == undisturbed
     assert set(provider.seen.values()) == {1}
@@ -295,7 +295,7 @@ def test_a_line_that_fails_for_good_ends_its_job_alone(status: int, reason: str,
     assert len(rows(tmp_path / "run" / "dialogues.jsonl")) == N
 
 
-def test_a_line_at_fault_fails_and_its_batch_goes_on_without_it(tmp_path: Path) -> None:
+def test_a_line_at_fault_fails_and_its_batch_continues_without_it(tmp_path: Path) -> None:
     with batch_server() as provider:
         provider.end = {0: "failed"}
         provider.problems = [{"code": "invalid_json_line", "message": "not to be parsed", "line": 3}]
@@ -354,7 +354,7 @@ def test_members_that_share_a_model_share_a_lane(direct: Path, tmp_path: Path) -
 # --- away, and wrong from the start ----------------------------------------------------------------------------------
 
 
-def test_a_wrong_key_ends_the_run_when_patience_does_and_the_right_one_goes_on(
+def test_a_wrong_key_ends_the_run_when_patience_does_and_the_right_one_resumes(
     direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with batch_server() as provider:
@@ -382,8 +382,8 @@ def test_a_batch_of_another_account_is_not_asked_again_unheard(tmp_path: Path) -
     killer = Killer()
     with batch_server(killer) as provider:
         recipe = written(provider, tmp_path)
-        code, talk = killer.strike(recipe, "look")
-        assert code == -signal.SIGKILL, talk
+        code, said = killer.strike(recipe, "look")
+        assert code == -signal.SIGKILL, said
         provider.batches.clear()
         limits = Limits(concurrency=N, patience=0.2)
         with pytest.raises(ServiceGone, match="the account that made the batch"):
@@ -395,8 +395,8 @@ def test_batches_that_no_member_asks_for_any_longer_are_named(tmp_path: Path) ->
     killer = Killer()
     with batch_server(killer) as provider, scripted_server() as server:
         path = written(provider, tmp_path)
-        code, talk = killer.strike(path, "look")
-        assert code == -signal.SIGKILL, talk
+        code, said = killer.strike(path, "look")
+        assert code == -signal.SIGKILL, said
         recipe = load_recipe(path)
         member = Member(model=f"openai:scripted@{server.url}")
         recipe = structs.replace(recipe, cast=structs.replace(recipe.cast, attacker=member, judge=member))
@@ -460,7 +460,7 @@ def test_results_that_come_down_cut_are_fetched_again(direct: Path, tmp_path: Pa
 
 
 def limited(url: str, tokens: int) -> Recipe:
-    """The recipe with so many tokens to use."""
+    """The recipe with a limit on tokens."""
     return through(url, limits=Limits(concurrency=N, patience=5, max_tokens=tokens))
 
 
@@ -468,7 +468,7 @@ def results(run: Path) -> list[Path]:
     return sorted((run / "batches").glob("*-output.jsonl"))
 
 
-def test_results_that_are_in_the_journal_are_deleted_when_the_run_goes_on(direct: Path, tmp_path: Path) -> None:
+def test_results_that_are_in_the_journal_are_deleted_when_the_run_resumes(direct: Path, tmp_path: Path) -> None:
     left: list[Path] = []
     again: list[Path] = []
 

@@ -1,4 +1,4 @@
-"""What a server cannot do is found out and lived with: no schemas, a context that is too short, no eyes."""
+"""What a server cannot do is detected and handled: no schemas, a context that is too short, no vision support."""
 
 import asyncio
 import contextlib
@@ -138,7 +138,7 @@ def test_a_prompt_that_does_not_fit_says_so(words: str, tmp_path: Path) -> None:
     assert len(server.requests) == 1
 
 
-def test_a_talk_that_does_not_fit_is_rejected_with_that_reason_and_not_asked_again(tmp_path: Path) -> None:
+def test_a_dialogue_that_does_not_fit_is_rejected_with_that_reason_and_not_asked_again(tmp_path: Path) -> None:
     def hook(body: Body) -> web.Response | None:
         if asks_for(body) == "victim" and len(body["messages"]) > 4:
             return web.json_response({"error": {"message": TOO_LONG[0]}}, status=400)
@@ -183,7 +183,7 @@ def test_where_nothing_fits_the_run_says_what_to_raise(tmp_path: Path) -> None:
         ("This model does not support image input", "vision-language model"),
     ],
 )
-def test_a_server_without_eyes_ends_the_run_in_one_line_with_the_remedy(
+def test_a_server_without_vision_support_ends_the_run_in_one_line_with_the_remedy(
     words: str, remedy: str, tmp_path: Path
 ) -> None:
     def hook(body: Body) -> web.Response | None:

@@ -265,7 +265,7 @@ def poisoned(fault: Answer) -> Callable[[Request], Answer]:
 
 
 @pytest.mark.parametrize("retries", [2, 3, 5])
-def test_a_call_that_always_gives_500_costs_its_tries_and_no_more_and_the_others_go_on(retries: int) -> None:
+def test_a_call_that_always_gives_500_costs_its_tries_and_no_more_and_the_others_continue(retries: int) -> None:
     async def main() -> CallFailed:
         async with opened(server, limits=Limits(retries=retries)) as ask:
             failing = asyncio.create_task(failure(ask("poison")))
@@ -555,7 +555,7 @@ def test_a_long_retry_after_is_told_to_the_user() -> None:
 # --- outages ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_refused_connection_waits_says_so_once_and_goes_on_when_the_server_comes() -> None:
+def test_a_refused_connection_waits_says_so_once_and_continues_when_the_server_comes() -> None:
     said: list[str] = []
 
     def say(text: str) -> None:

@@ -30,7 +30,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 class Paper:
-    """Answers with the text that it is asked, after so many steps; `bad` is refused, `stuck` never ends."""
+    """Answers with the text that it is asked, after some steps; `bad` is refused, `stuck` never ends."""
 
     def __init__(self, steps: int = 1) -> None:
         self.steps = steps
@@ -110,7 +110,7 @@ def test_many_calls_are_worked_on_together_and_a_bad_one_fails_alone() -> None:
     assert made[0].closed
 
 
-def test_a_call_that_is_given_up_is_taken_back_and_leaves_its_place() -> None:
+def test_a_call_that_is_given_up_is_withdrawn_and_frees_its_slot() -> None:
     made: list[Paper] = []
 
     async def main() -> None:

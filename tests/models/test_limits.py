@@ -266,7 +266,7 @@ def test_cancelled_callers_leak_no_place_wherever_the_cancellation_meets_them() 
     run(main())
 
 
-def test_a_place_that_was_handed_over_in_the_moment_of_the_cancellation_goes_on_to_the_next() -> None:
+def test_a_slot_that_was_handed_over_in_the_moment_of_the_cancellation_passes_to_the_next() -> None:
     async def main() -> list[str]:
         limiter, got = Limiter(1), list[str]()
 

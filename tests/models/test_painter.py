@@ -249,7 +249,7 @@ def test_a_server_that_lists_its_models_but_draws_nothing_is_waited_for(fault: A
     assert len(said) == 2
 
 
-def test_a_refused_connection_waits_and_goes_on_when_the_server_comes() -> None:
+def test_a_refused_connection_waits_and_continues_when_the_server_comes() -> None:
     said: list[str] = []
 
     def say(text: str) -> None:

@@ -95,7 +95,7 @@ def test_a_replica_that_dies_in_the_middle_loses_no_call_and_is_preferred_by_new
         asyncio.run(main())
 
 
-def test_when_all_are_out_everybody_waits_and_goes_on_with_the_first_that_is_back() -> None:
+def test_when_all_are_out_every_call_waits_for_the_first_that_is_back() -> None:
     async def main() -> None:
         said: asyncio.Queue[str] = asyncio.Queue()
         async with opened(one, two, say=said.put_nowait, limits=OFTEN) as ask:

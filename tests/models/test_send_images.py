@@ -20,7 +20,7 @@ from tests.support.servers.fault_server import CUT, Answer, FaultServer, Request
 
 
 def stored(store: ImageStore, count: int) -> list[str]:
-    """References of so many different images."""
+    """References of `count` different images."""
     return [store.put(normalise(picture(20 + i % 50, 30 + i // 50), at="test")) for i in range(count)]
 
 

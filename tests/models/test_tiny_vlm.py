@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.support.paths import FIXTURES
 from tests.support.servers import running_vlm
-from tests.support.tiny_models.training_dialogues import FRESH, PICTURE, REFUSAL, Talk, make_talk
+from tests.support.tiny_models.training_dialogues import FRESH, PICTURE, REFUSAL, Dialogue, make_dialogue
 
 Message = dict[str, Any]
 COLOURS = ["red", "green", "blue", "black", "white"]
@@ -73,10 +73,10 @@ def assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def as_messages(talk: Talk) -> list[Message]:
-    """The talk as the OpenAI API has it: its images in the places where the placeholders stand."""
-    images, messages = iter(talk.images), []
-    for message in talk.messages:
+def as_messages(dialogue: Dialogue) -> list[Message]:
+    """The dialogue as the OpenAI API has it: its images in the places of the placeholders."""
+    images, messages = iter(dialogue.images), []
+    for message in dialogue.messages:
         first, *rest = message["content"].split(PICTURE)
         parts: list[dict[str, Any]] = [{"type": "text", "text": first}]
         for text in rest:
@@ -141,9 +141,9 @@ def test_counts_the_turns(url: str) -> None:
 @pytest.mark.parametrize("kind", list("abcd"))
 def test_text_and_images_never_seen_in_training(url: str, kind: str) -> None:
     rng = random.Random(20)
-    talks = [make_talk(rng, FRESH, rng.randint(2, 7), 60, kind) for _ in range(25)]
-    wrong = [talk for talk in talks if reply(url, *as_messages(talk)) != talk.reply]
-    # 0.8 M parameters carry over to nearly all that they never saw: 150 talks of each kind gave 95 to 100 % exact.
+    dialogues = [make_dialogue(rng, FRESH, rng.randint(2, 7), 60, kind) for _ in range(25)]
+    wrong = [dialogue for dialogue in dialogues if reply(url, *as_messages(dialogue)) != dialogue.reply]
+    # 0.8 M parameters carry over to nearly all that they never saw: 150 dialogues of each kind gave 95 to 100 % exact.
     assert len(wrong) <= 4
 
 

@@ -23,10 +23,10 @@ from tests.support.tiny_engines import (
     blind_weights,
     engine,
     picture,
-    put_up,
     question,
     run_of,
     schema_questions,
+    serve_entry,
     texts,
     write_recipe,
 )
@@ -47,7 +47,7 @@ def colours(store: ImageStore) -> dict[str, str]:
     return {colour: picture(store, colour) for colour in COLOURS}
 
 
-def test_images_of_every_turn_are_seen_in_a_batch_of_unlike_talks(store: ImageStore, colours: dict[str, str]) -> None:
+def test_images_of_every_turn_are_seen_in_a_mixed_batch(store: ImageStore, colours: dict[str, str]) -> None:
     calls = [question("What is it?", colours[colour]) for colour in COLOURS]
     calls += [question("And both?", colours["red"], colours["green"]), question("A forbidden one."), question("Hello.")]
     earlier = (Message("user", "See here.", (colours["blue"],)), Message("assistant", "I see it."))
@@ -90,7 +90,7 @@ def test_a_seed_decides_the_draw_whoever_shares_the_batch(store: ImageStore) -> 
 
 
 def drawn_by(rows: int, width: int = 0, **settings: Any) -> list[int]:
-    """The token that each of so many rows with seeds of their own draws from five logits."""
+    """The token that each row, with a seed of its own, draws from five logits."""
     import torch  # type: ignore[import-not-found]
 
     from intersafe.models.local.sampling import Row, Rows
@@ -155,7 +155,7 @@ def test_a_model_of_text_alone_is_turned_down_before_anything_is_written(
     store: ImageStore, colours: dict[str, str], tmp_path: Path
 ) -> None:
     weights = blind_weights(tmp_path / "blind")
-    recipe = write_recipe(tmp_path / "recipe.json", SPEC, put_up(weights))
+    recipe = write_recipe(tmp_path / "recipe.json", SPEC, serve_entry(weights))
     done = cli("generate", "--pipeline", str(recipe), "--run", str(tmp_path / "run"), cwd=tmp_path)
     assert done.returncode == 2
     assert "cannot see images" in done.stderr
@@ -168,7 +168,7 @@ def test_a_model_of_text_alone_is_turned_down_before_anything_is_written(
 
 
 def test_a_whole_run_on_one_real_model_is_the_same_after_a_kill(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.json", "transformers:tiny-cast", put_up(CAST))
+    recipe = write_recipe(tmp_path / "recipe.json", "transformers:tiny-cast", serve_entry(CAST))
     whole = run_of(recipe, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     assert len(rows(tmp_path / "whole" / "dialogues.jsonl")) == 20
@@ -187,7 +187,7 @@ def test_a_whole_run_on_one_real_model_is_the_same_after_a_kill(tmp_path: Path) 
 def test_the_weights_must_be_there(tmp_path: Path) -> None:
     from intersafe.recipe.load import load_recipe
 
-    recipe = load_recipe(write_recipe(tmp_path / "recipe.json", SPEC, put_up(VICTIM) | {"path": "./nowhere"}))
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.json", SPEC, serve_entry(VICTIM) | {"path": "./nowhere"}))
     from intersafe.generation.prepare import prepare
 
     assert "no model at" in refusal(lambda: prepare(recipe))

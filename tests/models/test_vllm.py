@@ -31,10 +31,10 @@ from tests.support.tiny_engines import (
     blind_weights,
     engine,
     picture,
-    put_up,
     question,
     run_of,
     schema_questions,
+    serve_entry,
     texts,
     write_recipe,
 )
@@ -84,7 +84,7 @@ def serving(recipe: Path, folder: Path) -> Iterator["subprocess.Popen[str]"]:
 
 @pytest.fixture(scope="module")
 def calls(store: ImageStore) -> list[Call]:
-    """Talks of every kind, good ones and bad ones, which are asked for all at once."""
+    """Calls of every kind, good and bad, which are sent all at once."""
     refs = {colour: picture(store, colour) for colour in COLOURS}
     earlier = (Message("user", "See here.", (refs["blue"],)), Message("assistant", "I see it."))
     return [
@@ -123,7 +123,7 @@ class Served(NamedTuple):
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     url = f"http://127.0.0.1:{free_port()}/v1"
-    recipe = write_recipe(folder / "recipe.json", f"vllm:tiny-cast@{url}", put_up(args=ARGS))
+    recipe = write_recipe(folder / "recipe.json", f"vllm:tiny-cast@{url}", serve_entry(args=ARGS))
     with serving(recipe, folder) as server:
         yield Served(url, server.pid)
 
@@ -199,7 +199,9 @@ def test_an_engine_that_cannot_start_is_one_line(
 def here_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole cast on the engine of the run's own process."""
     folder = tmp_path_factory.mktemp("here")
-    done = run_of(write_recipe(folder / "recipe.json", "vllm:tiny-cast", put_up(args=ARGS)), folder / "run", **ALONE)
+    done = run_of(
+        write_recipe(folder / "recipe.json", "vllm:tiny-cast", serve_entry(args=ARGS)), folder / "run", **ALONE
+    )
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -208,7 +210,7 @@ def here_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served_run(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same recipe with a URL, which is no part of it; the server's engine is killed in the middle."""
     folder = tmp_path_factory.mktemp("served_run")
-    recipe = write_recipe(folder / "recipe.json", f"vllm:tiny-cast@{served.url}", put_up(args=ARGS))
+    recipe = write_recipe(folder / "recipe.json", f"vllm:tiny-cast@{served.url}", serve_entry(args=ARGS))
     with begun(recipe, folder / "run", 60) as running:
         (core,) = children_named(served.pid, "EngineCore")
         os.kill(core, signal.SIGKILL)
@@ -242,10 +244,10 @@ def test_summary_and_funnel_tell_how_busy_the_engines_were(served_run: Path, her
         assert "prefix cache" in cli("show", str(run), "--funnel", cwd=run.parent).stdout
 
 
-def test_an_engine_of_the_run_that_is_killed_ends_it_in_one_line_and_the_same_command_goes_on(
+def test_an_engine_of_the_run_that_is_killed_ends_it_in_one_line_and_the_same_command_resumes(
     here_run: Path, tmp_path: Path
 ) -> None:
-    recipe = write_recipe(tmp_path / "recipe.json", "vllm:tiny-cast", put_up(args=ARGS))
+    recipe = write_recipe(tmp_path / "recipe.json", "vllm:tiny-cast", serve_entry(args=ARGS))
     with begun(recipe, tmp_path / "run", 60) as running:
         (core,) = children_named(running.pid, "EngineCore")
         os.kill(core, signal.SIGKILL)
@@ -284,7 +286,7 @@ def children_named(parent: int, word: str) -> list[int]:
 def test_weights_of_text_alone_are_found_before_a_server_starts(tmp_path: Path) -> None:
     weights = blind_weights(tmp_path / "blind")
     spec = f"vllm:blind@http://127.0.0.1:{free_port()}/v1"
-    recipe = write_recipe(tmp_path / "recipe.json", spec, put_up(weights, max_model_len=2048))
+    recipe = write_recipe(tmp_path / "recipe.json", spec, serve_entry(weights, max_model_len=2048))
     done = cli("generate", "--serve", "--pipeline", str(recipe), "--run", str(tmp_path / "run"), cwd=tmp_path)
     assert done.returncode == 2
     assert "cannot see images" in done.stderr
@@ -294,7 +296,7 @@ def test_weights_of_text_alone_are_found_before_a_server_starts(tmp_path: Path) 
 
 
 def test_doctor_finds_all_well_with_a_real_server(served: Served, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.json", f"vllm:tiny-cast@{served.url}", put_up(args=ARGS))
+    recipe = write_recipe(tmp_path / "recipe.json", f"vllm:tiny-cast@{served.url}", serve_entry(args=ARGS))
     done = cli("doctor", str(recipe), "--json", "-", "--timeout", "60", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (group,) = [group for group in json.loads(done.stdout)["groups"] if group["url"] == served.url]
