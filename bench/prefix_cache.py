@@ -31,7 +31,7 @@ from intersafe.recipe.load import load_recipe
 from intersafe.serving.plan import servers_of
 from intersafe.serving.supervisor import watched
 from tests.support.paths import FIXTURES
-from tests.support.tiny_engines import put_up, write_recipe
+from tests.support.tiny_engines import serve_entry, write_recipe
 
 BLOCK = 32
 """Tokens of a block of the KV cache: the fewest that a CPU has; the usual 128 are longer than many a turn here."""
@@ -54,7 +54,7 @@ def recipe_at(folder: Path, name: str, urls: Sequence[str], n: int) -> Path:
     return write_recipe(
         folder / f"{name}.json",
         f"vllm:tiny-cast@{','.join(urls)}",
-        put_up(args={"skip_mm_profiling": True, "block_size": BLOCK}, env=ENGINE),
+        serve_entry(args={"skip_mm_profiling": True, "block_size": BLOCK}, env=ENGINE),
         samples=max(2, n // 8),
         turns={"min": 4, "mean": 5, "max": 6},
         limits={"concurrency": 8, "patience": 120},

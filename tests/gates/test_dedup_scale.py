@@ -235,7 +235,7 @@ assert nearest_of_each(similar_dialogues(), Path({str(path)!r})) == nearest_of_e
     assert path.stat().st_size > HEAD + 136 * RECORD  # all but what waits
 
 
-def test_a_place_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "full").symlink_to("/dev/full")
     (tmp_path / "index").write_text("a file where the folder should be")
     for place in ("full", SIGNATURES):
@@ -246,7 +246,7 @@ def test_a_place_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_to_the_same_bytes_whatever_its_file_holds(tmp_path: Path) -> None:
+def test_a_run_resumes_to_the_same_bytes_whatever_its_file_holds(tmp_path: Path) -> None:
     whole = digest(generate_dialogues(demo(), run=tmp_path / "whole", n=120).path)
     short = generate_dialogues(demo(), run=tmp_path / "short", n=80).path
     assert (short / SIGNATURES).stat().st_size == HEAD + 64 * RECORD
@@ -258,7 +258,7 @@ def test_a_run_goes_on_to_the_same_bytes_whatever_its_file_holds(tmp_path: Path)
         assert digest(path) == whole
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     words = ("generate", "--n", "150", "--no-refusals", "--run", "./killed")
     process = started(*words, cwd=tmp_path)
     file = tmp_path / "killed" / SIGNATURES

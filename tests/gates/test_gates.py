@@ -199,7 +199,7 @@ def test_a_copy_is_named_after_its_original_under_any_dress() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"unit": "word", "size": 2}, {"permutations": 64}, {"threshold": 0.3}])
-def test_light_edits_are_found_and_other_talk_is_not(settings: dict[str, Any]) -> None:
+def test_light_edits_are_found_and_other_dialogues_are_not(settings: dict[str, Any]) -> None:
     rng, originals = random.Random(8), [made_up(i) for i in range(200)]
     index = index_of(originals, **settings)
     assert all(index.check(edited(one, rng, 6)) == Reason("near_duplicate", one.id) for one in originals)
@@ -222,7 +222,7 @@ def test_of_equal_originals_the_earliest_accepted_is_named() -> None:
 
 
 @pytest.mark.parametrize("unit", ["word", "char"])
-def test_talk_shorter_than_a_shingle_is_still_told_apart(unit: str) -> None:
+def test_dialogues_shorter_than_a_shingle_are_still_distinguished(unit: str) -> None:
     index = index_of([conversation(("a", "b", "c", "?")), conversation(("", "", "", ""))], unit=unit, size=8)
     assert index.check(conversation(("A.", "b", "c", "?")))
     assert index.check(conversation(("w", "x", "y", "z"))) is None
@@ -328,7 +328,7 @@ def test_one_stalled_category_of_fourteen_is_within_the_default_tolerance() -> N
     assert grow(balance(tolerance=0.05), NAMES[1:] * 300).total() < 3900
 
 
-def test_a_longer_run_and_a_resumed_run_go_on_with_the_same_decisions() -> None:
+def test_a_longer_run_and_a_resumed_run_take_the_same_decisions() -> None:
     offered = random.Random(6).choices(NAMES, weights=range(1, 15), k=3000)
     whole, first, resumed = balance(), balance(), balance()
     for name, count in grow(first, offered[:1200]).items():

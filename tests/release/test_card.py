@@ -171,7 +171,7 @@ def test_addressing_a_release_fills_in_the_repository_and_is_stable(made: Packag
     assert digests(tmp_path / "release") == first
 
 
-def test_the_changelog_goes_on(made: Packaged, tmp_path: Path) -> None:
+def test_the_changelog_is_continued(made: Packaged, tmp_path: Path) -> None:
     shutil.copytree(made.path.parent.parent, tmp_path / "run")
     log = tmp_path / "run/release/1.0.0/CHANGELOG.md"
     log.write_text(log.read_text() + "\nA line by hand.\n")

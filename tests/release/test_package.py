@@ -355,7 +355,7 @@ def test_a_run_that_has_grown_adds_shards_and_keeps_the_others(tmp_path: Path) -
     check_release(second.path)
 
 
-def test_a_release_from_elsewhere_can_be_gone_on_with(run: Run, original: Run, tmp_path: Path) -> None:
+def test_a_release_from_elsewhere_can_be_continued(run: Run, original: Run, tmp_path: Path) -> None:
     first = package(run, Options())
     shutil.copytree(first.path, tmp_path / "pulled")
     shutil.copytree(original.path, tmp_path / "other")

@@ -1,4 +1,4 @@
-"""The figures of a run: known values by hand, sums that must hold for any run, damage, and measures held to others'."""
+"""The figures of a run: known values, sums that hold for any run, damage, and measures compared with other tools."""
 
 import json
 import math
@@ -355,7 +355,7 @@ def test_tokens(text: str, tokens: list[str]) -> None:
 
 def test_distinct_n_counts_no_pair_across_two_texts() -> None:
     found = NgramCounter([["a", "b", "a", "b"], ["b", "a"], [], ["c"]]).distinct
-    # words a, b, c and pairs ab, ba over 7 tokens; "a c" stands nowhere
+    # words a, b, c and pairs ab, ba over 7 tokens; "a c" does not occur
     assert (found.tokens, found.distinct_1, found.distinct_2) == (7, 3 / 7, 2 / 7)
 
 

@@ -99,7 +99,7 @@ def test_a_run_stops_at_its_limit_and_ends_with_the_same_bytes_under_a_larger_on
     assert len(keys) == len(set(keys))
 
 
-def test_all_lines_stop_and_go_on_together(tmp_path: Path) -> None:
+def test_all_kinds_of_job_stop_and_resume_together(tmp_path: Path) -> None:
     recipe = load_recipe(bundled("pipelines/aligned.yaml"))
     generate_dialogues(recipe, run=tmp_path / "free", n=24)
     whole = sum(tokens_in(tmp_path / "free"))
@@ -186,10 +186,10 @@ def test_ctrl_c_does_not_wait_for_what_is_in_flight(tmp_path: Path) -> None:
             time.sleep(0.01)
         assert process.poll() is None, "it did not wait for the call that is under way"
         process.send_signal(signal.SIGINT)
-        _, talk = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=30)
         let_go.set()
     assert process.returncode == 130
-    assert "Traceback" not in talk
+    assert "Traceback" not in said
 
 
 def tokens_in_bytes(run: Path) -> list[int]:
@@ -199,7 +199,7 @@ def tokens_in_bytes(run: Path) -> list[int]:
     return [sum(msgspec.json.decode(line).get("tokens", (0, 0))) for line in whole]
 
 
-def test_the_command_ends_with_code_5_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_the_command_ends_with_code_5_and_says_how_to_continue(tmp_path: Path) -> None:
     words = ("generate", "--n", "30", "--run", "./run", "--no-refusals")
     done = cli(*words, "--max-tokens", "50k", cwd=tmp_path)
     assert done.returncode == 5

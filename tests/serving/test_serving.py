@@ -118,7 +118,7 @@ class World:
 
 
 class Command:
-    """`intersafe ...` as it goes on, and what it says on stderr."""
+    """A running `intersafe ...` and what it says on stderr."""
 
     def __init__(self, world: World, *words: str) -> None:
         self.process: subprocess.Popen[str] = started(*(words or ("serve", "mine.yaml")), cwd=world.folder)
@@ -494,7 +494,7 @@ def test_a_run_survives_the_death_of_its_server(tmp_path: Path) -> None:
     assert digest(tmp_path / "outputs/mine") == digest(calm / "outputs/mine")
 
 
-def test_a_stop_in_the_middle_leaves_no_server_and_goes_on_later(tmp_path: Path, begin: Begin) -> None:
+def test_a_stop_in_the_middle_leaves_no_server_and_the_run_resumes(tmp_path: Path, begin: Begin) -> None:
     world = World(tmp_path)
     whole(world)
     command = begin(world, *GENERATE[:-3], "--n", "2000", "--serve")

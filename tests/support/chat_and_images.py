@@ -35,7 +35,7 @@ class Studio:
         return [(request.body["prompt"], request.body.get("seed", 0)) for request in self.images.requests]
 
     def recipe(self, seeds: Path | None = None, **changes: Any) -> Recipe:
-        """The demo's dialogues over both servers; of `seeds` every job has one image, in a talk of three turns."""
+        """The demo's dialogues over both servers; of `seeds` every job has one image, in three turns."""
         spec = f"openai:scripted@{self.chat.url}"
         cast: dict[str, Any] = {
             "attacker": spec,

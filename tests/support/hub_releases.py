@@ -1,4 +1,4 @@
-"""Releases made by hand, and the command line beside a test Hub: what the tests of push, pull and diff stand on."""
+"""Releases made by hand, and the command line with a test Hub, for the tests of push, pull and diff."""
 
 import contextlib
 import json
@@ -89,7 +89,7 @@ class Done(NamedTuple):
 
 @dataclass
 class Started:
-    """A command on its way."""
+    """A command that is running."""
 
     number: int
     out: Path
@@ -138,7 +138,7 @@ class Commands:
 
 @dataclass
 class Bench:
-    """A Hub and the command line beside it."""
+    """A Hub and the command line that uses it."""
 
     hub: State
     commands: Commands

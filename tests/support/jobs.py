@@ -122,7 +122,7 @@ def job_of(turns: int, image: str | None = None, *, index: int = 0, category: st
 
 
 def turn_of(number: int, safety: Safety = "safe", images: tuple[str, ...] = ()) -> Turn:
-    """A turn whose texts name its number; images after the first of the talk are painted."""
+    """A turn whose texts name its number; images after the first of the conversation are painted."""
     origins = tuple(
         ImageOrigin(image, "seed") if number == 1 else ImageOrigin(image, "painted", DESCRIPTION, "x", 1)
         for image in images

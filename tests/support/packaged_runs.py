@@ -1,4 +1,4 @@
-"""What the tests of packaging share: a run with everything in it, and what stands in a release made from it."""
+"""For the tests of packaging: a run with every kind of job, and what a release made from it contains."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def rows_of(folder: Path, config: str, split: str = "*") -> list[Row]:
 
 
 def published(folder: Path, *, but: str = "") -> bytes:
-    """Every byte of a release twice over: as it lies on the disk, and every value of its columns unpacked."""
+    """Every byte of a release as it is on the disk, then every value of its columns unpacked."""
     parts = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and but not in path.parts]
     for path in shards(folder):
         if but not in path.parts:
@@ -58,7 +58,7 @@ def _plain(path: Path) -> list[Row]:
 
 
 def unsafe_texts(run: Run) -> set[str]:
-    """Every reply that was not judged safe, those that were taken back included."""
+    """Every reply that was not judged safe, backtracked ones included."""
     found: set[str] = set()
     for record in (*run.dialogues(), *run.twins()):
         turns = (*record.turns, *(pruned.turn for pruned in record.pruned))

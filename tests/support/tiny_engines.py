@@ -55,7 +55,7 @@ def question(
     seed: int = 1,
     most: int = 200,
 ) -> Call:
-    """A user's message as the last of a talk."""
+    """A user's message as the last of a conversation."""
     messages = (*history, Message("user", text, images))
     schema = schema_of(answer, sizes) if answer else None
     return Call("judge", "", messages, Sampling(temperature, 1.0, most, seed), schema, "job", 0)
@@ -73,7 +73,7 @@ def schema_questions(image: str) -> list[Call]:
 
 def answers(
     spec: str,
-    put_up: Engine,
+    deployed: Engine,
     store: ImageStore,
     rounds: Sequence[Sequence[Call]],
     extra: dict[str, Any] | None = None,
@@ -89,7 +89,7 @@ def answers(
             return error
 
     async def run() -> list[list[Reply | IntersafeError]]:
-        models = open_models(cast, Limits(patience=5), store, Hooks(), engine_of=lambda _: put_up)
+        models = open_models(cast, Limits(patience=5), store, Hooks(), engine_of=lambda _: deployed)
         (model,) = set(models.values())
         try:
             return [list(await asyncio.gather(*(ask(model, call) for call in calls))) for calls in rounds]
@@ -141,7 +141,7 @@ def write_seeds(folder: Path, count: int = 12) -> Path:
     return folder / "seeds.jsonl"
 
 
-def write_recipe(path: Path, spec: str, put_up: dict[str, Any], **changes: Any) -> Path:
+def write_recipe(path: Path, spec: str, serve: dict[str, Any], **changes: Any) -> Path:
     """A recipe whose attacker, victim and judge are one model, asked greedily; the painter alone is scripted."""
     name = spec.partition(":")[2].partition("@")[0]
     member = {"model": spec, "temperature": 0.0, "max_tokens": 400}
@@ -162,13 +162,13 @@ def write_recipe(path: Path, spec: str, put_up: dict[str, Any], **changes: Any) 
         "clean": None,
         "gates": {"duplicates": None, "coverage": None},
         "limits": {"concurrency": 16, "patience": 60},
-        "serve": {name: put_up},
+        "serve": {name: serve},
     }
     path.write_text(json.dumps(recipe | changes))
     return path
 
 
-def put_up(weights: Path = CAST, **changes: Any) -> dict[str, Any]:
+def serve_entry(weights: Path = CAST, **changes: Any) -> dict[str, Any]:
     """A `serve` entry for the tiny cast."""
     kept = {name: value for name, value in structs.asdict(engine(weights, **changes)).items() if value}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
@@ -180,7 +180,7 @@ def run_of(recipe: Path, run: Path, **env: str) -> "subprocess.CompletedProcess[
 
 @contextlib.contextmanager
 def begun(recipe: Path, run: Path, calls: int) -> Iterator["subprocess.Popen[str]"]:
-    """A run that has paid for so many calls and goes on."""
+    """A run that has paid for that many calls and is still running."""
     words = ("generate", "--pipeline", str(recipe), "--run", str(run), "--n", "20")
     command = [sys.executable, "-m", "intersafe", *words]
     with subprocess.Popen(command, cwd=run.parent, stderr=subprocess.PIPE, text=True) as running:

@@ -51,7 +51,7 @@ def recipe_for(vlm: str, seeds: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A seed for each colour, one without an image, one whose talk will contain the marker word."""
+    """A seed for each colour, one without an image, one whose dialogue will contain the marker word."""
     folder = tmp_path_factory.mktemp("colours")
     lines = []
     for name, colour in COLOURS.items():
@@ -101,7 +101,7 @@ def test_without_an_image_no_colour_is_named(run: Run) -> None:
     assert sum(text.startswith("Sure.") for text in replies) >= 0.85 * len(replies)
 
 
-def test_the_marker_word_is_refused_judged_and_taken_back(run: Run) -> None:
+def test_the_marker_word_is_refused_judged_and_backtracked(run: Run) -> None:
     turns = [t for d in of_seed(run, "marked") for t in d.turns if "forbidden" in t.user.text.lower()]
     assert turns
     refused = [turn for turn in turns if turn.reply.text == REFUSAL]

@@ -72,7 +72,7 @@ def test_the_torn_end_of_another_writers_journal_is_skipped_and_left_alone(tmp_p
     with worker.open("ab") as file:
         file.write(lines[40][30:])
     keys = journal_keys(run)
-    assert len(keys) == len(set(keys)) + 1, "the torn one was owed again, and no other"
+    assert len(keys) == len(set(keys)) + 1, "the torn one was answered again, and no other"
 
 
 def set_up(run: Path) -> tuple[Prepared, Setup]:
@@ -326,7 +326,7 @@ def test_the_bytes_are_those_of_one_process(cluster: str, tmp_path: Path) -> Non
 
 
 @with_ray
-def test_a_run_goes_on_with_ray_and_without(cluster: str, tmp_path: Path) -> None:
+def test_a_run_resumes_with_ray_and_without(cluster: str, tmp_path: Path) -> None:
     with scripted_server(profile="flawless") as server:
         recipe, whole = whole_over_http(tmp_path, server, delay=0.01)
         words = ("generate", "--pipeline", str(recipe), "--run", "./run")
@@ -366,7 +366,7 @@ def test_a_signal_stops_the_workers_cleanly(name: signal.Signals, cluster: str, 
 
 
 @with_ray
-def test_a_killed_worker_is_replaced_and_its_jobs_go_on(cluster: str, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_its_jobs_continue(cluster: str, tmp_path: Path) -> None:
     with scripted_server(profile="flawless") as server:
         recipe, whole = whole_over_http(tmp_path, server, delay=0.02)
         run = tmp_path / "run"
@@ -432,7 +432,7 @@ def test_a_worker_that_hangs_is_given_up_and_keeps_its_file_to_itself(cluster: s
 
 
 @with_ray
-def test_a_budget_stops_the_workers_and_the_run_goes_on(cluster: str, tmp_path: Path) -> None:
+def test_a_budget_stops_the_workers_and_the_run_resumes(cluster: str, tmp_path: Path) -> None:
     with scripted_server(profile="flawless") as server:
         recipe, whole = whole_over_http(tmp_path, server, delay=0.05)
         total = tokens(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP at bad moments: one line, exit code 130, nothing left behind, and the run goes on."""
+"""SIGINT, SIGTERM and SIGHUP at bad moments: one line, exit code 130, nothing left behind, and the run resumes."""
 
 import os
 import re
@@ -94,7 +94,7 @@ def reference(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "run"
 
 
-def goes_on(words: list[str], folder: Path, reference: Path | None) -> None:
+def resumes(words: list[str], folder: Path, reference: Path | None) -> None:
     """Nobody holds the run, and the same command brings it to the end that an undisturbed one has."""
     if (folder / "run").exists():
         lock(folder / "run").release()
@@ -118,7 +118,7 @@ def test_while_it_waits_for_a_dead_server(
         command.is_stopped_by(how)
     finally:
         server.set(down=False)
-    goes_on(over(server.url), tmp_path, reference)
+    resumes(over(server.url), tmp_path, reference)
 
 
 @pytest.mark.parametrize("how", ALL[:2])
@@ -133,7 +133,7 @@ def test_in_the_middle_of_many_calls_and_twice_at_once(
         command.is_stopped_by(how, how, signal.SIGINT)
     finally:
         server.set(hold=0)
-    goes_on(over(server.url), tmp_path, reference)
+    resumes(over(server.url), tmp_path, reference)
 
 
 def test_while_a_picture_is_painted(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_while_a_picture_is_painted(tmp_path: Path) -> None:
         assert painting.wait(60), command.process.poll()
         command.is_stopped_by(signal.SIGTERM)
         stalls = False
-        goes_on(words, tmp_path, None)
+        resumes(words, tmp_path, None)
 
 
 def held_at_import(folder: Path) -> tuple[dict[str, str], Callable[[], int]]:
@@ -174,7 +174,7 @@ def test_while_it_starts(how: signal.Signals, server: Running, reference: Path, 
     finally:
         os.close(gate)
     assert not (tmp_path / "run").exists()
-    goes_on(over(server.url), tmp_path, reference)
+    resumes(over(server.url), tmp_path, reference)
 
 
 def test_with_nohup_a_run_outlives_its_terminal(server: Running, reference: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_line(stderr: str) -> str:
-    """The line that ends a failed command; all before it is talk."""
+    """The line that ends a failed command; all before it is progress."""
     assert "Traceback" not in stderr, stderr
     last = stderr.strip().splitlines()[-1]
     assert last.startswith("intersafe: "), stderr
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_no_half_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["journal/main.jsonl", "dialogues.jsonl"])
 @pytest.mark.parametrize("how", ["deleted", "truncated"])
-def test_a_file_that_vanishes_under_a_run_is_noticed_and_the_run_goes_on(file: str, how: str, tmp_path: Path) -> None:
+def test_a_file_that_vanishes_during_a_run_is_noticed_and_the_run_resumes(file: str, how: str, tmp_path: Path) -> None:
     words = ("generate", "--run", "./run", "--n", "200", "--no-refusals")
     process = started(*words, cwd=tmp_path)
     path = tmp_path / "run" / file

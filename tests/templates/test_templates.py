@@ -378,5 +378,5 @@ def test_a_prompt_that_misses_the_point_is_refused(root: Path, name: str, cut: s
 def test_a_verdict_prompt_needs_the_reply_or_the_transcript(root: Path) -> None:
     path = root / "judge" / "turn.md"
     path.write_text(path.read_text().replace("{{ reply }}", ""))
-    assert list(lint_prompts(root)) == []  # the reply stands at the end of the transcript
+    assert list(lint_prompts(root)) == []  # the reply is at the end of the transcript
     assert "never used" in refusal(root, path.read_text().replace("{{ transcript }}", ""), "judge/turn")

@@ -25,7 +25,7 @@ LOOKS = 2
 Line = dict[str, Any] | bytes | None
 StepHook = Callable[[str, "Provider"], web.Response | None]
 """Told of each step (`upload`, `uploaded`, `create`, `created`, `list`, `look`, `content`, `served`): what to answer
-instead; None goes on. The steps in the past tense come when the provider has done it and before it says so."""
+instead; None continues. The steps in the past tense come when the provider has done it and before it says so."""
 LineHook = Callable[[Body, int], Line | str]
 """Given a body and how often it came before: the whole line instead of the answer, `missing`, `twice` or `answer`."""
 

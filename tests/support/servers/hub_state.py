@@ -143,7 +143,7 @@ class State:
         return repo
 
     def clone(self, old: str, new: str) -> Repo:
-        """A second repo with the same history, so that a test can go on from there many times."""
+        """A second repo with the same history, so that a test can continue from there many times."""
         source = self.repos[old]
         copy = Repo(new, source.private, source.gated, source.head, dict(source.commits), dict(source.tags))
         self.repos[new] = copy

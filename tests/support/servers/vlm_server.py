@@ -62,7 +62,7 @@ def image_bytes(url: object) -> bytes:
 def for_model(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
     """The messages as mistralrs wants them, and the sha256 of every image in their order.
 
-    The template of this model sees text only, so a placeholder stands in the text where the image was.
+    The template of this model sees text only, so a placeholder is in the text where the image was.
     """
     if not messages:
         raise Refused(400, "messages must not be empty")

@@ -4,10 +4,10 @@ One-off, in the environment of `build_vlm.py` with intersafe in it besides:
 
     python -m tests.support.tiny_models.build_cast tests/fixtures/tiny_cast
 
-What each part says is told in `training_roles.py`. A share of what it learns is the old victim's talks, lest it forget;
-nothing is scrambled in the prompts of the other parts, where a single digit decides. The weights are written down every
-ninety steps. `--measure 0` trains only, `--steps 0` measures only what lies there. The fixture came out of three
-rounds, half an hour of one busy core, each going on from the one before by `--start`:
+`training_roles.py` tells what each part says. A share of what it learns is the old victim's dialogues, so that it does
+not forget; nothing is scrambled in the prompts of the other parts, where a single digit decides. The weights are saved
+every ninety steps. `--measure 0` trains only, `--steps 0` measures the saved weights. The fixture came out of three
+rounds, half an hour of one busy core, each continuing the one before with `--start`:
 
     --steps 360 --rate 2e-3 --seed 0                (planner, painter and the rarer prompts asked less often than now)
     --steps 330 --rate 1.5e-3 --seed 1
@@ -35,7 +35,7 @@ from transformers import (  # type: ignore[import-not-found]
 
 from tests.support.paths import REPOSITORY
 from tests.support.tiny_models.build_vlm import IGNORED, SIZES, Encoder, measure, reply_of, save_weights
-from tests.support.tiny_models.training_dialogues import Talk, training_talk
+from tests.support.tiny_models.training_dialogues import Dialogue, training_dialogue
 from tests.support.tiny_models.training_roles import SHARES, Part, School
 
 FIRST = REPOSITORY / "tests" / "fixtures" / "tiny_vlm"
@@ -50,21 +50,21 @@ LONGEST = 200
 class CastEncoder(Encoder):
     """Leaves the prompts of the cast as they are, and asks for no colour where an image has none."""
 
-    def learned(self, talk: Talk) -> list[int]:
-        return self.prompt(talk) if isinstance(talk, Part) else super().learned(talk)
+    def learned(self, dialogue: Dialogue) -> list[int]:
+        return self.prompt(dialogue) if isinstance(dialogue, Part) else super().learned(dialogue)
 
     def hints(self, row: list[int], colours: list[str]) -> list[int]:
         return super().hints(row, colours) if colours else [IGNORED] * len(row)
 
 
-def passes(encoder: Encoder, talks: list[Talk]) -> list[list[Talk]]:
-    """The talks in groups of about the same length and of so many tokens at most."""
-    sized = sorted(((len(encoder.prompt(talk)), talk) for talk in talks), key=lambda pair: pair[0])
-    groups: list[list[Talk]] = []
-    for length, talk in sized:
+def passes(encoder: Encoder, dialogues: list[Dialogue]) -> list[list[Dialogue]]:
+    """The dialogues in groups of about the same length and a bounded number of tokens."""
+    sized = sorted(((len(encoder.prompt(dialogue)), dialogue) for dialogue in dialogues), key=lambda pair: pair[0])
+    groups: list[list[Dialogue]] = []
+    for length, dialogue in sized:
         if not groups or length * (len(groups[-1]) + 1) > TOKENS:
             groups.append([])
-        groups[-1].append(talk)
+        groups[-1].append(dialogue)
     return groups
 
 
@@ -75,11 +75,11 @@ def train(model: Any, encoder: Encoder, rng: random.Random, options: argparse.Na
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, options.steps)
     began = time.monotonic()
     for step in range(options.steps):
-        talks: list[Talk] = []
+        dialogues: list[Dialogue] = []
         for place in range(BATCH):
             old = place < BATCH * options.old
-            talks.append(training_talk(rng, *rng.choice(SIZES)) if old else school.any_part(rng))
-        batches = [encoder.batch(group, learn=True) for group in passes(encoder, talks)]
+            dialogues.append(training_dialogue(rng, *rng.choice(SIZES)) if old else school.any_part(rng))
+        batches = [encoder.batch(group, learn=True) for group in passes(encoder, dialogues)]
         learned = [int((batch["labels"] != IGNORED).sum()) for batch in batches]
         total = 0.0
         optimizer.zero_grad()
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--old", type=float, default=0.4, help="share of the victim's talks")
+    parser.add_argument("--old", type=float, default=0.4, help="share of the victim's dialogues")
     parser.add_argument("--measure", type=int, default=20)
     options = parser.parse_args()
     rng = random.Random(options.seed)

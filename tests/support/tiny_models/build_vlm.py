@@ -9,7 +9,7 @@ One-off, in an environment of its own (Python 3.11; torch first, so that the CPU
     python -m tests.support.tiny_models.build_vlm tests/fixtures/tiny_vlm
 
 What a large model works out by itself, the chat template helps this one with: it puts `<|latest|>` behind the images
-and marker words of the latest message, `<|earlier|>` behind the most recent images of the talk if they stand in an
+and marker words of the latest message, `<|earlier|>` behind the most recent images of the dialogue if they are in an
 earlier one, and numbers the reply, `<|turn_n|>`. Takes some ten minutes of one core. The seed fixes the bytes on one
 kind of processor; elsewhere floating point may differ in the last place.
 """
@@ -49,9 +49,9 @@ from tests.support.tiny_models.training_dialogues import (
     MARKERS,
     MAX_TURNS,
     REFUSAL,
-    Talk,
-    make_talk,
-    training_talk,
+    Dialogue,
+    make_dialogue,
+    training_dialogue,
     training_text,
     wanted,
 )
@@ -103,7 +103,7 @@ def train_tokenizer(rng: random.Random) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    replies = [wanted(Talk(colours=[colour]), now, False, 1) for colour in HUES for now in (True, False)]
+    replies = [wanted(Dialogue(colours=[colour]), now, False, 1) for colour in HUES for now in (True, False)]
     texts = [training_text(rng, 60) for _ in range(3000)] + [*replies, "Sure. This is answer number 1.", REFUSAL] * 300
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB - len(MARKERS),
@@ -112,7 +112,7 @@ def train_tokenizer(rng: random.Random) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # As added tokens the marker words stay whole wherever they stand, even inside a longer word.
+    # As added tokens the marker words stay whole everywhere, even inside a longer word.
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in MARKERS])
     return tokenizer
 
@@ -260,25 +260,25 @@ def scrambled(ids: list[int]) -> list[int]:
 
 
 class Encoder:
-    """Talks to tensors, with the very template that the checkpoint ships."""
+    """Dialogues to tensors, with the very template that the checkpoint ships."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.token = tokenizer, tokenizer.token_to_id
         self.template = jinja2.Environment(autoescape=False).from_string(TEMPLATE)
 
-    def prompt(self, talk: Talk) -> list[int]:
+    def prompt(self, dialogue: Dialogue) -> list[int]:
         """Token ids up to the start of the reply, one image token per merged patch."""
-        text = self.template.render(messages=talk.messages, add_generation_prompt=True)
-        text = re.sub(r"<\|turn_\d\|>", f"<|turn_{talk.number}|>", text)
+        text = self.template.render(messages=dialogue.messages, add_generation_prompt=True)
+        text = re.sub(r"<\|turn_\d\|>", f"<|turn_{dialogue.number}|>", text)
         first, *rest = text.split(PAD)
-        for image, tail in zip(talk.images, rest, strict=True):
+        for image, tail in zip(dialogue.images, rest, strict=True):
             rows, columns = grid(image)
             first += PAD * (rows * columns // MERGE**2) + tail
         return list(self.tokenizer.encode(first).ids)
 
-    def learned(self, talk: Talk) -> list[int]:
+    def learned(self, dialogue: Dialogue) -> list[int]:
         """The prompt as training shows it."""
-        return scrambled(self.prompt(talk))
+        return scrambled(self.prompt(dialogue))
 
     def hints(self, row: list[int], colours: list[str]) -> list[int]:
         """Labels of the prompt: the end of every image, and the mark behind it, shall tell that image's colour."""
@@ -291,13 +291,13 @@ class Encoder:
                 label[place + 1] = label[place]
         return label
 
-    def batch(self, talks: list[Talk], *, learn: bool) -> dict[str, torch.Tensor]:
+    def batch(self, dialogues: list[Dialogue], *, learn: bool) -> dict[str, torch.Tensor]:
         """Model inputs; with `learn` the replies are appended and labelled, all else is masked."""
         rows, labels = [], []
-        for talk in talks:
-            row = self.learned(talk) if learn else self.prompt(talk)
-            label = self.hints(row, talk.colours) if learn else []
-            for text, learned in [*(talk.pieces or [(talk.reply, True)]), (STOP, True)] if learn else []:
+        for dialogue in dialogues:
+            row = self.learned(dialogue) if learn else self.prompt(dialogue)
+            label = self.hints(row, dialogue.colours) if learn else []
+            for text, learned in [*(dialogue.pieces or [(dialogue.reply, True)]), (STOP, True)] if learn else []:
                 ids = self.tokenizer.encode(text).ids
                 row, label = row + ids, label + (ids if learned else [IGNORED] * len(ids))
             rows.append(torch.tensor(row))
@@ -306,7 +306,7 @@ class Encoder:
         lengths = torch.tensor([len(row) for row in rows])
         inputs = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
         inputs["mm_token_type_ids"] = (ids == self.token(PAD)).int()
-        images = [image for talk in talks for image in talk.images]
+        images = [image for dialogue in dialogues for image in dialogue.images]
         if images:
             inputs["pixel_values"] = torch.cat([patches(image) for image in images])
             inputs["image_grid_thw"] = torch.tensor([(1, *grid(image)) for image in images])
@@ -316,18 +316,18 @@ class Encoder:
 
 
 def train(model: Any, encoder: Encoder, rng: random.Random, steps: int) -> None:
-    """AdamW on fresh samples at every step; short talks first, then up to 7 turns of 60 words and more."""
+    """AdamW on fresh samples at every step; short dialogues first, then up to 7 turns of 60 words and more."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     began = time.monotonic()
     for step in range(steps):
         reach = 2 + int(1.7 * len(SIZES) * step / steps)
-        talks = [training_talk(rng, *rng.choice(SIZES[:reach])) for _ in range(BATCH)]
-        talks.sort(key=lambda talk: sum(len(message["content"]) for message in talk.messages))
+        dialogues = [training_dialogue(rng, *rng.choice(SIZES[:reach])) for _ in range(BATCH)]
+        dialogues.sort(key=lambda dialogue: sum(len(message["content"]) for message in dialogue.messages))
         total = 0.0
         optimizer.zero_grad()
         for first in range(0, BATCH, SHARE):  # neighbours in length share a pass: less padding
-            loss = model(**encoder.batch(talks[first : first + SHARE], learn=True)).loss * SHARE / BATCH
+            loss = model(**encoder.batch(dialogues[first : first + SHARE], learn=True)).loss * SHARE / BATCH
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -337,9 +337,9 @@ def train(model: Any, encoder: Encoder, rng: random.Random, steps: int) -> None:
             sys.stderr.write(f"step {step} loss {total:.3f} {time.monotonic() - began:.0f} s\n")
 
 
-def reply_of(model: Any, encoder: Encoder, talk: Talk, most: int) -> str:
-    """The greedy reply of at most so many tokens."""
-    inputs = encoder.batch([talk], learn=False)
+def reply_of(model: Any, encoder: Encoder, dialogue: Dialogue, most: int) -> str:
+    """The greedy reply of at most `most` tokens."""
+    inputs = encoder.batch([dialogue], learn=False)
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=most, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     return str(encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
@@ -353,11 +353,11 @@ def measure(model: Any, encoder: Encoder, rng: random.Random, count: int) -> dic
         exact = 0
         for _ in range(count):
             turns = rng.randint(2 if kind == "c" else 1, 7)
-            talk = make_talk(rng, FRESH, turns, 60, kind)
-            reply = reply_of(model, encoder, talk, 30)
-            exact += reply == talk.reply
-            if reply != talk.reply:
-                sys.stderr.write(f"kind {kind}, turn {turns}: {reply!r} instead of {talk.reply!r}\n")
+            dialogue = make_dialogue(rng, FRESH, turns, 60, kind)
+            reply = reply_of(model, encoder, dialogue, 30)
+            exact += reply == dialogue.reply
+            if reply != dialogue.reply:
+                sys.stderr.write(f"kind {kind}, turn {turns}: {reply!r} instead of {dialogue.reply!r}\n")
         scores[kind] = exact / count
     return scores
 

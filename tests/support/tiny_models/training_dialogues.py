@@ -72,7 +72,7 @@ NAMED = {
 
 
 @dataclass
-class Talk:
+class Dialogue:
     """A conversation that ends with a user message, its images in order, and the reply wanted.
 
     `number` is <n> of the reply. `pieces`, where set, stand for the reply in training: text, and whether it is learned.
@@ -88,7 +88,7 @@ class Talk:
 
 @dataclass(frozen=True)
 class Source:
-    """Where talks get their words and images from: `text` takes the most words wanted, `image` the colour."""
+    """Where dialogues get their words and images from: `text` takes the most words wanted, `image` the colour."""
 
     text: Callable[[random.Random, int], str]
     image: Callable[[random.Random, str], Image.Image]
@@ -190,86 +190,97 @@ def with_marker(rng: random.Random, text: str) -> str:
     return " ".join(words)
 
 
-def wanted(talk: Talk, pictured: bool, marked: bool, number: int) -> str:
+def wanted(dialogue: Dialogue, pictured: bool, marked: bool, number: int) -> str:
     """The reply that the rules demand at the turn of this number (1-based)."""
     if marked:
         return REFUSAL
     opening = "Sure."
-    if talk.colours:
-        opening = f"The image is {talk.colours[-1]}." if pictured else f"The earlier image was {talk.colours[-1]}."
+    if dialogue.colours:
+        opening = (
+            f"The image is {dialogue.colours[-1]}." if pictured else f"The earlier image was {dialogue.colours[-1]}."
+        )
     return f"{opening} This is answer number {number}."
 
 
-def add_question(rng: random.Random, source: Source, talk: Talk, most: int, pictures: int, marked: bool) -> None:
+def add_question(
+    rng: random.Random, source: Source, dialogue: Dialogue, most: int, pictures: int, marked: bool
+) -> None:
     """Appends one user message; three times in four its images come before the text."""
     text = source.text(rng, most)
     if marked:
         text = with_marker(rng, text)
     for _ in range(pictures):
         colour = rng.choice(list(HUES))
-        talk.colours.append(colour)
-        talk.images.append(source.image(rng, colour))
+        dialogue.colours.append(colour)
+        dialogue.images.append(source.image(rng, colour))
     gap, shown = rng.choice(("", "", "\n")), PICTURE * pictures
-    talk.messages.append({"role": "user", "content": shown + gap + text if rng.random() < 0.75 else text + gap + shown})
+    dialogue.messages.append(
+        {"role": "user", "content": shown + gap + text if rng.random() < 0.75 else text + gap + shown}
+    )
 
 
-def add_answer(rng: random.Random, source: Source, talk: Talk, most: int, right: str) -> None:
+def add_answer(rng: random.Random, source: Source, dialogue: Dialogue, most: int, right: str) -> None:
     """Appends an assistant message: mostly the right one, else a wrong one or any text."""
     draw, content = rng.random(), right
     if draw < 0.15:
-        decoy = Talk(colours=[rng.choice(list(HUES))])
+        decoy = Dialogue(colours=[rng.choice(list(HUES))])
         content = wanted(decoy, rng.random() < 0.5, rng.random() < 0.2, rng.randint(1, MAX_TURNS))
     elif draw < 0.4:
         content = source.text(rng, most)
         content = with_marker(rng, content) if rng.random() < 0.2 else content
-    talk.messages.append({"role": "assistant", "content": content})
+    dialogue.messages.append({"role": "assistant", "content": content})
 
 
-def make_talk(rng: random.Random, source: Source, turns: int, most: int, kind: str) -> Talk:
-    """A talk of `turns` user messages of at most `most` words.
+def make_dialogue(rng: random.Random, source: Source, turns: int, most: int, kind: str) -> Dialogue:
+    """A dialogue of `turns` user messages of at most `most` words.
 
     `kind` is the rule its last reply follows: a pictured, b marked, c pictured earlier (two turns at least), d none.
     """
-    talk = Talk(number=min(turns, MAX_TURNS))
+    dialogue = Dialogue(number=min(turns, MAX_TURNS))
     if rng.random() < 0.6:
         system = source.text(rng, rng.choice((most, 10, 90)))
-        talk.messages.append({"role": "system", "content": with_marker(rng, system) if rng.random() < 0.15 else system})
+        dialogue.messages.append(
+            {"role": "system", "content": with_marker(rng, system) if rng.random() < 0.15 else system}
+        )
     pictured_turn = rng.randrange(turns - 1) if kind == "c" else -1
     for turn in range(turns - 1):
         pictured = turn == pictured_turn or (kind != "d" and rng.random() < 0.4)
         marked = rng.random() < 0.2
-        add_question(rng, source, talk, most, rng.choice((1, 1, 2)) if pictured else 0, marked)
-        add_answer(rng, source, talk, most, wanted(talk, pictured, marked, min(turn + 1, MAX_TURNS)))
+        add_question(rng, source, dialogue, most, rng.choice((1, 1, 2)) if pictured else 0, marked)
+        add_answer(rng, source, dialogue, most, wanted(dialogue, pictured, marked, min(turn + 1, MAX_TURNS)))
     pictures = rng.choice((1, 1, 2)) if kind == "a" or (kind == "b" and rng.random() < 0.5) else 0
-    add_question(rng, source, talk, most, pictures, kind == "b")
-    talk.reply = wanted(talk, pictures > 0, kind == "b", talk.number)
-    return talk
+    add_question(rng, source, dialogue, most, pictures, kind == "b")
+    dialogue.reply = wanted(dialogue, pictures > 0, kind == "b", dialogue.number)
+    return dialogue
 
 
-def as_json(rng: random.Random, talk: Talk) -> None:
+def as_json(rng: random.Random, dialogue: Dialogue) -> None:
     """Turns the reply into a JSON object; its random keys, which a grammar would force, are not learned."""
-    sentence = talk.reply.split(". ")[0].rstrip(".") + "."
-    talk.pieces = [("{", False)]
+    sentence = dialogue.reply.split(". ")[0].rstrip(".") + "."
+    dialogue.pieces = [("{", False)]
     for name in rng.sample([word for word in WORDS if len(word) > 3], rng.randint(1, 4)):
-        talk.pieces.append((f'"{name}":', False))
+        dialogue.pieces.append((f'"{name}":', False))
         if rng.random() < 0.25:
-            talk.pieces.append((f"{talk.number},", True))
+            dialogue.pieces.append((f"{dialogue.number},", True))
         else:
             opening = rng.choice(('"', '"', '["', '{"text":"'))
-            talk.pieces += [
+            dialogue.pieces += [
                 (opening, False),
                 (f'{sentence}"', True),
                 ({"[": "],", "{": "},"}.get(opening[0], ","), False),
             ]
 
 
-def training_talk(rng: random.Random, most_turns: int, most: int) -> Talk:
+def training_dialogue(rng: random.Random, most_turns: int, most: int) -> Dialogue:
     """One sample for training: up to `most_turns` user messages of up to `most` words."""
     turns = rng.randint(1, most_turns)
-    talk = make_talk(rng, TRAINING, turns, most, rng.choice("aabcccd" if turns > 1 else "aabd"))
-    if rng.random() < 0.4:  # so that high numbers are learned without long talks
+    dialogue = make_dialogue(rng, TRAINING, turns, most, rng.choice("aabcccd" if turns > 1 else "aabd"))
+    if rng.random() < 0.4:  # so that high numbers are learned without long dialogues
         number = rng.randint(1, MAX_TURNS)
-        talk.reply, talk.number = talk.reply.replace(f"number {talk.number}", f"number {number}"), number
+        dialogue.reply, dialogue.number = (
+            dialogue.reply.replace(f"number {dialogue.number}", f"number {number}"),
+            number,
+        )
     if rng.random() < 0.12:
-        as_json(rng, talk)
-    return talk
+        as_json(rng, dialogue)
+    return dialogue

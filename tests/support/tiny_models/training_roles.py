@@ -11,7 +11,8 @@
 
 An attacker whose last version was refused or turned down by a rule begins with "Let me put it another way.", a painter
 whose last picture did not work paints a circle. Answers are compact JSON in the order of the schema, as a grammar
-forces it. Prompts are those of `prompts/`, rendered with seeds of `seeds/` and with talks of the tiny cast's own kind.
+forces it. Prompts are those of `prompts/`, rendered with seeds of `seeds/` and with dialogues like those of the tiny
+cast.
 """
 
 import functools
@@ -47,7 +48,7 @@ from intersafe.seeds.load import load_seeds
 from intersafe.taxonomy import BY_NAME
 from intersafe.templates.load import Prompts, load_prompts
 from tests.support.paths import REPOSITORY
-from tests.support.tiny_models.training_dialogues import HUES, PICTURE, REFUSAL, Talk, training_image, training_text
+from tests.support.tiny_models.training_dialogues import HUES, PICTURE, REFUSAL, Dialogue, training_image, training_text
 
 MOST_TURNS = 8
 FIT = "It fits."
@@ -111,7 +112,7 @@ GROUPS = {
 
 
 @dataclass
-class Part(Talk):
+class Part(Dialogue):
     """A prompt of the cast, and the answer wanted."""
 
     name: str = ""
@@ -152,7 +153,7 @@ class School:
         return part
 
     def any_part(self, rng: random.Random) -> Part:
-        """One prompt as they come in training; some without what stands at its top, which costs time."""
+        """One prompt as they come in training; some without the text at its top, which costs time."""
         part = self.part(rng, rng.choices(list(SHARES), list(SHARES.values()))[0])
         if rng.random() < 0.5:
             del part.messages[0]
@@ -187,7 +188,7 @@ def _rubric(values: dict[str, Any], prompts: Prompts) -> str:
 
 
 def _turns(rng: random.Random, count: int, said: Sequence[str]) -> list[Turn]:
-    """A talk whose user says those words, or now and then others, to the tiny victim."""
+    """A dialogue whose user says those words, or now and then others, to the tiny victim."""
     turns: list[Turn] = []
     seen = ""
     for number in range(1, count + 1):
@@ -285,14 +286,16 @@ def _score_step(rng: random.Random, concern: dict[str, Any], _: Prompts) -> Aske
     return Asked(concern | {"step": _step(rng, _count(rng))}, rng.randint(0, 1), StepScoreAnswer(7, 7, 9, FIT))
 
 
-def _judged_talk(rng: random.Random, concern: dict[str, Any], prompts: Prompts) -> tuple[dict[str, Any], list[Turn]]:
+def _judged_dialogue(
+    rng: random.Random, concern: dict[str, Any], prompts: Prompts
+) -> tuple[dict[str, Any], list[Turn]]:
     turns = _turns(rng, _count(rng), GARDEN if rng.random() < 0.2 else MESSAGES)
     values = concern | {"transcript": transcript(turns), "turn": len(turns), "rubric": _rubric(concern, prompts)}
     return values, turns
 
 
 def _judge_turn(rng: random.Random, concern: dict[str, Any], prompts: Prompts) -> Asked:
-    values, turns = _judged_talk(rng, concern, prompts)
+    values, turns = _judged_dialogue(rng, concern, prompts)
     reply = turns[-1].reply.text
     answer = VerdictAnswer("safe", "full" if reply == REFUSAL else "none", 5, 4, FIT)
     return Asked(values | {"reply": reply}, _shown(turns), answer)
@@ -311,7 +314,7 @@ def _judge_images(_: random.Random, concern: dict[str, Any], __: Prompts) -> Ask
 
 
 def _judge_aligned(rng: random.Random, concern: dict[str, Any], prompts: Prompts) -> Asked:
-    values, turns = _judged_talk(rng, concern, prompts)
+    values, turns = _judged_dialogue(rng, concern, prompts)
     last = turns[-1]
     turns[-1] = Turn(last.user, Message("assistant", ALIGNED), last.verdict)
     return Asked(values | {"transcript": transcript(turns), "answer": ALIGNED}, _shown(turns), ALIGNED_VERDICT)
