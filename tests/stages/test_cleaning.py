@@ -16,7 +16,7 @@ from intersafe.images.store import dhash, distance
 from intersafe.recipe.sections import CleanSettings, Recipe
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run
-from tests.support.chat_and_images import Studio, few, hashed, studio, uri
+from tests.support.chat_and_images import BothServers, both_servers, few, hashed, uri
 from tests.support.seeds import seeds_in
 from tests.support.servers.fault_server import Request
 from tests.support.servers.scripted_server import Body, Hook, asks_for, images_of, text_of
@@ -34,7 +34,7 @@ def painted(pictures: Sequence[bytes]) -> Callable[[Request], bytes]:
     return lambda request: pictures[min(request.number, len(pictures) - 1)]
 
 
-def recipe_for(both: Studio, seeds: Path, images: int = 3, **settings: Any) -> Recipe:
+def recipe_for(both: BothServers, seeds: Path, images: int = 3, **settings: Any) -> Recipe:
     """One dialogue at a time, of three turns."""
     clean = CleanSettings(**settings)
     return both.recipe(seeds, images=few(images), clean=clean, concurrency=1, strategies=("role_play",), samples=1)
@@ -42,9 +42,9 @@ def recipe_for(both: Studio, seeds: Path, images: int = 3, **settings: Any) -> R
 
 def cleaned(
     tmp_path: Path, pictures: Sequence[bytes], hook: Hook | None = None, *, seed: bytes = b"", **settings: Any
-) -> tuple[Dialogue, Studio, Run]:
+) -> tuple[Dialogue, BothServers, Run]:
     """The one dialogue with these pictures, and what its servers were asked."""
-    with studio(hook, painted(pictures)) as both:
+    with both_servers(hook, painted(pictures)) as both:
         seeds = seeds_in(tmp_path / "seeds", 1, seed)
         recipe = recipe_for(both, seeds, len(pictures) + bool(seed), **settings)
         run = generate_dialogues(recipe, run=tmp_path / "run", n=1)
@@ -54,9 +54,9 @@ def cleaned(
 
 def rejected(
     tmp_path: Path, pictures: Sequence[bytes], hook: Hook | None = None, **settings: Any
-) -> tuple[tuple[str, str, str], Studio]:
+) -> tuple[tuple[str, str, str], BothServers]:
     """Stage, reason and detail of the end of the one dialogue with these pictures."""
-    with studio(hook, painted(pictures)) as both:
+    with both_servers(hook, painted(pictures)) as both:
         recipe = recipe_for(both, seeds_in(tmp_path / "seeds", 1), len(pictures), **settings)
         with pytest.raises(SeedsExhausted):
             generate_dialogues(recipe, run=tmp_path / "run", n=1)
@@ -65,7 +65,7 @@ def rejected(
     return (ended.stage, ended.reason, ended.detail), both
 
 
-def asked(both: Studio, what: str) -> list[Body]:
+def asked(both: BothServers, what: str) -> list[Body]:
     """The requests of that kind, in their order."""
     return [body for body in both.chat.bodies if asks_for(body) == what]
 
@@ -241,8 +241,8 @@ def test_a_repaired_turn_that_is_refused_stays_with_its_verdict(tmp_path: Path) 
             return '{"safety":"safe","refusal":"full","harmless":5,"helpful":1,"reason":""}'
         return None
 
-    both: list[Studio] = []
-    with studio(hook, painted(ALIKE)) as servers:
+    both: list[BothServers] = []
+    with both_servers(hook, painted(ALIKE)) as servers:
         both.append(servers)
         run = generate_dialogues(recipe_for(servers, seeds_in(tmp_path / "seeds", 1)), run=tmp_path / "run", n=1)
     (dialogue,) = run.dialogues()
@@ -281,8 +281,8 @@ def test_a_repaired_message_is_checked_against_the_whole_dialogue(what: str, tmp
         texts.append(text)
         return json.dumps({"message": text})
 
-    both: list[Studio] = []
-    with studio(bad, painted(ALIKE)) as servers:
+    both: list[BothServers] = []
+    with both_servers(bad, painted(ALIKE)) as servers:
         both.append(servers)
         recipe = recipe_for(servers, seeds_in(tmp_path / "seeds", 1))
         run = generate_dialogues(recipe, run=tmp_path / "run", n=1)
@@ -314,7 +314,7 @@ def test_what_cleaning_took_the_risk_or_the_thread_from_is_rejected(
 
 
 def test_without_the_stage_the_gate_turns_the_dialogue_down(tmp_path: Path) -> None:
-    with studio(paint=painted(ALIKE)) as both:
+    with both_servers(paint=painted(ALIKE)) as both:
         recipe = structs.replace(recipe_for(both, seeds_in(tmp_path / "seeds", 1)), clean=None)
         with pytest.raises(SeedsExhausted):
             generate_dialogues(recipe, run=tmp_path / "run", n=1)

@@ -29,7 +29,7 @@ from intersafe.recipe.gates import Gates, RuleSettings
 from intersafe.recipe.sections import ConverseSettings, Painter
 from intersafe.records import Plan
 from intersafe.run.directory import Run
-from tests.support.chat_and_images import Studio, as_image, few, picture, studio, uri
+from tests.support.chat_and_images import BothServers, as_image, both_servers, few, picture, uri
 from tests.support.runs import digest, journal_keys, rows, started
 from tests.support.seeds import seeds_in
 from tests.support.servers.fault_server import Answer, Request, error, raw
@@ -85,7 +85,7 @@ class Made:
     """A run, and what its servers were asked."""
 
     run: Run
-    studio: Studio
+    both_servers: BothServers
     attacker: Attacker
 
 
@@ -98,7 +98,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         attacker.shown[uri(data)] = request.body["prompt"]
         return data
 
-    with studio(attacker, paint, profile="demo") as both:
+    with both_servers(attacker, paint, profile="demo") as both:
         path = tmp_path_factory.mktemp("painted") / "run"
         run = generate_dialogues(both.recipe(concurrency=16), run=path, n=N)
         yield Made(run, both, attacker)
@@ -115,8 +115,8 @@ def test_every_way_to_give_a_description_away_was_tried(made: Made) -> None:
 
 
 def test_no_description_reaches_the_victim_or_is_in_a_user_message(made: Made) -> None:
-    told = sorted({fold(description) for description, _ in made.studio.drawn})
-    bodies = [body for body in made.studio.chat.bodies if asks_for(body) == "victim"]
+    told = sorted({fold(description) for description, _ in made.both_servers.drawn})
+    bodies = [body for body in made.both_servers.chat.bodies if asks_for(body) == "victim"]
     sent = {fold(text_of(message)) for body in bodies for message in body["messages"]}
     sent |= {fold(turn.user.text) for d in made.run.dialogues() for turn in (*d.turns, *(p.turn for p in d.pruned))}
     assert len(told) > N
@@ -129,7 +129,7 @@ def test_no_description_reaches_the_victim_or_is_in_a_user_message(made: Made) -
 
 
 def test_every_dialogue_has_the_pictures_of_its_job_where_its_plan_wants_them(made: Made) -> None:
-    by_index = {job.index: job for job in jobs(made.studio.recipe(), made.run.seeds())}
+    by_index = {job.index: job for job in jobs(made.both_servers.recipe(), made.run.seeds())}
     places: Counter[tuple[bool, int]] = Counter()
     for dialogue in made.run.dialogues():
         job = by_index[dialogue.job]
@@ -152,7 +152,7 @@ def test_every_dialogue_has_the_pictures_of_its_job_where_its_plan_wants_them(ma
 
 
 def test_every_image_says_where_it_comes_from_and_can_be_painted_again(made: Made) -> None:
-    store, asked = ImageStore(made.run.path / "images"), set(made.studio.drawn)
+    store, asked = ImageStore(made.run.path / "images"), set(made.both_servers.drawn)
     for dialogue in made.run.dialogues():
         for turn in (*dialogue.turns, *(pruned.turn for pruned in dialogue.pruned)):
             assert tuple(origin.image for origin in turn.origins) == turn.user.images
@@ -170,7 +170,7 @@ def test_every_image_says_where_it_comes_from_and_can_be_painted_again(made: Mad
 
 def test_the_victim_gets_the_images_of_each_turn_and_no_other(made: Made) -> None:
     store = ImageStore(made.run.path / "images")
-    bodies = [body["messages"][1:] for body in made.studio.chat.bodies if asks_for(body) == "victim"]
+    bodies = [body["messages"][1:] for body in made.both_servers.chat.bodies if asks_for(body) == "victim"]
     histories = {tuple((text_of(message), *images_of(message)) for message in messages) for messages in bodies}
     for dialogue in made.run.dialogues():
         if dialogue.removed:
@@ -182,7 +182,7 @@ def test_the_victim_gets_the_images_of_each_turn_and_no_other(made: Made) -> Non
 
 def test_the_attacker_writes_looking_at_the_new_image_and_without_its_description(made: Made) -> None:
     seen = 0
-    for body in made.studio.chat.bodies:
+    for body in made.both_servers.chat.bodies:
         text = text_of(body["messages"][-1])
         if asks_for(body) == "message" and "shows the last of the images" in text:
             description = made.attacker.shown.get(images_of(body["messages"][-1])[-1])
@@ -276,7 +276,7 @@ def test_an_attacker_that_never_stops_loses_the_job_and_the_victim_never_reads_a
             attacker.shown[uri(data)] = request.body["prompt"]  # noqa: B023
             return data
 
-        with studio(hook, paint) as both:
+        with both_servers(hook, paint) as both:
             gates = Gates(rules=rules, coverage=None, duplicates=None)
             recipe = both.recipe(seeds_in(tmp_path / "seeds"), gates=gates, strategies=("role_play",), samples=1)
             # Without rules a label alone is let through: what holds whatever the recipe says is the description itself.
@@ -335,7 +335,7 @@ def test_a_painter_that_fails_is_asked_again_within_limits_then_the_job_fails_an
     fault: str, tmp_path: Path
 ) -> None:
     answer, word, detail = FAULTS[fault]
-    with studio(paint=lambda request: answer if request.number < 4 else None) as both:
+    with both_servers(paint=lambda request: answer if request.number < 4 else None) as both:
         recipe = alone(both.recipe(seeds_in(tmp_path / "seeds")), converse=ConverseSettings(tries=4))
         run = generate_dialogues(recipe, run=tmp_path / "run", n=2)
     (failed,) = run.ended()
@@ -353,7 +353,7 @@ def test_a_painter_that_fails_is_asked_again_within_limits_then_the_job_fails_an
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_comes_right_at_the_last_try_is_recorded_with_the_seed_that_drew_it(fault: str, tmp_path: Path) -> None:
-    with studio(paint=lambda request: FAULTS[fault][0] if request.number < 2 else None) as both:
+    with both_servers(paint=lambda request: FAULTS[fault][0] if request.number < 2 else None) as both:
         run = generate_dialogues(alone(both.recipe(seeds_in(tmp_path / "seeds"))), run=tmp_path / "run", n=1)
     (dialogue,) = run.dialogues()
     (origin,) = [origin for turn in dialogue.turns for origin in turn.origins]
@@ -366,7 +366,7 @@ def test_a_link_is_never_followed(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as trap:
         trap.setblocking(False)
         link = linked(f"http://127.0.0.1:{trap.getsockname()[1]}/picture.png")
-        with studio(paint=lambda request: link if request.number < 3 else None) as both:
+        with both_servers(paint=lambda request: link if request.number < 3 else None) as both:
             generate_dialogues(alone(both.recipe(seeds_in(tmp_path / "seeds"))), run=tmp_path / "run", n=1)
         assert len(both.drawn) == 4
         with pytest.raises(BlockingIOError):
@@ -378,7 +378,7 @@ def test_a_painter_that_fails_every_job_stops_the_run_which_resumes_once_it_is_m
     fault: str, tmp_path: Path
 ) -> None:
     broken = True
-    with studio(paint=lambda _: FAULTS[fault][0] if broken else None) as both:
+    with both_servers(paint=lambda _: FAULTS[fault][0] if broken else None) as both:
         recipe = both.recipe(seeds_in(tmp_path / "seeds"), concurrency=4, samples=6)
         with pytest.raises(ServiceGone, match=f"paint painter_{FAULTS[fault][1]}") as gone:
             generate_dialogues(recipe, run=tmp_path / "run", n=40)
@@ -410,7 +410,7 @@ def test_an_excluded_description_is_never_painted(split: bool, rules: RuleSettin
         return None
 
     gates = Gates(rules=rules, coverage=None, duplicates=None)
-    with studio(hook) as both:
+    with both_servers(hook) as both:
         recipe = both.recipe(seeds_in(tmp_path / "seeds", 3), strategies=("role_play",), samples=1, gates=gates)
         with pytest.raises(SeedsExhausted):
             generate_dialogues(recipe, run=tmp_path / "run", n=3)
@@ -424,7 +424,7 @@ def test_a_blank_description_is_asked_for_again_and_never_painted(tmp_path: Path
         return json.dumps({"description": " \n\u200b", "rationale": ""}) if blank else None
 
     always = False
-    with studio(hook) as both:
+    with both_servers(hook) as both:
         recipe = both.recipe(seeds_in(tmp_path / "seeds", 3), strategies=("role_play",), samples=1)
         generate_dialogues(recipe, run=tmp_path / "run", n=3)
         assert len(both.drawn) == 3
@@ -440,7 +440,7 @@ def test_a_blank_description_is_asked_for_again_and_never_painted(tmp_path: Path
 
 @pytest.mark.parametrize(("extra", "seed"), [({"seed": 7}, 7), ({"seed": None}, 0)])
 def test_the_recorded_seed_is_the_one_that_was_sent(extra: dict[str, Any], seed: int, tmp_path: Path) -> None:
-    with studio() as both:
+    with both_servers() as both:
         recipe = both.recipe(seeds_in(tmp_path / "seeds"))
         painter = structs.replace(recipe.cast.painter or Painter(model=""), extra=extra)
         recipe = structs.replace(recipe, cast=structs.replace(recipe.cast, painter=painter))
@@ -463,7 +463,7 @@ def test_concurrency_changes_no_byte_whatever_the_painter_does(tmp_path: Path) -
     def slow(_: Body) -> None:
         both.chat.delay = dice.choice((0.0, 0.001, 0.01))
 
-    with studio(slow, faulty, profile="demo") as both:
+    with both_servers(slow, faulty, profile="demo") as both:
         for concurrency in (1, 24):
             recipe = both.recipe(images=few(3), concurrency=concurrency)
             generate_dialogues(recipe, run=tmp_path / str(concurrency), n=25)
@@ -479,7 +479,7 @@ def test_kills_change_no_byte_and_no_image_is_paid_for_twice_beyond_those_in_fli
         """Takes its time, so that a kill meets some images in flight."""
         return replace(as_image(picture(request.body["prompt"], request.body["seed"])), delay=0.02)
 
-    with studio(paint=slow, profile="demo") as both:
+    with both_servers(paint=slow, profile="demo") as both:
         words = ["generate", "--n", "40", "--run", "./run", "--no-refusals", "--concurrency", str(concurrency)]
         for role in ("--attacker", "--victim", "--judge"):
             words += [role, f"openai:scripted@{both.chat.url}"]
@@ -504,7 +504,7 @@ def test_kills_change_no_byte_and_no_image_is_paid_for_twice_beyond_those_in_fli
 
 
 def test_images_lost_with_the_power_are_painted_again_and_no_other(tmp_path: Path) -> None:
-    with studio() as both:
+    with both_servers() as both:
         recipe = both.recipe(seeds_in(tmp_path / "seeds"), images=few(2))
         run = generate_dialogues(recipe, run=tmp_path / "run", n=8)
         before, paid, images = digest(run.path), both.chat.requests, list(run.dialogues())
@@ -525,7 +525,7 @@ def test_images_lost_with_the_power_are_painted_again_and_no_other(tmp_path: Pat
 
 
 def test_reuse_takes_painted_images_over_and_paints_only_what_is_lost(tmp_path: Path) -> None:
-    with studio() as both:
+    with both_servers() as both:
         recipe = both.recipe(seeds_in(tmp_path / "seeds"))
         older = generate_dialogues(recipe, run=tmp_path / "older", n=6)
         changed = structs.replace(recipe, gates=Gates(coverage=None, duplicates=None, images=None))

@@ -37,7 +37,7 @@ from intersafe.seeds.load import load_seeds
 from intersafe.stages.refusing import RefusalDraft, refuse
 from intersafe.storage.bundled import bundled
 from intersafe.templates.load import check_refusals, lint_prompts, load_prompts
-from tests.support.jobs import Memory
+from tests.support.jobs import MemoryJournal
 from tests.support.runs import refusal
 from tests.support.servers.scripted_server import Body, Hook, Server, asks_for, images_of, scripted_server, text_of
 
@@ -261,7 +261,7 @@ def grow(
             models = open_models(recipe.cast, Limits(), store, Hooks())
             painter = open_painter(recipe.cast.painter, Limits(), Hooks()) if recipe.cast.painter else None
             prompts = load_prompts(bundled("prompts"))
-            company = Company(recipe.cast, models, prompts, Memory(), painter=painter, images=store)
+            company = Company(recipe.cast, models, prompts, MemoryJournal(), painter=painter, images=store)
             try:
                 return [await _grown(company, job, refusals) for job in jobs]
             finally:
@@ -528,7 +528,7 @@ def test_the_scripted_judge_finds_the_slips_of_the_scripted_responder(
 @pytest.mark.parametrize("profile", ["demo", "flawless"])
 def test_the_scripted_cast_fills_the_published_groups(profile: str, seeds: tuple[Seed, ...], tmp_path: Path) -> None:
     recipe = recipe_of(spec=f"scripted:{profile}")
-    journal, duplicates, kept = Memory(), DuplicateQuestions(DuplicateSettings()), Counter[str]()
+    journal, duplicates, kept = MemoryJournal(), DuplicateQuestions(DuplicateSettings()), Counter[str]()
     lost = Counter[str]()
 
     async def run() -> list[RefusalDraft | JobEnded]:

@@ -22,7 +22,7 @@ from tests.support.jobs import (
     QUERY,
     REASON,
     STEP,
-    Memory,
+    MemoryJournal,
     conversation_of,
     job_of,
     sent,
@@ -266,14 +266,14 @@ def test_a_responder_that_is_cut_off_ends_the_job_with_that_reason(tmp_path: Pat
     assert (ended.stage, ended.reason) == ("respond", "responder_truncated")
 
 
-def scripted(turns: Sequence[Turn], store: ImageStore, journal: Memory, index: int = 0) -> tuple[Turn, ...]:
+def scripted(turns: Sequence[Turn], store: ImageStore, journal: MemoryJournal, index: int = 0) -> tuple[Turn, ...]:
     """The turns with the answers of the scripted responder, in process."""
     job = job_of(len(turns), index=index)
     return with_cast("scripted:demo", store, responding(job, turns, RespondSettings()), job=job, journal=journal)
 
 
 def test_a_job_that_is_grown_again_pays_for_nothing_and_gives_the_same(tmp_path: Path) -> None:
-    store, journal, turns = ImageStore(tmp_path), Memory(), four_turns()
+    store, journal, turns = ImageStore(tmp_path), MemoryJournal(), four_turns()
     made = scripted(turns, store, journal)
     paid = dict(journal.entries)
     assert scripted(turns, store, journal) == made
@@ -285,7 +285,7 @@ def test_a_job_that_is_grown_again_pays_for_nothing_and_gives_the_same(tmp_path:
 
 def test_the_scripted_responder_helps_declines_and_recovers_and_its_judge_errs_a_little(tmp_path: Path) -> None:
     unsafe = msgspec.structs.replace(turn_of(2, "unsafe"), reply=Message("assistant", f"{PLACEHOLDER} And so on."))
-    turns, store, journal = (turn_of(1), unsafe, turn_of(3)), ImageStore(tmp_path), Memory()
+    turns, store, journal = (turn_of(1), unsafe, turn_of(3)), ImageStore(tmp_path), MemoryJournal()
     texts, refusals, asked_again = set(), Counter[str](), 0
     for index in range(150):
         before = len(journal.entries)
