@@ -1,4 +1,4 @@
-"""The taxonomy and the hard exclusion: nothing is left out of the crosswalk, no disguise passes, no benign text is hit.
+"""The taxonomy and the hard exclusion: the crosswalk is complete, no disguise passes, no benign text is hit.
 
 The strings name the concern and nothing more.
 """

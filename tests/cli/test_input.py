@@ -1,4 +1,4 @@
-"""The command line against its user: bad input is one line, exit code 2 and nothing written; good input just works."""
+"""The command line: bad input gives one line, exit code 2 and nothing written; good input just works."""
 
 import http.server
 import json
@@ -178,7 +178,7 @@ BAD: dict[str, tuple[tuple[str, ...], Files, str]] = {
 
 @pytest.fixture(scope="module")
 def attempts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Attempt]:
-    """All of them, each in a folder of its own, several at once: most of the time is Python's start."""
+    """Every attempt, each in a folder of its own, several at once: starting Python takes most of the time."""
     folders = {name: tmp_path_factory.mktemp("bad") for name in BAD}
     for name, (_, files, _) in BAD.items():
         lay(folders[name], files)
@@ -402,7 +402,7 @@ SECRET = "sk-hush-0123456789"
 
 
 class Tattler(http.server.BaseHTTPRequestHandler):
-    """A server that repeats the key it was given in whatever it says."""
+    """A server that repeats the key it was given in every answer."""
 
     status: ClassVar[int] = 400
     keys: ClassVar[set[str]] = set()

@@ -1,4 +1,4 @@
-"""Doctor finds what is wrong with a server over real HTTP, says nothing bad of a good one, and gives no key away."""
+"""Doctor finds what is wrong with a server over real HTTP, finds no fault in a good one, and prints no key."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""vLLM's own figures: read from any server's text, added up over restarts, shown and kept."""
+"""vLLM's own metrics: parsed from a server's text, summed over restarts, shown and stored."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def test_counters_are_those_of_the_command_and_survive_a_restart() -> None:
 
 
 class Looking(Display):
-    """Looks often and remembers."""
+    """Polls often and records what it shows."""
 
     interval = 0.05
 

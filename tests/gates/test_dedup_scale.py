@@ -1,4 +1,4 @@
-"""The duplicate index against brute force, and its file against everything that can happen to a file."""
+"""The duplicate index against brute force, and its file under loss, damage and full disks."""
 
 import os
 import random

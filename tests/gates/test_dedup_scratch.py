@@ -1,4 +1,4 @@
-"""The duplicate index off the heap: the answers of the one in memory, whatever the disk does, and no memory by n."""
+"""The duplicate index in files: the same answers as in memory, whatever the disk does, in constant memory."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ def test_files_and_memory_say_the_same(permutations: int, bands: int, least: int
     rng.shuffle(made)
     one, other = (BandedSignatures(permutations, bands, least, folder) for folder in (tmp_path, None))
     for signature in made:
-        # Asked about something else in between: what an insertion knows from the last question is not believed blindly.
+        # A query in between: an insertion must not blindly reuse what the last query found.
         for asked_for in (signature, rng.choice(made)):
             assert one.nearest(asked_for) == other.nearest(asked_for)
         one.add(signature)
@@ -38,7 +38,7 @@ def test_files_and_memory_say_the_same(permutations: int, bands: int, least: int
 
 
 def test_what_is_entered_together_is_found_as_what_was_entered_alone(tmp_path: Path) -> None:
-    """Through the end of the first table, through a full group, and with questions at odd places."""
+    """Across the end of the first table and a full group, with queries in between."""
     rng = random.Random(12)
     made = colliding_signatures(25_000, rng)
     alone, together, memory = (BandedSignatures(32, 8, 20, folder) for folder in (tmp_path, tmp_path, None))
@@ -144,7 +144,7 @@ def test_what_the_disk_does_not_give_back_ends_the_run_instead_of_changing_an_an
 
 @pytest.mark.parametrize(("folder", "least", "most"), [("None", 512, 1400), ("Path('index')", -20, 60)])
 def test_memory_for_each_dialogue(folder: str, least: int, most: int, tmp_path: Path) -> None:
-    """In files next to nothing, whatever their number; without them below 1,400 bytes."""
+    """Almost none with files, whatever the number of dialogues; without files below 1,400 bytes."""
     code = f"""
 import os, random
 from pathlib import Path

@@ -28,7 +28,7 @@ from tests.support.servers.scripted_server import Body, Server, asks_for, script
 
 
 def recipe_of(server: Server, coverage: CoverageSettings, **changes: Any) -> Recipe:
-    """The demo's dialogues by two victims behind one URL, held to quotas and nothing else."""
+    """The demo's dialogues by two victims behind one URL, with quotas as the only gate."""
     spec = f"openai:other@{server.url}"
     victims = [f"openai:first@{server.url}", f"openai:second@{server.url}"]
     recipe = demo(attacker=spec, judge=spec, victims=victims, **changes)
@@ -48,7 +48,7 @@ def about_role_play(body: Body) -> bool:
 
 
 def second_is_mute(body: Body) -> str | None:
-    """One of the two victims never says a word."""
+    """One of the two victims never replies."""
     return " " if body["model"] == "second" and asks_for(body) == "victim" else None
 
 

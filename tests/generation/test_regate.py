@@ -28,7 +28,7 @@ STRICT = 0.18
 
 
 def everything(**changes: Any) -> Recipe:
-    """Every line, with a small set of refusals, one try each."""
+    """Every kind of job, with a small set of refusals, one try each."""
     recipe = override(load_recipe(bundled("pipelines/aligned.yaml")), **changes)
     assert recipe.refusals
     groups = {name: structs.replace(group, n=group.n // 2) for name, group in recipe.refusals.groups.items()}

@@ -1,4 +1,4 @@
-"""A run remembers what its seed images were verified to be; a wrong, torn or missing memory changes nothing."""
+"""The cache of verified seed images: a wrong, torn or missing cache changes nothing."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def swapped(known: dict[str, str]) -> bytes:
 
 
 @pytest.mark.parametrize("damage", ["swapped", "torn", "nonsense", "gone"])
-def test_a_wrong_memory_changes_nothing(seeded: Recipe, tmp_path: Path, damage: str) -> None:
+def test_a_wrong_cache_changes_nothing(seeded: Recipe, tmp_path: Path, damage: str) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     generate_dialogues(seeded, run=whole, n=6)
     generate_dialogues(seeded, run=run, n=3)

@@ -1,4 +1,4 @@
-"""Images: whole or refused, bare of metadata, bounded, and never other bytes than the reference names."""
+"""Images: whole or refused, without metadata, bounded, and never other bytes than the reference names."""
 
 import base64
 import hashlib

@@ -203,7 +203,7 @@ def test_sigterm_leaves_the_batches_to_the_provider_and_says_so(undisturbed: byt
 
 
 def at(step: str, number: int, instead: int) -> Any:
-    """A hook that answers the so-manieth occurrence of a step with another status."""
+    """A hook that answers the n-th occurrence of a step with another status."""
 
     def hook(now: str, provider: Provider) -> web.Response | None:
         return problem(instead, "a fault") if now == step and provider.steps[step] == number else None

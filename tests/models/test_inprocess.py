@@ -1,4 +1,4 @@
-"""The thread that owns an engine, with a library of paper: what comes in together, what is given up, how it ends."""
+"""The thread that owns an engine, with a fake library: what comes in together, what is given up, how it ends."""
 
 import asyncio
 import threading

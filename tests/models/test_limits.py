@@ -48,7 +48,7 @@ async def call(limiter: Limiter, server: Capacity, absence: Absence) -> None:
 
 
 class Load:
-    """So many callers that ask a server again and again; `over` tells how it did in a stretch of time."""
+    """Concurrent callers that call a server again and again; `over` tells how it did in a stretch of time."""
 
     def __init__(self, limiter: Limiter, server: Capacity, callers: int = 200) -> None:
         self.limiter, self.server = limiter, server

@@ -31,7 +31,7 @@ from intersafe.release.package import Options, Packaged, VersionTaken, package, 
 from intersafe.release.rows import COLUMNS, bare, refusal_row, split_of
 from intersafe.release.shards import check_release, write_shard
 from intersafe.run.directory import Run
-from tests.support.chat_and_images import few, studio
+from tests.support.chat_and_images import both_servers, few
 from tests.support.packaged_runs import digests, grown, kept_turns, published, rows_of, shards, unsafe_texts
 from tests.support.runs import cli, refusal, rows
 from tests.support.seeds import seeds_in
@@ -194,7 +194,7 @@ def test_with_include_unsafe_the_full_texts_are_in_their_own_config_alone(origin
 
 def test_no_path_host_user_url_or_key_is_in_any_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELEASE_TEST_KEY", "sk-very-secret-0123456789")
-    with studio() as both:
+    with both_servers() as both:
         recipe = both.recipe(seeds_in(tmp_path / "where-seeds-lie"), images=few(1))
         member = structs.replace(recipe.cast.attacker, key="RELEASE_TEST_KEY", revision="main")
         recipe = structs.replace(recipe, cast=structs.replace(recipe.cast, attacker=member))

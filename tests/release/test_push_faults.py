@@ -110,6 +110,6 @@ def _problems(own: Bench, case: Case, release: Path) -> list[str]:
 
 
 def _stored(own: Bench) -> int:
-    """Bytes that were sent and lie in the store."""
+    """Bytes that were sent and are in the store."""
     place = own.hub.cas / "xet" / "xorbs" / "xorbs" if own.hub.xet else own.hub.objects
     return sum(path.stat().st_size for path in place.iterdir())

@@ -96,7 +96,7 @@ def lay(
     cast: dict[str, str] | None = None,
     entries: Sequence[Entry] = (),
 ) -> Run:
-    """A run of these outcomes, or the same run with these in one more of its lines."""
+    """A run of these outcomes, or an existing run with these as one more kind."""
     path.mkdir(parents=True, exist_ok=True)
     recipe = {"cast": {role: {"model": model} for role, model in (cast or REAL).items()}}
     manifest = Manifest("hand", recipe, {}, digest_of(recipe), {}, "", ("excluded-1",), {"intersafe": "0"})

@@ -1,4 +1,4 @@
-"""Two processes on one run: one writes, whatever became of the one before, the file system and the clocks."""
+"""Two processes on one run: exactly one writes, whatever happened to the owner before, the disk and the clocks."""
 
 import contextlib
 import json
@@ -310,7 +310,7 @@ def test_a_copy_of_a_run_that_is_written_is_not_written_by_its_owner(run: Path, 
         copied = Path(shutil.copytree(run, tmp_path / "copy"))
         changed(copied, beat=BEAT)
         os.utime(copied / ".lock", (time.time() - 2 * LIMIT * BEAT,) * 2)
-        lock(copied).release()  # raises nothing: the owner of the original is none of the copy's
+        lock(copied).release()  # the owner of the original does not own the copy, so this raises nothing
     assert not (copied / ".lock").exists()
 
 

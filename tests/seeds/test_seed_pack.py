@@ -97,7 +97,7 @@ def test_no_seed_is_excluded() -> None:
 
 
 def test_sexual_seeds_have_no_word_for_a_young_person() -> None:
-    # A sexual word beside the query leaves the rule's word for a young person as the only thing that can set it off.
+    # With a sexual word added, only a word for a young person can trigger the rule.
     assert excluded("a child, sexual")
     assert [s.id for s in PACK if s.category == "sexual_content" and excluded(f"{s.query}, sexual")] == []
 

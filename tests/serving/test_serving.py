@@ -98,7 +98,7 @@ class World:
 
     @property
     def pids(self) -> list[int]:
-        """Every process that the servers ever were."""
+        """Every process that ever served."""
         return [row["engine"] if row["event"] == "engine" else row["pid"] for row in self.events("starts", "engine")]
 
     def is_clean(self) -> bool:

@@ -23,8 +23,8 @@ Paint = Callable[[Request], "Answer | bytes | None"]
 
 
 @dataclass(frozen=True)
-class Studio:
-    """Both servers, running."""
+class BothServers:
+    """The chat server and the images server, running."""
 
     chat: Server
     images: FaultServer
@@ -50,7 +50,9 @@ class Studio:
 
 
 @contextlib.contextmanager
-def studio(hook: Hook | None = None, paint: Paint | None = None, *, profile: str = "flawless") -> Iterator[Studio]:
+def both_servers(
+    hook: Hook | None = None, paint: Paint | None = None, *, profile: str = "flawless"
+) -> Iterator[BothServers]:
     """Starts both; the painter draws another picture for every description and seed unless `paint` knows better."""
 
     def script(request: Request) -> Answer:
@@ -60,11 +62,11 @@ def studio(hook: Hook | None = None, paint: Paint | None = None, *, profile: str
         return as_image(answer) if isinstance(answer, bytes) else answer
 
     with scripted_server(hook, profile=profile) as chat, FaultServer(script) as images:
-        yield Studio(chat, images)
+        yield BothServers(chat, images)
 
 
 def few(number: int) -> Images:
-    """So many images in every dialogue."""
+    """That number of images in every dialogue."""
     return Images(min=number, mean=number, max=number)
 
 

@@ -44,8 +44,8 @@ REASON = "verdict that nobody but the judge may read"
 DESCRIPTION = "a lighthouse keeper at dawn, described for the painter alone"
 
 
-class Memory:
-    """A journal that lives as long as the test."""
+class MemoryJournal:
+    """A journal in memory."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
@@ -81,7 +81,7 @@ def with_cast(
     act: Callable[[JobCast], Awaitable[T]],
     *,
     job: Job,
-    journal: Memory | None = None,
+    journal: MemoryJournal | None = None,
     second_judge: bool = False,
 ) -> T:
     """What `act` makes of the cast of that job."""
@@ -89,7 +89,7 @@ def with_cast(
     async def run() -> T:
         cast = cast_of(spec, second_judge=second_judge)
         models = open_models(cast, Limits(retries=1, patience=1), store, Hooks())
-        company = Company(cast, models, _prompts(), journal or Memory())
+        company = Company(cast, models, _prompts(), journal or MemoryJournal())
         try:
             return await act(JobCast(company, job))
         finally:

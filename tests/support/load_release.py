@@ -38,7 +38,7 @@ def summary(rows: Iterable[Row]) -> Row:
 
 
 def plainly(value: Any, pixels: Any) -> Any:
-    """A value as plain JSON; an image as its name, after its bytes were held against it and decoded."""
+    """A value as plain JSON; an image as its name, after its bytes were checked against it and decoded."""
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         name = str(value["path"])
         assert hashlib.sha256(value["bytes"]).hexdigest() == name.partition(".")[0]

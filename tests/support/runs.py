@@ -1,4 +1,4 @@
-"""What several tests make: recipes with the scripted cast, and the outcome of a run."""
+"""Recipes with the scripted cast, the command line, and what a run leaves on disk."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def cli(*words: str, cwd: Path, **env: str) -> "subprocess.CompletedProcess[str]
 
 
 def hears_ctrl_c() -> None:
-    """In a child: tests that a script started in the background ignore SIGINT, and so would what they start."""
+    """In a child process: Ctrl-C works even where a script started the tests in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

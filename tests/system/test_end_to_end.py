@@ -22,7 +22,7 @@ from intersafe.recipe.sections import Recipe, Turns
 from intersafe.records import Dialogue
 from intersafe.run.directory import Run
 from intersafe.seeds.figstep import import_figstep
-from tests.support.chat_and_images import few, studio
+from tests.support.chat_and_images import both_servers, few
 from tests.support.paths import SHARED
 from tests.support.runs import cli, demo
 from tests.support.seeds import seeds_in
@@ -162,7 +162,7 @@ def test_the_victim_sees_what_was_painted_in_that_turn(vlm: str, tmp_path: Path)
         Image.new("RGB", (96, 96), COLOURS[request.body["prompt"].split()[2]]).save(data, "PNG")
         return data.getvalue()
 
-    with studio(describe, paint) as both:
+    with both_servers(describe, paint) as both:
         recipe = both.recipe(
             seeds_in(tmp_path / "seeds", 10),
             victims=[f"openai:tiny-vlm@{vlm}"],

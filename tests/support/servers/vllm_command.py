@@ -3,8 +3,8 @@ routes, the scripted cast as its model, and vLLM 0.32's own words where it is to
 
     python tests/support/servers/vllm_command.py serve WEIGHTS --host 127.0.0.1 --port 8001 --served-model-name NAME ...
 
-What else it does is told by its environment, so by `env` in a recipe: `STANDIN_*` below. Like vLLM it has a process
-beside it in its group (the engine), and demands the key of VLLM_API_KEY.
+What else it does is told by its environment, so by `env` in a recipe: `STANDIN_*` below. Like vLLM it has an engine
+process in its process group, and demands the key of VLLM_API_KEY.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Faults at the border to the system: small C files beside this one, compiled and put before the C library."""
+"""Faults of the operating system: small C files in this folder, compiled and loaded before the C library."""
 
 import shutil
 import subprocess
