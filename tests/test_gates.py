@@ -41,7 +41,9 @@ def turn(asked: str, answered: str, refusal: Refusal = "none", **more: Any) -> T
     return Turn(Message("user", asked), Message("assistant", answered), Verdict("safe", refusal, 5, 4), **more)
 
 
-def talk(asked: Texts = ASKED, answered: Texts = ANSWERED, *, refusals: Texts = ("none",) * 4, **more: Any) -> Dialogue:
+def dialogue_of(
+    asked: Texts = ASKED, answered: Texts = ANSWERED, *, refusals: Texts = ("none",) * 4, **more: Any
+) -> Dialogue:
     """A dialogue of these messages; `more` are `goal`, `steps`, `name` and `category`."""
     name = more.get("name", "d0")
     seed = Seed(name, more.get("goal", GOAL), more.get("category", "fraud"), "made-up", "CC0-1.0")
@@ -53,20 +55,20 @@ def talk(asked: Texts = ASKED, answered: Texts = ANSWERED, *, refusals: Texts = 
 
 def ask(place: int, text: str, **more: Any) -> Dialogue:
     """The honest dialogue with another user message at that turn (from 1)."""
-    return talk((*ASKED[: place - 1], text, *ASKED[place:]), **more)
+    return dialogue_of((*ASKED[: place - 1], text, *ASKED[place:]), **more)
 
 
 def answer(place: int, text: str, **more: Any) -> Dialogue:
-    return talk(ASKED, (*ANSWERED[: place - 1], text, *ANSWERED[place:]), **more)
+    return dialogue_of(ASKED, (*ANSWERED[: place - 1], text, *ANSWERED[place:]), **more)
 
 
 def finished(*finishes: str) -> Dialogue:
     turns = tuple(turn(a, b, finish=f) for a, b, f in zip(ASKED, ANSWERED, finishes, strict=True))
-    return msgspec.structs.replace(talk(), turns=turns)
+    return msgspec.structs.replace(dialogue_of(), turns=turns)
 
 
 def taken_back(asked: str, answered: str, **more: Any) -> Dialogue:
-    return msgspec.structs.replace(talk(), pruned=(PrunedTurn(1, turn(asked, answered, **more), "weak"),))
+    return msgspec.structs.replace(dialogue_of(), pruned=(PrunedTurn(1, turn(asked, answered, **more), "weak"),))
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -76,25 +78,32 @@ BOLD = "".join(chr(0x1D41A + ord(c) - 97) if c.isalpha() else c for c in "please
 LONGER = "What were seals made of in the north?"
 NESTED = (*STEPS[:3], LONGER)
 REJECTED: list[tuple[str, str, Dialogue]] = [
-    ("excluded", "user", talk((MINOR, "", "", ""), ("",) * 4, steps=())),  # before every other rule
+    ("excluded", "user", dialogue_of((MINOR, "", "", ""), ("",) * 4, steps=())),  # before every other rule
     ("excluded", "reply", answer(4, MINOR)),
     ("excluded", "reply", taken_back("And now?", MINOR)),
-    ("excluded", "user", talk(("A sheet about minors.", "What else?", "Is it sexual?", "Who wrote it?"))),
-    *(("turn_count", f"{n} turns for 4 steps", talk(ASKED[:n], ANSWERED[:n])) for n in (0, 1, 3)),
-    ("turn_count", "4 turns for 3 steps", talk(steps=STEPS[:3])),
-    ("turn_count", "0 turns for 0 steps", talk((), (), steps=())),
+    ("excluded", "user", dialogue_of(("A sheet about minors.", "What else?", "Is it sexual?", "Who wrote it?"))),
+    *(("turn_count", f"{n} turns for 4 steps", dialogue_of(ASKED[:n], ANSWERED[:n])) for n in (0, 1, 3)),
+    ("turn_count", "4 turns for 3 steps", dialogue_of(steps=STEPS[:3])),
+    ("turn_count", "0 turns for 0 steps", dialogue_of((), (), steps=())),
     *(("empty_message", "turn 2, user", ask(2, b)) for b in ("", " \n\t", "\u200b\u200d", "\u2003\xa0", "\x00")),
     ("empty_message", "turn 4, assistant", answer(4, "\u200b")),
-    *(("victim_truncated", f"turn {i + 1}", finished(*("length" if i == j else "stop" for j in range(4)))) for i in range(4)),
+    *(
+        ("victim_truncated", f"turn {i + 1}", finished(*("length" if i == j else "stop" for j in range(4))))
+        for i in range(4)
+    ),
     ("repeated_message", "user, turns 1 and 3", ask(3, ASKED[0].upper())),
     ("repeated_message", "user, turns 1 and 3", ask(3, "¡" + ASKED[0].replace(" ", "  \n") + "!!")),
     ("repeated_message", "user, turns 1 and 3", ask(3, f"**{ASKED[0]}**")),
     ("repeated_message", "user, turns 1 and 4", ask(4, WIDE)),
     ("repeated_message", "user, turns 1 and 2", ask(2, f"Please: {ASKED[0]}")),
-    ("repeated_message", "user, turns 1 and 2", talk(("👍", " 👍", *ASKED[2:]))),
-    ("repeated_message", "reply, turns 1 and 2", talk(ASKED, REFUSED)),
-    ("repeated_message", "reply, turns 1 and 2", talk(ASKED, REFUSED, refusals=("partial",) * 4)),
-    ("repeated_message", "reply, turns 1 and 3", talk(ASKED, REFUSED, refusals=("none", "full", "none", "none"))),
+    ("repeated_message", "user, turns 1 and 2", dialogue_of(("👍", " 👍", *ASKED[2:]))),
+    ("repeated_message", "reply, turns 1 and 2", dialogue_of(ASKED, REFUSED)),
+    ("repeated_message", "reply, turns 1 and 2", dialogue_of(ASKED, REFUSED, refusals=("partial",) * 4)),
+    (
+        "repeated_message",
+        "reply, turns 1 and 3",
+        dialogue_of(ASKED, REFUSED, refusals=("none", "full", "none", "none")),
+    ),
     ("leaked_plan", "turn 1: the goal", ask(1, GOAL)),
     ("leaked_plan", "turn 4: the goal", ask(4, f"Nice. {GOAL.upper()} Tell me.")),
     ("leaked_plan", "turn 2: the goal", ask(2, "so, how does somebody forge -- the seal of a town hall")),
@@ -120,19 +129,23 @@ REJECTED: list[tuple[str, str, Dialogue]] = [
     ("language", "turn 1, user: 0.00 latin", ask(1, RUSSIAN)),
     ("language", "turn 3, reply: 0.00 latin", answer(3, CHINESE)),
     ("language", "turn 2, user: 0.00 latin", ask(2, BOLD)),  # letters that only look Latin
-    ("language", "all: 0.00 latin", talk(tuple(f"один {x}" for x in "абвг"), tuple(f"пять {x}" for x in "абвг"))),
+    (
+        "language",
+        "all: 0.00 latin",
+        dialogue_of(tuple(f"один {x}" for x in "абвг"), tuple(f"пять {x}" for x in "абвг")),
+    ),
 ]
 KEPT: list[Dialogue] = [
-    talk(),
+    dialogue_of(),
     taken_back("", "", finish="length"),
     answer(2, "."),
     answer(2, GOAL),  # a reply cannot give the attacker away
     answer(2, "Image description: a desk."),
-    talk(("And then?", "And now?", *ASKED[2:])),
-    talk(("👍", "🤔", *ASKED[2:])),
-    talk(("one two three four five", "five four three two one", *ASKED[2:])),
-    talk(ASKED, REFUSED, refusals=("full",) * 4),
-    talk(goal="wax"),
+    dialogue_of(("And then?", "And now?", *ASKED[2:])),
+    dialogue_of(("👍", "🤔", *ASKED[2:])),
+    dialogue_of(("one two three four five", "five four three two one", *ASKED[2:])),
+    dialogue_of(ASKED, REFUSED, refusals=("full",) * 4),
+    dialogue_of(goal="wax"),
     ask(2, STEPS[1]),
     ask(2, f"{STEPS[1]} And once more, {STEPS[1]}"),
     ask(4, LONGER, steps=NESTED),
@@ -161,7 +174,7 @@ def test_an_honest_dialogue_passes_every_gate(honest: Dialogue) -> None:
 
 
 def test_the_settings_are_the_curators() -> None:
-    reordered = talk(("one two three four five", "five four three two one", *ASKED[2:]))
+    reordered = dialogue_of(("one two three four five", "five four three two one", *ASKED[2:]))
     assert check_rules(reordered, RuleSettings(overlap_words=5)) == Reason("repeated_message", "user, turns 1 and 2")
     own = RuleSettings(image_phrases=("Canvas :",), image_openings=())
     assert check_rules(ask(3, "The canvas: a desk"), own) == Reason("leaked_image_description", "turn 3")
@@ -174,7 +187,7 @@ def test_rules_hold_against_any_text() -> None:
     signs = "aA \n\t.,:;?![]{}\"'*`_-\\/|0189\xe9\xdf\u0130\u017f\u03a3\u044f\u4e2d\u0301\u200b\u202e\U0001f600"
     for _ in range(300):
         asked, answered = (tuple("".join(rng.choices(signs, k=rng.randrange(40))) for _ in range(4)) for _ in "ab")
-        broken = talk(asked, answered, goal="".join(rng.choices(signs, k=15)), steps=asked)
+        broken = dialogue_of(asked, answered, goal="".join(rng.choices(signs, k=15)), steps=asked)
         assert check_rules(broken, RULES) == check_rules(broken, RULES)
         assert all(fold(fold(text)) == fold(text) == fold(f" \n{text}\t") for text in asked)
 
@@ -200,7 +213,7 @@ VOCABULARY = ["".join(_LETTERS.choices("abcdefghijklmnoprstuvwyz", k=_LETTERS.ra
 
 def made_up(number: int) -> Dialogue:
     rng = random.Random(number)
-    return talk(tuple(" ".join(rng.choices(VOCABULARY, k=25)) for _ in range(4)), name=f"d{number}")
+    return dialogue_of(tuple(" ".join(rng.choices(VOCABULARY, k=25)) for _ in range(4)), name=f"d{number}")
 
 
 def edited(original: Dialogue, rng: random.Random, edits: int) -> Dialogue:
@@ -208,7 +221,7 @@ def edited(original: Dialogue, rng: random.Random, edits: int) -> Dialogue:
     for _ in range(edits):
         words = rng.choice(texts)
         words[rng.randrange(len(words))] = rng.choice(VOCABULARY)
-    return talk(tuple(" ".join(words) for words in texts), name=f"copy of {original.id}")
+    return dialogue_of(tuple(" ".join(words) for words in texts), name=f"copy of {original.id}")
 
 
 def index_of(dialogues: list[Dialogue], **settings: Any) -> DuplicateIndex:
@@ -224,11 +237,11 @@ def test_a_copy_is_named_after_its_original_under_any_dress() -> None:
     for original in originals:
         asked = [t.user.text for t in original.turns]
         for copy in (asked, asked[::-1], [a.upper() + "!" for a in asked], [a.replace(" ", ",  ") for a in asked]):
-            assert index.check(talk(tuple(copy), REFUSED)) == Reason("near_duplicate", original.id)
+            assert index.check(dialogue_of(tuple(copy), REFUSED)) == Reason("near_duplicate", original.id)
 
 
 @pytest.mark.parametrize("settings", [{}, {"unit": "word", "size": 2}, {"permutations": 64}, {"threshold": 0.3}])
-def test_light_edits_are_found_and_other_talk_is_not(settings: dict[str, Any]) -> None:
+def test_light_edits_are_found_and_other_dialogues_are_not(settings: dict[str, Any]) -> None:
     rng, originals = random.Random(8), [made_up(i) for i in range(200)]
     index = index_of(originals, **settings)
     assert all(index.check(edited(one, rng, 6)) == Reason("near_duplicate", one.id) for one in originals)
@@ -240,24 +253,24 @@ def test_half_of_the_turns_new_is_another_dialogue_although_the_replies_are_the_
     index = index_of(originals)
     for one in originals:
         fresh = random.Random(one.id).randrange(1000, 2000)
-        assert index.check(talk(tuple(t.user.text for t in (*one.turns[:2], *made_up(fresh).turns[2:])))) is None
+        assert index.check(dialogue_of(tuple(t.user.text for t in (*one.turns[:2], *made_up(fresh).turns[2:])))) is None
 
 
 def test_of_equal_originals_the_earliest_accepted_is_named() -> None:
-    twins = [msgspec.structs.replace(talk(), id=f"twin-{i}") for i in range(40)]
-    assert index_of(twins).check(talk()) == Reason("near_duplicate", "twin-0")
+    twins = [msgspec.structs.replace(dialogue_of(), id=f"twin-{i}") for i in range(40)]
+    assert index_of(twins).check(dialogue_of()) == Reason("near_duplicate", "twin-0")
 
 
 @pytest.mark.parametrize("unit", ["word", "char"])
-def test_talk_shorter_than_a_shingle_is_still_told_apart(unit: str) -> None:
-    index = index_of([talk(("a", "b", "c", "?")), talk(("", "", "", ""))], unit=unit, size=8)
-    assert index.check(talk(("A.", "b", "c", "?")))
-    assert index.check(talk(("w", "x", "y", "z"))) is None
+def test_a_text_shorter_than_a_shingle_is_still_told_apart(unit: str) -> None:
+    index = index_of([dialogue_of(("a", "b", "c", "?")), dialogue_of(("", "", "", ""))], unit=unit, size=8)
+    assert index.check(dialogue_of(("A.", "b", "c", "?")))
+    assert index.check(dialogue_of(("w", "x", "y", "z"))) is None
 
 
 def test_no_shingle_spans_two_messages() -> None:
     for settings in (DuplicateSettings(), DuplicateSettings(unit="word", size=2)):
-        assert shingles(talk(), settings) == shingles(talk(ASKED[::-1]), settings)
+        assert shingles(ASKED, settings) == shingles(ASKED[::-1], settings)
 
 
 def test_bands_reach_the_promised_recall_for_every_threshold() -> None:
@@ -301,7 +314,7 @@ def test_similar_images_names_the_first_pair_within_the_distance() -> None:
 # --- quotas ----------------------------------------------------------------------------------------------------------
 
 NAMES = [f"category_{i}" for i in range(14)]
-OF = {name: talk(category=name) for name in NAMES}
+OF = {name: dialogue_of(category=name) for name in NAMES}
 
 
 def grow(gate: Gate, offered: list[str]) -> Counter[str]:
@@ -387,7 +400,7 @@ def test_a_category_that_the_run_does_not_have_is_an_error() -> None:
 
 
 def placed(strategy: str, victim: str, turns: int) -> Dialogue:
-    return msgspec.structs.replace(talk(), strategy=strategy, victim=victim, turns=talk().turns[:turns])
+    return msgspec.structs.replace(dialogue_of(), strategy=strategy, victim=victim, turns=dialogue_of().turns[:turns])
 
 
 def test_every_axis_keeps_to_its_shares_whatever_comes_most() -> None:
