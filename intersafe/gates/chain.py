@@ -1,4 +1,4 @@
-"""The gates of a recipe as one: the same for a run that grows and for one that is gated again."""
+"""All gates of a recipe in their order, for a run that is generated and for one that is gated again."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from intersafe.records import Dialogue, Job, Reason
 
 
 class Chain:
-    """Asks every gate in order; the first that objects gives the reason."""
+    """Asks every gate in order; the first that rejects gives the reason."""
 
     def __init__(
         self,
@@ -23,22 +23,22 @@ class Chain:
     ) -> None:
         """`values`: what the run's jobs can have on each axis; `perceptual_hash`: 64 bits of an image by reference.
 
-        `root` is the run's folder, for what is worth keeping until it is resumed; nothing there changes a decision.
+        `root` is the run's folder, for a cache that makes resuming faster; nothing there changes a decision.
         """
         self._settings, self._hash = settings, perceptual_hash
         self.quota = Quota(settings.coverage, values) if settings.coverage else None
-        kept = root / SIGNATURES if root else None
-        duplicates = DuplicateIndex(settings.duplicates, kept) if settings.duplicates else None
-        # The quotas speak first: what they turn down was perhaps never grown, so that no other gate could speak.
+        cache = root / SIGNATURES if root else None
+        duplicates = DuplicateIndex(settings.duplicates, cache) if settings.duplicates else None
+        # The quotas come first: a job that they reject may never be grown, so no other gate could give its reason.
         self._first: list[Gate] = [self.quota] if self.quota else []
         self._last: list[Gate] = [duplicates] if duplicates else []
 
     def full(self, job: Job, ahead: float) -> Reason | None:
-        """Why the job need not be grown, if `ahead` dialogues are accepted elsewhere until its turn comes."""
+        """Why the job need not be grown, assuming that `ahead` more dialogues are accepted before it is decided."""
         return self.quota.check(job, ahead) if self.quota else None
 
     def check(self, dialogue: Dialogue) -> Reason | None:
-        """The reason to turn the dialogue down, or None."""
+        """The reason to reject the dialogue, or None."""
         return next((reason for reason in self._reasons(dialogue) if reason), None)
 
     def add(self, dialogue: Dialogue) -> None:

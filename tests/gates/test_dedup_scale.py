@@ -16,7 +16,7 @@ import pytest
 from rensa import RMinHash, RMinHashLSH
 
 from intersafe.gates import dedup
-from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, bands_for, signature_of, text_shingles
+from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, bands_for, shingles, signature_of
 from intersafe.gates.index.banded import BandedSignatures
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.regate import regate
@@ -59,7 +59,7 @@ def test_answers_are_those_of_rensas_own_index_and_of_brute_force(changes: dict[
     dialogues, expected = similar_dialogues(), list[tuple[str, float] | None]()
     for place, one in enumerate(dialogues):
         mine = RMinHash(settings.permutations, 1)
-        mine.update(sorted(text_shingles(asked(one), settings)))
+        mine.update(sorted(shingles(asked(one), settings)))
         values = mine.digest()
         cut = [tuple(values[i : i + rows]) for i in range(0, len(values), rows)]
         sharing = [

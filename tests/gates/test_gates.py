@@ -230,7 +230,7 @@ def test_dialogues_shorter_than_a_shingle_are_still_distinguished(unit: str) -> 
 
 def test_no_shingle_spans_two_messages() -> None:
     for settings in (DuplicateSettings(), DuplicateSettings(unit="word", size=2)):
-        assert shingles(conversation(), settings) == shingles(conversation(ASKED[::-1]), settings)
+        assert shingles(ASKED, settings) == shingles(ASKED[::-1], settings)
 
 
 def test_bands_reach_the_promised_recall_for_every_threshold() -> None:
