@@ -63,7 +63,7 @@ async def opened(
     member = Member(model=f"openai:some/model@{','.join(server.url for server in servers)}", **changes)
     said = [] if said is None else said
     limits = limits or Limits(timeout=10, patience=30, retries=3)
-    model = EndpointModel(member, limits, images or ImageStore(Path("nowhere")), say or said.append)
+    model = EndpointModel(member, limits, images or ImageStore(Path("nowhere")), Hooks(say or said.append))
     try:
         yield Asked(model, said)
     finally:

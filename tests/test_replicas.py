@@ -12,6 +12,7 @@ import pytest
 
 from intersafe.errors import CallFailed, ServiceGone
 from intersafe.images.store import ImageStore, normalise
+from intersafe.models.base import Hooks
 from intersafe.models.http.replicas import PLACES, Replicas
 from intersafe.recipe.sections import Limits
 from tests.servers.fault_server import RESET, STALL, Answer, FaultServer, Request, error, reply
@@ -273,7 +274,7 @@ def test_places_are_remembered_within_bounds() -> None:
             return
 
         urls = ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]
-        group = Replicas(urls, "/x", 8, 1, scout, name="m", say=lambda _: None, remedy=str)
+        group = Replicas(urls, "/x", 8, 1, scout, name="m", hooks=Hooks(), remedy=str)
         first = [group.place(f"job {i}") for i in range(3 * PLACES)]
         assert first == [group.place(f"job {i}") for i in range(3 * PLACES)], "by hash the same again"
         return len(group._places)
@@ -287,7 +288,7 @@ def test_a_replica_may_be_slow_and_quick_again_for_days() -> None:
             pass
 
         loop, urls = asyncio.get_running_loop(), ["http://127.0.0.1:1", "http://127.0.0.1:2"]
-        group = Replicas(urls, "", 8, 600.0, scout, name="m", say=lambda _: None, remedy=lambda _: "")
+        group = Replicas(urls, "", 8, 600.0, scout, name="m", hooks=Hooks(), remedy=lambda _: "")
         quick, slow = group.all
         for _ in range(1100):
             for _ in range(16):

@@ -25,6 +25,7 @@ from aiohttp.helpers import get_env_proxy_for_url
 from yarl import URL
 
 from intersafe.errors import InputError, ServiceGone, StorageError
+from intersafe.models.base import Hooks
 from intersafe.models.http.faults import UNREADABLE, error_of
 from intersafe.models.http.limits import seconds_of
 from intersafe.recipe.sections import Limits, Member
@@ -132,22 +133,12 @@ class _Fault(Exception):
 class BatchApi:
     """The files and batches of one account."""
 
-    def __init__(
-        self,
-        member: Member,
-        limits: Limits,
-        say: Callable[[str], None],
-        waiting: dict[str, str],
-        may_send: Callable[[], None],
-    ) -> None:
-        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
-
-        `may_send` raises `BudgetReached` where no batch may be sent any more. Needs a running event loop.
-        """
-        self._may_send = may_send
+    def __init__(self, member: Member, limits: Limits, hooks: Hooks) -> None:
+        """Needs a running event loop."""
+        self._may_send = hooks.may_send or (lambda: None)
         self.url, self.identity = member.spec.urls[0], member.identity
-        self._waiting, self._place = waiting, f"batches of {member.identity}"
-        self._member, self._limits, self._say = member, limits, say
+        self._place = f"batches of {member.identity}"
+        self._member, self._limits, self._hooks = member, limits, hooks
         self._key = os.environ.get(member.key, "").strip() if member.key else ""
         self._told = False
         self._proxy: dict[str, Any] = {}
@@ -317,9 +308,9 @@ class BatchApi:
                 why = f"{fault}; {self._remedy(fault)}"
                 if not self._told and (fault.status in _AWAY or away + wait >= TELL_AFTER):
                     self._told = telling = True
-                    self._say(f"{where}: {why}; waiting up to {patience:.0f} s")
+                    self._hooks.notify(f"{where}: {why}; waiting up to {patience:.0f} s")
                 if telling:
-                    self._waiting[self._place] = why
+                    self._hooks.outages[self._place] = why
                 await asyncio.sleep(wait)
                 pause = min(LONGEST_PAUSE, pause * 2)
             except Refused:
@@ -328,14 +319,14 @@ class BatchApi:
             else:
                 if telling and since is not None:
                     self._is_back(telling)
-                    self._say(f"{where} is back after {clock() - since:.0f} s")
+                    self._hooks.notify(f"{where} is back after {clock() - since:.0f} s")
                 return outcome
 
     def _is_back(self, telling: bool) -> None:
         """Nobody is told any longer, if it was this request that did."""
         if telling:
             self._told = False
-            self._waiting.pop(self._place, None)
+            self._hooks.outages.pop(self._place, None)
 
     def _remedy(self, fault: _Fault) -> str:
         if fault.status in (401, 403):

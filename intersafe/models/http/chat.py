@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from intersafe.images.store import ImageStore
-from intersafe.models.base import Call, Reply
+from intersafe.models.base import Call, Hooks, Reply
 from intersafe.models.http.faults import UNREADABLE, Passing, is_about_schema
 from intersafe.models.http.service import Question, ReplicaState, Service
 from intersafe.recipe.sections import Limits, Member
@@ -68,16 +68,10 @@ class EndpointModel:
         member: Member,
         limits: Limits,
         images: ImageStore,
-        say: Callable[[str], None],
-        waiting: dict[str, str] | None = None,
-        may_send: Callable[[], None] | None = None,
+        hooks: Hooks,
     ) -> None:
-        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
-
-        `may_send` raises `BudgetReached` from the moment on when no call may be sent.
-        """
         self.identity = member.identity
-        self._member, self._images, self._say = member, images, say
+        self._member, self._images, self._hooks = member, images, hooks
         self._is_counting = False
         self._refused_schemas: set[str] = set()
         self._known: dict[str, dict[str, None]] = {url: {} for url in member.spec.urls}
@@ -87,9 +81,7 @@ class EndpointModel:
             member,
             "/chat/completions",
             limits,
-            say,
-            waiting=waiting,
-            may_send=may_send,
+            hooks,
             scout=Question(lambda: small, read_reply, _blocked),
             max_body=MAX_BODY,
         )
@@ -139,7 +131,7 @@ class EndpointModel:
             # Each by itself, so that it does not depend on the order of the calls which of them had a schema.
             self._refused_schemas.add(schema.name)
             if len(self._refused_schemas) == 1:
-                self._say(
+                self._hooks.notify(
                     f"{self.identity} refuses JSON schemas ({refused}): then the prompt alone asks for JSON; "
                     "`json_schema: false` in the recipe says so from the start"
                 )
@@ -197,7 +189,9 @@ class EndpointModel:
             return reply
         if not self._is_counting:
             self._is_counting = True
-            self._say(f"{self.identity} reports no tokens: they are counted by estimate, four characters a token")
+            self._hooks.notify(
+                f"{self.identity} reports no tokens: they are counted by estimate, four characters a token"
+            )
         return msgspec.structs.replace(reply, tokens=estimated(call, reply))
 
     # --- what is sent ------------------------------------------------------------------------------------------------

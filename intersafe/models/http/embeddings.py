@@ -8,6 +8,7 @@ from typing import Never
 import msgspec
 
 from intersafe.errors import CallFailed, InputError
+from intersafe.models.base import Hooks
 from intersafe.models.http.service import Question, Service
 from intersafe.recipe.sections import Limits, Model
 from intersafe.recipe.specs import parse_spec
@@ -38,7 +39,7 @@ class _Answer(msgspec.Struct):
     data: list[_Item]
 
 
-def open_embedder(spec: str, key: str, say: Callable[[str], None], limits: Limits = LIMITS) -> Embedder:
+def open_embedder(spec: str, key: str, hooks: Hooks, limits: Limits = LIMITS) -> Embedder:
     """The model of `openai:model@url`; `key` names the variable with its API key, if it wants one.
 
     `embed` raises `InputError` where the server's answer is of no use, and `ServiceGone` where it stays away.
@@ -55,7 +56,7 @@ def open_embedder(spec: str, key: str, say: Callable[[str], None], limits: Limit
 
         async def work() -> None:
             scout = _question(model, ["Say hello."])
-            service = Service(model, "/embeddings", limits, say, scout=scout, max_body=_MAX_BODY)
+            service = Service(model, "/embeddings", limits, hooks, scout=scout, max_body=_MAX_BODY)
             try:
                 for i in range(0, len(texts), _BATCH):
                     # One job: all of it goes to one replica, in case two of them hold different weights.

@@ -11,12 +11,11 @@ so once an outage, and once for a call that fails for good while no other call i
 
 import base64
 import binascii
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from intersafe.models.base import Call, Painted
+from intersafe.models.base import Call, Hooks, Painted
 from intersafe.models.http.faults import UNREADABLE, Passing
 from intersafe.models.http.service import Question, Service
 from intersafe.recipe.sections import Limits, Painter
@@ -45,14 +44,8 @@ class ImagesEndpoint:
         self,
         painter: Painter,
         limits: Limits,
-        say: Callable[[str], None],
-        waiting: dict[str, str] | None = None,
-        may_send: Callable[[], None] | None = None,
+        hooks: Hooks,
     ) -> None:
-        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
-
-        `may_send` raises `BudgetReached` from the moment on when no call may be sent.
-        """
         self.identity = painter.identity
         self._painter = painter
         hasty = painter if painter.steps is None else msgspec.structs.replace(painter, steps=1)
@@ -61,9 +54,7 @@ class ImagesEndpoint:
             painter,
             "/images/generations",
             msgspec.structs.replace(limits, timeout=painter.timeout),
-            say,
-            waiting=waiting,
-            may_send=may_send,
+            hooks,
             scout=Question(lambda: small, self._painted, _blocked, _too_long),
             max_body=MAX_BODY,
         )

@@ -19,6 +19,7 @@ from aiohttp.helpers import get_env_proxy_for_url
 from yarl import URL
 
 from intersafe.errors import InputError, ServiceGone
+from intersafe.models.base import Hooks
 from intersafe.models.http.faults import Fault, Overloaded
 from intersafe.models.http.limits import LONGEST_PAUSE, Absence, Limiter
 
@@ -69,7 +70,7 @@ Scout = Callable[[Replica], Awaitable[None]]
 
 
 class Replicas:
-    """One or several replicas of a model; `name`, `say` and `remedy` are for what the user is told."""
+    """One or several replicas of a model; `name` and `remedy` are for what the user is told."""
 
     def __init__(
         self,
@@ -80,15 +81,13 @@ class Replicas:
         scout: Scout,
         *,
         name: str,
-        say: Callable[[str], None],
+        hooks: Hooks,
         remedy: Callable[[Fault], str],
-        waiting: dict[str, str] | None = None,
     ) -> None:
-        """`concurrency` is for all of them together; `waiting` says by name why nobody answers, while nobody does."""
+        """`concurrency` is for all of them together."""
         self._concurrency, self._patience, self._scout = concurrency, patience, scout
-        self._name, self._say, self._remedy = name, say, remedy
+        self._name, self._hooks, self._remedy = name, hooks, remedy
         self.all = [open_replica(url, route, math.ceil(concurrency / len(urls)), patience) for url in urls]
-        self._waiting = {} if waiting is None else waiting
         self._places: dict[str, Replica] = {}
         self._is_any_in = asyncio.Event()
         self._is_any_in.set()
@@ -211,7 +210,7 @@ class Replicas:
         replica.limiter.resume()
         self._share_out()
         self._is_any_in.set()
-        self._waiting.pop(self._name, None)
+        self._hooks.outages.pop(self._name, None)
 
     def _share_out(self) -> None:
         """What the lost ones leave of the concurrency goes to those that are in."""
@@ -293,13 +292,13 @@ class Replicas:
             then = "its dialogues go on at the other replicas until it is back"
         else:
             then = f"waiting up to {self._patience:.0f} s, Ctrl-C stops and keeps everything"
-            self._waiting[self._name] = why.removesuffix("; ")
-        self._say(f"{self._name} at {replica.url}: {why}{then}")
+            self._hooks.outages[self._name] = why.removesuffix("; ")
+        self._hooks.notify(f"{self._name} at {replica.url}: {why}{then}")
 
     def _say_back(self, replica: Replica, lasted: float) -> None:
         replica.said = False
-        self._waiting.pop(self._name, None)
-        self._say(f"{self._name} at {replica.url} is back after {lasted:.0f} s")
+        self._hooks.outages.pop(self._name, None)
+        self._hooks.notify(f"{self._name} at {replica.url} is back after {lasted:.0f} s")
 
 
 def open_replica(url: str, route: str, most: int, patience: float) -> Replica:

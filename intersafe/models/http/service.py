@@ -28,6 +28,7 @@ import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from intersafe.errors import CallFailed, InputError
+from intersafe.models.base import Hooks
 from intersafe.models.http.faults import FILTERED as FILTERED
 from intersafe.models.http.faults import Away, Fault, Moved, Overloaded, TooSlow, raise_for, remedy_for
 from intersafe.models.http.faults import Passing as Passing
@@ -84,21 +85,16 @@ class Service:
         model: Model,
         route: str,
         limits: Limits,
-        say: Callable[[str], None],
+        hooks: Hooks,
         *,
         scout: Question[Any],
         max_body: int,
-        waiting: dict[str, str] | None = None,
-        may_send: Callable[[], None] | None = None,
     ) -> None:
-        """POSTs to `<url><route>`; `say` is told when it goes away or comes back, `waiting` holds it that long.
-
-        `max_body` is in bytes; `may_send` raises `BudgetReached` from the moment on when no call may be sent.
-        """
-        self._waits = Waits(may_send)
-        self._waiting = {} if waiting is None else waiting
+        """POSTs to `<url><route>`; `max_body` is the most bytes of an answer."""
+        self._waits = Waits(hooks.may_send)
+        self._hooks = hooks
         self._is_told = False
-        self._model, self._limits, self._say, self._scout, self._max_body = model, limits, say, scout, max_body
+        self._model, self._limits, self._scout, self._max_body = model, limits, scout, max_body
         self._group = Replicas(
             model.spec.urls,
             route,
@@ -106,9 +102,8 @@ class Service:
             limits.patience,
             self._scout_at,
             name=model.identity,
-            say=say,
+            hooks=hooks,
             remedy=lambda fault: remedy_for(fault, model),
-            waiting=waiting,
         )
         self._quota = Quota(model.rpm, model.tpm)
         self._key = os.environ.get(model.key, "").strip() if model.key else ""
@@ -231,18 +226,18 @@ class Service:
         quota, name = self._quota, f"the quota of {self._model.identity}"
         if not self._is_told and quota.is_exceeded_by(tokens):
             self._is_told = True
-            self._say(
+            self._hooks.notify(
                 f"{self._model.identity}: a request of about {tokens:,} tokens is more than its `tpm` allows "
                 f"({quota.words}); such requests go one at a time, with long pauses"
             )
         if quota.may_go(tokens):
             return await quota.acquire(tokens)
-        self._waiting[name] = f"calls are held back by {quota.words}"
+        self._hooks.outages[name] = f"calls are held back by {quota.words}"
         try:
             return await quota.acquire(tokens)
         finally:
             if not quota.waiting:
-                self._waiting.pop(name, None)
+                self._hooks.outages.pop(name, None)
 
     def _adopt(self, replica: Replica, fault: Overloaded) -> None:
         """Keeps to the limits that a 429 names from then on."""
@@ -251,7 +246,9 @@ class Service:
             named = [f"{most:,} {what} a minute" for most, what in ((rpm, "requests"), (tpm, "tokens")) if most]
             fields = " and ".join(f"`{name}`" for most, name in ((rpm, "rpm"), (tpm, "tpm")) if most)
             where = f"{self._model.identity} at {replica.url}"
-            self._say(f"{where} allows {' and '.join(named)}, which holds from now on; {fields} in the recipe sets it")
+            self._hooks.notify(
+                f"{where} allows {' and '.join(named)}, which holds from now on; {fields} in the recipe sets it"
+            )
 
     # --- one request -------------------------------------------------------------------------------------------------
 
