@@ -14,7 +14,7 @@ from msgspec import structs
 from intersafe.errors import CallFailed
 from intersafe.models.base import Call, Reply, Sampling
 from intersafe.models.http.chat import Part, chat_body, read_reply
-from intersafe.models.http.faults import Away, Overloaded, Passing, TooSlow, error_of, raise_for
+from intersafe.models.http.faults import Away, Overloaded, TooSlow, Transient, error_of, raise_for
 from intersafe.models.http.replicas import open_replica
 from intersafe.recipe.sections import Member, Model
 from intersafe.records import Message
@@ -43,7 +43,7 @@ class Line:
         async with self._gate:
             try:
                 return await self._once(route, body)
-            except (Passing, Overloaded) as error:
+            except (Transient, Overloaded) as error:
                 if isinstance(error, TooSlow):
                     raise
             await asyncio.sleep(PAUSE)
@@ -68,7 +68,7 @@ class Line:
         except TimeoutError:
             raise TooSlow(f"no answer within {self.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise Passing(self.clean(f"{type(error).__name__} {error}".strip())) from None
+            raise Transient(self.clean(f"{type(error).__name__} {error}".strip())) from None
         return data if status == 200 else self._refused(status, heads, data)
 
     def _refused(self, status: int, heads: Mapping[str, str], data: bytes) -> bytes:
@@ -120,7 +120,7 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
     async for chunk in response.content.iter_any():
         data += chunk
         if len(data) > MAX_BODY:
-            raise Passing(f"answer over {MAX_BODY // 2**20} MiB")
+            raise Transient(f"answer over {MAX_BODY // 2**20} MiB")
     return bytes(data)
 
 

@@ -26,8 +26,9 @@ from yarl import URL
 
 from intersafe.errors import InputError, ServiceGone, StorageError
 from intersafe.models.base import Hooks
-from intersafe.models.http.faults import UNREADABLE, error_of
-from intersafe.models.http.limits import seconds_of
+from intersafe.models.http.faults import UNREADABLE, error_of, is_refusal
+from intersafe.models.http.quirks import AWAY, QUEUE_FULL
+from intersafe.models.http.throttling import seconds_of
 from intersafe.recipe.sections import Limits, Member
 from intersafe.wording import printable
 
@@ -42,16 +43,12 @@ UPLOAD_SECONDS = 3600.0
 """For one file to the provider or from it."""
 ROUTE = "/v1/chat/completions"
 """What a batch asks, in the provider's own notation, whatever the path of its URL."""
-QUEUE_FULL = "token_limit_exceeded"
-"""More tokens wait at the provider than the account may have there."""
 MAX_ANSWER = 4 * 2**20  # bytes of anything but a file
 PAGES = 1_000  # of a list, 100 batches each
 SLACK = 86_400  # seconds that our clock and the provider's may differ by
 CHUNK = 2**20
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 
-_AWAY = (401, 402, 403, 404, 405, 407)
-_PASSING = (408, 409, 425, 429)
 
 T = TypeVar("T")
 
@@ -272,7 +269,7 @@ class BatchApi:
             return
         message, code = error_of(body)
         what = self.clean(f"HTTP {status} {message}".strip())
-        if code == QUEUE_FULL or (400 <= status < 500 and status not in (*_AWAY, *_PASSING)):
+        if code == QUEUE_FULL or is_refusal(status):
             raise Refused(what, status, code)
         raise _Fault(what, status, seconds_of(retry_after))
 
@@ -306,7 +303,7 @@ class BatchApi:
                     ) from None
                 wait = min(max(pause, fault.retry_after), patience - away)
                 why = f"{fault}; {self._remedy(fault)}"
-                if not self._told and (fault.status in _AWAY or away + wait >= TELL_AFTER):
+                if not self._told and (fault.status in AWAY or away + wait >= TELL_AFTER):
                     self._told = telling = True
                     self._hooks.notify(f"{where}: {why}; waiting up to {patience:.0f} s")
                 if telling:

@@ -23,7 +23,8 @@ from intersafe.models.base import Call, Hooks, Reply
 from intersafe.models.batch import api
 from intersafe.models.batch.files import BatchFolder, State, close, reply_in
 from intersafe.models.http.chat import as_data, chat_body, estimated
-from intersafe.models.http.service import Passing
+from intersafe.models.http.faults import Transient
+from intersafe.models.http.quirks import QUEUE_FULL
 from intersafe.recipe.sections import Limits, Member
 
 MOST_REQUESTS = 50_000
@@ -187,7 +188,7 @@ class Lane:
             return None
         try:
             reply = reply_in(found.line)
-        except Passing:
+        except Transient:
             return None
         except CallFailed:
             if found.old:  # as after any failed call, a new process asks again
@@ -300,9 +301,9 @@ class Lane:
         if remote.status == "failed" and not remote.files:
             problems = remote.problems
             words = "; ".join(self._api.clean(p.message or p.code or "") for p in problems[:3]) or "no reason given"
-            full = any(problem.code == api.QUEUE_FULL for problem in problems)
+            full = any(problem.code == QUEUE_FULL for problem in problems)
             lines = tuple(problem.line for problem in problems if problem.line)
-            await self._refused(state, api.Refused(words, 0, api.QUEUE_FULL if full else "", lines))
+            await self._refused(state, api.Refused(words, 0, QUEUE_FULL if full else "", lines))
             return
         for _ in range(FETCHES):
             await self._api.download(remote.files, self._folder.part(state.nonce))
@@ -331,9 +332,9 @@ class Lane:
             found = self._folder.take(key)
             try:
                 if found is None:
-                    raise Passing(words)
+                    raise Transient(words)
                 waiting.answered.set_result(reply_in(found.line))
-            except Passing as fault:
+            except Transient as fault:
                 again += 1
                 self._once_more(key, waiting, str(fault), counted=remote.status != "expired")
             except CallFailed as error:
@@ -357,7 +358,7 @@ class Lane:
         """A batch that the provider did not take: the calls it names fail, the others go into smaller or later ones."""
         self._under_way.pop(state.nonce, None)
         self._folder.forget(state)
-        full, large = refused.code == api.QUEUE_FULL, refused.status == 413
+        full, large = refused.code == QUEUE_FULL, refused.status == 413
         if full and not self._under_way:  # else the queue is ours, and has room again when one of them has ended
             self._most = max(1.0, len(state.keys) // 2)
         if large:

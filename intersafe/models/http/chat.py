@@ -12,25 +12,17 @@ import msgspec
 
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Call, Hooks, Reply
-from intersafe.models.http.faults import UNREADABLE, Passing, is_about_schema
+from intersafe.models.http.faults import UNREADABLE, Transient, refused_field
+from intersafe.models.http.quirks import BROKEN_OFF, FINISH_REASONS
 from intersafe.models.http.service import Question, ReplicaState, Service
 from intersafe.recipe.sections import Limits, Member
-from intersafe.records import Finish, Message
+from intersafe.records import Message
 
 MAX_BODY = 16 * 2**20
 REMEMBERED = 1024
 """Images that a replica is taken to remember; a dialogue needs its own few for as long as it is talked."""
 IMAGE_TOKENS = 800
 """An image, until usage tells: about a square of 800 pixels to Qwen2.5-VL."""
-
-_FINISH: dict[str, Finish] = {
-    **dict.fromkeys(
-        ("stop", "eos", "eos_token", "stop_sequence", "end_turn", "tool_calls", "function_call", ""), "stop"
-    ),
-    **dict.fromkeys(("length", "max_tokens", "model_length", "max_length"), "length"),
-}
-"""Any other reason is a block: the server stopped for one of its own (`content_filter`, `safety`, `recitation`)."""
-_BROKEN_OFF = ("abort", "error")
 
 
 class _Message(msgspec.Struct):
@@ -104,7 +96,7 @@ class EndpointModel:
         def amend(error: Exception) -> bool:
             """The same without its schema, where the server may not know what that is."""
             nonlocal call, refused
-            if call.schema is None or not is_about_schema(error):
+            if call.schema is None or refused_field(error, {"response_format"}) is None:
                 return False
             call, refused = msgspec.structs.replace(call, schema=None), str(error)
             return True
@@ -276,19 +268,19 @@ def _blocked(_: str) -> Reply:
 
 
 def read_reply(data: bytes) -> Reply:
-    """The reply in the body of a 200, with tokens of 0 and 0 if it says none; `Passing` where there is none."""
+    """The reply in the body of a 200, with tokens of 0 and 0 if it says none; `Transient` where there is none."""
     try:
         completion = _DECODER.decode(data)
     except UNREADABLE as error:
-        raise Passing(f"unreadable answer: {error}") from None
+        raise Transient(f"unreadable answer: {error}") from None
     if not completion.choices:
-        raise Passing("answer without choices")
+        raise Transient("answer without choices")
     choice = completion.choices[0]
-    if choice.finish_reason in _BROKEN_OFF:
-        raise Passing(f"the server broke the answer off ({choice.finish_reason})")
+    if choice.finish_reason in BROKEN_OFF:
+        raise Transient(f"the server broke the answer off ({choice.finish_reason})")
     content = choice.message.content
     text = content if isinstance(content, str) else "".join(str(p.get("text") or "") for p in content or ())
-    finish = _FINISH.get((choice.finish_reason or "").lower(), "blocked")
+    finish = FINISH_REASONS.get((choice.finish_reason or "").lower(), "blocked")
     if choice.message.refusal:
         text, finish = text or choice.message.refusal, "refused"
     return Reply(text, finish, _tokens_in(completion.usage))

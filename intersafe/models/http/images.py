@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from intersafe.models.base import Call, Hooks, Painted
-from intersafe.models.http.faults import UNREADABLE, Passing
+from intersafe.models.http.faults import UNREADABLE, Transient
 from intersafe.models.http.service import Question, Service
 from intersafe.recipe.sections import Limits, Painter
 
@@ -73,7 +73,7 @@ class ImagesEndpoint:
         try:
             answer = _DECODER.decode(data)
         except UNREADABLE as error:
-            raise Passing(f"unreadable answer: {error}") from None
+            raise Transient(f"unreadable answer: {error}") from None
         image = answer.data[0] if answer.data else _Image()
         link = image.url or ""
         encoded = image.b64_json or (link if link.startswith("data:") else "")

@@ -21,7 +21,7 @@ from yarl import URL
 from intersafe.errors import InputError, ServiceGone
 from intersafe.models.base import Hooks
 from intersafe.models.http.faults import Fault, Overloaded
-from intersafe.models.http.limits import LONGEST_PAUSE, Absence, Limiter
+from intersafe.models.http.limits import LONGEST_PAUSE, Limiter, Outage
 
 LONG_PAUSE = 5.0
 """Seconds of overload from which on the user is told, and other replicas take over."""
@@ -47,7 +47,7 @@ class Replica:
     address: URL
     proxy: dict[str, Any]
     limiter: Limiter
-    absence: Absence
+    outage: Outage
     scouting: asyncio.Lock = field(default_factory=asyncio.Lock)
     uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS))
     unanswered: float = float("-inf")
@@ -56,7 +56,7 @@ class Replica:
     is_slow: bool = False
     """True where it is out for its slowness alone."""
     said: bool = False
-    """True if the user was told of its absence."""
+    """True if the user was told of its outage."""
     seconds: float = 0.0
     """What an answer takes: a moving mean, queueing included. The mix of roles is the same on all, so it compares."""
     answers: int = 0
@@ -136,7 +136,7 @@ class Replicas:
     def answered(self, replica: Replica, sent: float) -> None:
         """A request that was sent at `sent` was answered, in whatever way."""
         replica.limiter.succeeded()
-        lasted = replica.absence.end(sent)
+        lasted = replica.outage.end(sent)
         if replica.said and not replica.out:
             self._say_back(replica, lasted)
         if len(self.all) > 1:
@@ -156,20 +156,20 @@ class Replicas:
 
     def is_hanging(self, replica: Replica, fault: Fault) -> bool:
         """Takes a replica out that has answered nothing which was sent after this request, if there is another one."""
-        is_hanging = replica.absence.answered <= fault.sent and bool(self._others(replica))
+        is_hanging = replica.outage.answered <= fault.sent and bool(self._others(replica))
         if is_hanging:
             self.lost(replica, fault)
         return is_hanging
 
     def overloaded(self, replica: Replica, fault: Overloaded) -> None:
         """Holds new calls back, hands them to others where that lasts long; `ServiceGone` over the patience."""
-        absence = replica.absence
+        outage = replica.outage
         replica.limiter.overloaded(fault.sent)
-        absence.begin()
+        outage.begin()
         self._check_patience(replica, fault)
-        pause = absence.pause(fault.sent, fault.words.pause, self._patience_left())
+        pause = outage.pause(fault.sent, fault.pause, self._patience_left())
         replica.limiter.hold(pause)
-        if absence.seconds + pause < LONG_PAUSE or replica.out:
+        if outage.seconds + pause < LONG_PAUSE or replica.out:
             return
         if self._others(replica):
             self._take_out(replica, self._words(fault), pause)
@@ -178,9 +178,9 @@ class Replicas:
 
     def lost(self, replica: Replica, fault: Fault) -> None:
         """Takes a replica out that answers nobody."""
-        replica.absence.begin()
+        replica.outage.begin()
         if not replica.out:
-            pause = replica.absence.pause(fault.sent, left=self._patience_left())
+            pause = replica.outage.pause(fault.sent, left=self._patience_left())
             self._take_out(replica, self._words(fault), pause)
 
     def _words(self, fault: Fault) -> str:
@@ -199,7 +199,7 @@ class Replicas:
         self._share_out()
         if replica.slow_times < TOLD or not is_slow:
             self._tell_once(replica, why)
-        replica.limiter.turn_away()
+        replica.limiter.clear_queue()
         if replica.return_task:
             replica.return_task.cancel()
         replica.return_task = asyncio.get_running_loop().create_task(self._ask_until_back(replica, pause))
@@ -220,7 +220,7 @@ class Replicas:
 
     async def _ask_until_back(self, replica: Replica, pause: float) -> None:
         loop = asyncio.get_running_loop()
-        since = loop.time() - replica.absence.seconds
+        since = loop.time() - replica.outage.seconds
         while True:
             await asyncio.sleep(pause)
             if not replica.out:
@@ -230,13 +230,13 @@ class Replicas:
                 is_back = await self._is_back(replica)
             except Fault as fault:
                 replica.unanswered, replica.is_slow = fault.sent, False
-                replica.absence.begin()
+                replica.outage.begin()
                 try:
                     self._check_patience(replica, fault)
                 except ServiceGone:
                     return
-                least = fault.words.pause if isinstance(fault, Overloaded) else 0.0
-                pause = replica.absence.pause(fault.sent, least, self._patience_left())
+                least = fault.pause
+                pause = replica.outage.pause(fault.sent, least, self._patience_left())
                 continue
             if is_back:
                 break
@@ -267,11 +267,11 @@ class Replicas:
         return max(0.0, self._patience - away) if away else max(LONGEST_PAUSE, self._patience)
 
     def _seconds_away(self) -> float:
-        return min(replica.absence.seconds for replica in self.all)
+        return min(replica.outage.seconds for replica in self.all)
 
     def _check_patience(self, replica: Replica, fault: Fault) -> None:
         """`ServiceGone` if not one of them was there for a request that was sent after all had gone."""
-        if all(other.absence.is_over_patience(fault.sent) for other in self.all):
+        if all(other.outage.is_over_patience(fault.sent) for other in self.all):
             where = f"{self._name} at {', '.join(other.url for other in self.all)}"
             self._gone = (
                 f"{where} stayed away for {self._seconds_away():.0f} s ({fault}); "
@@ -279,7 +279,7 @@ class Replicas:
             )
             self._is_any_in.set()
             for other in self.all:
-                other.limiter.turn_away()
+                other.limiter.clear_queue()
             raise ServiceGone(self._gone)
 
     # --- what the user is told ---------------------------------------------------------------------------------------
@@ -311,4 +311,4 @@ def open_replica(url: str, route: str, most: int, patience: float) -> Replica:
     # Once here: `trust_env` would ask the environment and .netrc again for each request, in a thread.
     with contextlib.suppress(LookupError):
         proxy["proxy"], proxy["proxy_auth"] = get_env_proxy_for_url(address)
-    return Replica(url, address, proxy, Limiter(most), Absence(patience))
+    return Replica(url, address, proxy, Limiter(most), Outage(patience))

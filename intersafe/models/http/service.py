@@ -29,14 +29,21 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from intersafe.errors import CallFailed, InputError
 from intersafe.models.base import Hooks
-from intersafe.models.http.faults import FILTERED as FILTERED
-from intersafe.models.http.faults import Away, Fault, Moved, Overloaded, TooSlow, raise_for, remedy_for
-from intersafe.models.http.faults import Passing as Passing
-from intersafe.models.http.faults import error_of as error_of
-from intersafe.models.http.limits import TurnedAway
+from intersafe.models.http.faults import (
+    Away,
+    Fault,
+    Moved,
+    Overloaded,
+    TooSlow,
+    Transient,
+    error_of,
+    raise_for,
+    remedy_for,
+)
+from intersafe.models.http.limits import QueueCleared
+from intersafe.models.http.pending import PendingCalls
 from intersafe.models.http.quotas import Quota
 from intersafe.models.http.replicas import Replica, Replicas
-from intersafe.models.http.waits import Waits
 from intersafe.recipe.sections import Limits, Model
 from intersafe.wording import printable
 
@@ -52,7 +59,7 @@ class Question(Generic[A]):
     body: Callable[[], bytes]
     """Made when it is sent and not earlier: only calls in flight hold their images in memory."""
     read: Callable[[bytes], A]
-    """The outcome of a 200; raises `Passing` where it cannot be read."""
+    """The outcome of a 200; raises `Transient` where it cannot be read."""
     blocked: Callable[[str], A]
     """The outcome where a filter stopped it, from the server's words."""
     too_long: Callable[[], A] | None = None
@@ -91,7 +98,7 @@ class Service:
         max_body: int,
     ) -> None:
         """POSTs to `<url><route>`; `max_body` is the most bytes of an answer."""
-        self._waits = Waits(hooks.may_send)
+        self._pending = PendingCalls(hooks.may_send)
         self._hooks = hooks
         self._is_told = False
         self._model, self._limits, self._scout, self._max_body = model, limits, scout, max_body
@@ -117,13 +124,13 @@ class Service:
         self._retrying = AsyncRetrying(
             stop=self._only_last_try_left,
             wait=wait_random_exponential(multiplier=0.4, max=20.0),
-            retry=retry_if_exception_type(Passing),
+            retry=retry_if_exception_type(Transient),
             reraise=True,
         )
 
     async def aclose(self) -> None:
         """Closes the connections."""
-        await self._waits.aclose()
+        await self._pending.aclose()
         await self._group.aclose()
         await self._session.close()
 
@@ -133,7 +140,7 @@ class Service:
 
     async def ask(self, job: str, question: Question[A]) -> A:
         """The outcome; waits out overload and outages, tries again what passes; `BudgetReached` at a limit."""
-        async with self._waits.ended_at_the_limit():
+        async with self._pending.ended_at_limit():
             return await self._ask_until_answered(job, question)
 
     async def _ask_until_answered(self, job: str, question: Question[A]) -> A:
@@ -158,7 +165,7 @@ class Service:
             except Moved:
                 moves += 1
             except Fault as error:
-                passing = isinstance(error, Passing)
+                passing = isinstance(error, Transient)
                 if replica is suspected.get(passing) and not replica.out and (error.status or passing):
                     word = "server_error" if passing else "bad_request"
                     raise CallFailed("endpoint", word, str(error)) from None
@@ -170,7 +177,7 @@ class Service:
 
     def _only_last_try_left(self, state: RetryCallState) -> bool:
         replica: Replica = state.args[0]
-        return state.attempt_number >= self._limits.retries - 1 or replica.absence.seconds >= self._limits.patience
+        return state.attempt_number >= self._limits.retries - 1 or replica.outage.seconds >= self._limits.patience
 
     async def _ask(self, replica: Replica, question: Question[A], stays: bool) -> A:
         """One try, in which neither overload counts nor what the question amends; `Moved` if the replica goes out."""
@@ -179,7 +186,7 @@ class Service:
                 raise Moved
             try:
                 sent = await replica.limiter.acquire()
-            except TurnedAway:
+            except QueueCleared:
                 await self._group.wait()
                 continue
             counted = 0.0
@@ -190,8 +197,8 @@ class Service:
                     if replica.limiter.is_held or (replica.out and not stays):
                         self._quota.give_back(counted)
                         continue
-                self._waits.check()
-                with self._waits.on_its_way():
+                self._pending.check()
+                with self._pending.in_flight():
                     outcome = await self._post(replica, question)
             except Overloaded as error:
                 error.sent = sent
@@ -203,7 +210,7 @@ class Service:
                 if error.status and question.amend(error):
                     continue
                 error.sent = sent
-                replica.absence.begin()
+                replica.outage.begin()
                 if isinstance(error, TooSlow):
                     replica.limiter.overloaded(sent, is_late=True)
                     if not stays and self._group.is_hanging(replica, error):
@@ -241,7 +248,7 @@ class Service:
 
     def _adopt(self, replica: Replica, fault: Overloaded) -> None:
         """Keeps to the limits that a 429 names from then on."""
-        rpm, tpm = fault.words.rpm, fault.words.tpm
+        rpm, tpm = fault.throttle.rpm, fault.throttle.tpm
         if self._quota.narrow(rpm, tpm):
             named = [f"{most:,} {what} a minute" for most, what in ((rpm, "requests"), (tpm, "tokens")) if most]
             fields = " and ".join(f"`{name}`" for most, name in ((rpm, "rpm"), (tpm, "tpm")) if most)
@@ -264,7 +271,7 @@ class Service:
             ) as response:
                 answer = await read_body(response, self._max_body)
                 if answer is None and (response.status != 200 or question.too_long is None):
-                    raise Passing(f"answer over {self._max_body // 2**20} MiB")
+                    raise Transient(f"answer over {self._max_body // 2**20} MiB")
                 if response.status != 200:
                     return question.blocked(self._filtered(response.status, response.headers, answer or b""))
         except aiohttp.ClientConnectorError as error:
@@ -273,7 +280,7 @@ class Service:
         except TimeoutError as error:
             raise TooSlow(str(error) or f"no answer within {self._limits.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise Passing(self.clean(f"{type(error).__name__} {error}".strip())) from None
+            raise Transient(self.clean(f"{type(error).__name__} {error}".strip())) from None
         finally:
             uploaded()
         if answer is None:
@@ -299,7 +306,7 @@ class Service:
     async def _answers_others(self, replica: Replica, fault: Fault) -> bool:
         """True if the replica answers right after the fault; it is out, or has been, where it does not."""
         async with replica.scouting:
-            if replica.absence.answered <= fault.sent and not replica.out:
+            if replica.outage.answered <= fault.sent and not replica.out:
                 try:
                     await self._scout_through_overload(replica)
                 except Fault as error:

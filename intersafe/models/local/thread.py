@@ -20,7 +20,7 @@ from intersafe.errors import CallFailed, InputError, IntersafeError, JobEnded, S
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Call, Hooks, Reply, Sampling
 from intersafe.models.http.faults import refusal_of
-from intersafe.models.http.waits import Waits
+from intersafe.models.http.pending import PendingCalls
 from intersafe.recipe.sections import Member
 from intersafe.records import Message
 from intersafe.replies import Schema
@@ -118,7 +118,7 @@ class EngineThread:
         """
         self.name = name
         self._loop = asyncio.get_running_loop()
-        self._waits, self._places = Waits(hooks.may_send), asyncio.Semaphore(concurrency)
+        self._pending, self._places = PendingCalls(hooks.may_send), asyncio.Semaphore(concurrency)
         self._orders: queue.SimpleQueue[_Ask | int | None] = queue.SimpleQueue()
         self._asked: dict[int, asyncio.Future[Reply]] = {}
         self._count, self._outages = 0, hooks.outages
@@ -135,11 +135,11 @@ class EngineThread:
 
     async def answer(self, asked: Asked) -> Reply:
         """The reply; `CallFailed` if the engine will not have the call, `ServiceGone` if there is no engine."""
-        async with self._waits.ended_at_the_limit():
+        async with self._pending.ended_at_limit():
             await self._is_loaded.wait()
             async with self._places:
-                self._waits.check()
-                with self._waits.on_its_way():
+                self._pending.check()
+                with self._pending.in_flight():
                     return await self._ask(asked)
 
     async def _ask(self, asked: Asked) -> Reply:
@@ -162,7 +162,7 @@ class EngineThread:
 
     async def aclose(self) -> None:
         """Lets go of the engine once the step that is under way has ended."""
-        await self._waits.aclose()
+        await self._pending.aclose()
         self._is_closing = True
         self._orders.put(None)
         # What still loads ends with this process; a step of an engine that is gone may never end.
