@@ -13,7 +13,7 @@ import pytest
 from intersafe.errors import CallFailed, ServiceGone
 from intersafe.images.store import ImageStore, normalise
 from intersafe.models.base import Hooks
-from intersafe.models.http.replicas import PLACES, Replicas
+from intersafe.models.http.replicas import REMEMBERED_JOBS, Replicas
 from intersafe.recipe.sections import Limits
 from tests.servers.fault_server import RESET, STALL, Answer, FaultServer, Request, error, reply
 from tests.test_endpoint import Asked, opened, picture
@@ -55,7 +55,7 @@ def test_a_replica_that_answers_nobody_is_taken_out_and_the_others_answer_for_it
             await ask_all(ask, JOBS)
             tried = len(ill.asked)
             assert [text.partition(ill.url)[2].rpartition("; ")[2] for text in ask.said] == [
-                "its dialogues go on at the other replicas until it is back"
+                "its dialogues continue on the other replicas until it is back"
             ]
             await ask_all(ask, JOBS)
             assert len(ill.asked) == tried, "nobody is sent there any more"
@@ -77,7 +77,7 @@ def test_a_replica_that_dies_in_the_middle_loses_no_call_and_is_preferred_by_new
             under_way = asyncio.gather(*(ask(job, job) for job in JOBS * 10))
             await two.have_come(len(homes) + 3)
             await asyncio.to_thread(two.stop)
-            await told(said, "its dialogues go on")
+            await told(said, "its dialogues continue")
             await under_way
             await ask_all(ask, JOBS)
             before = len(two.asked)
@@ -104,7 +104,7 @@ def test_when_all_are_out_everybody_waits_and_goes_on_with_the_first_that_is_bac
             for server in (one, two):
                 await asyncio.to_thread(server.stop)
             tasks = asyncio.gather(*(ask(job, job) for job in JOBS))
-            await told(said, "its dialogues go on")
+            await told(said, "its dialogues continue")
             await told(said, "waiting up to 30 s")
             await asyncio.to_thread(one.start)
             await told(said, f"{one.url} is back after")
@@ -187,7 +187,7 @@ def test_a_slow_replica_is_taken_out_until_it_is_quick_again() -> None:
                 assert rounds < 12
                 await ask_all(ask, [f"round {rounds} {job}" for job in JOBS], "slow?")
             assert re.search(
-                r"it takes [\d.]+ s for an answer and the others [\d.]+ s; its dialogues go on", said.get_nowait()
+                r"it takes [\d.]+ s for an answer and the others [\d.]+ s; its dialogues continue", said.get_nowait()
             )
             count = len(slow.asked)
             await ask_all(ask, JOBS)
@@ -227,7 +227,7 @@ def test_those_that_are_in_share_the_whole_concurrency() -> None:
             assert one.most_in_flight == 10
             assert ask.model.states()[0].limit == 10
             await asyncio.to_thread(two.start)
-            await told(said, "its dialogues go on")
+            await told(said, "its dialogues continue")
             await told(said, "is back")
             assert [state.limit for state in ask.model.states()] == [5, 5]
 
@@ -275,11 +275,11 @@ def test_places_are_remembered_within_bounds() -> None:
 
         urls = ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]
         group = Replicas(urls, "/x", 8, 1, scout, name="m", hooks=Hooks(), remedy=str)
-        first = [group.place(f"job {i}") for i in range(3 * PLACES)]
-        assert first == [group.place(f"job {i}") for i in range(3 * PLACES)], "by hash the same again"
-        return len(group._places)
+        first = [group.replica_for(f"job {i}") for i in range(3 * REMEMBERED_JOBS)]
+        assert first == [group.replica_for(f"job {i}") for i in range(3 * REMEMBERED_JOBS)], "by hash the same again"
+        return len(group._assigned)
 
-    assert asyncio.run(main()) == PLACES
+    assert asyncio.run(main()) == REMEMBERED_JOBS
 
 
 def test_a_replica_may_be_slow_and_quick_again_for_days() -> None:
@@ -308,8 +308,8 @@ def test_images_that_a_replica_does_not_read_keep_nobody_from_the_other(tmp_path
 
     async def main() -> None:
         async with opened(deaf, well, images=store, limits=Limits(timeout=1000), concurrency=200) as ask:  # type: ignore[arg-type]
-            group = ask.model._service._group
-            at_deaf = [job for job in JOBS if group.place(job) is group.all[0]]
+            group = ask.model._service._replicas
+            at_deaf = [job for job in JOBS if group.replica_for(job) is group.all[0]]
             at_well = [job for job in JOBS if job not in at_deaf]
             calls = [asyncio.create_task(ask(job, job, images=[ref, ref])) for job in at_deaf[:9]]
             while len(deaf.arrived) < 8:

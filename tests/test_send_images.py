@@ -12,7 +12,7 @@ import pytest
 from intersafe.errors import CallFailed
 from intersafe.images.store import ImageStore, normalise
 from intersafe.models.base import Hooks
-from intersafe.models.http.chat import REMEMBERED
+from intersafe.models.http.completions import REMEMBERED
 from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
 from tests.servers.fault_server import CUT, Answer, FaultServer, Request, error, reply

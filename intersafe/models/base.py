@@ -8,16 +8,13 @@ bytes when it sends them.
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from intersafe.records import Finish, Message
 from intersafe.replies import Schema
 from intersafe.run.incidents import Incidents
-
-if TYPE_CHECKING:
-    pass
 
 
 class Sampling(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ import msgspec
 
 from intersafe.errors import InputError
 from intersafe.models.base import Reply
-from intersafe.models.http.chat import read_reply
+from intersafe.models.http.completions import read_reply
 from intersafe.models.http.faults import UNREADABLE, Transient, error_of, is_refusal, refusal_of
 from intersafe.models.http.quirks import FILTER_CODES
 from intersafe.run.journal import entries_of

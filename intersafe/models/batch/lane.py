@@ -22,7 +22,7 @@ from intersafe.images.store import ImageStore
 from intersafe.models.base import Call, Hooks, Reply
 from intersafe.models.batch import api
 from intersafe.models.batch.files import BatchFolder, State, close, reply_in
-from intersafe.models.http.chat import as_data, chat_body, estimated
+from intersafe.models.http.completions import as_data, chat_body, estimated
 from intersafe.models.http.faults import Transient
 from intersafe.models.http.quirks import QUEUE_FULL
 from intersafe.recipe.sections import Limits, Member

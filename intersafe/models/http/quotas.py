@@ -81,7 +81,7 @@ class Quota:
             self.waiting -= 1
 
     @property
-    def words(self) -> str:
+    def limits(self) -> str:
         """The limits, as 60 requests and 100,000 tokens a minute."""
         named = ((self._requests, "requests"), (self._tokens, "tokens"))
         return " and ".join(f"{bucket.limit:,} {what}" for bucket, what in named if bucket) + " a minute"

@@ -1,9 +1,9 @@
 """The replicas of one model: which of them answers a job, which are out, and how they come back.
 
 A job stays where its prefix is cached. New jobs are spread over the replicas that are in, by rendezvous hash, so that
-the loss of one moves no job of the others. A replica that answers nobody, or far slower than the others, is taken out
-and asked a small question until it is there again. The last one that is in is never out for overload or slowness.
-While none is in, everybody waits, and the patience counts from the moment since which none has answered.
+the loss of one moves no job of the others. A replica that answers no call, or far slower than the others, is taken out
+and gets health probes until it answers again. The last one that is in is never out for overload or slowness. While none
+is in, all calls wait, and the patience counts from the moment since which none has answered.
 """
 
 import asyncio
@@ -13,64 +13,61 @@ import math
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from aiohttp.helpers import get_env_proxy_for_url
-from yarl import URL
-
-from intersafe.errors import InputError, ServiceGone
+from intersafe.errors import ServiceGone
 from intersafe.models.base import Hooks
 from intersafe.models.http.faults import Fault, Overloaded
 from intersafe.models.http.limits import LONGEST_PAUSE, Limiter, Outage
+from intersafe.models.http.transport import Address
 
 LONG_PAUSE = 5.0
 """Seconds of overload from which on the user is told, and other replicas take over."""
-UPLOADS = 8
-"""Large bodies on their way to one replica at once: what waits for an answer holds no images in memory."""
-PLACES = 4096
-"""Jobs whose replica is remembered; there are as many dialogues at once, or fewer."""
+REMEMBERED_JOBS = 4096
+"""Jobs whose replica is remembered; fewer dialogues grow at once."""
 ANSWERS = 16
-"""Answers by which the speed of a replica is known."""
+"""Answers over which the speed of a replica is averaged."""
 SLOW, SLOW_BY = 4.0, 0.2
-"""A replica is slow from so many times the median of the others on, and at least so many seconds above it."""
-TOLD = 3
-"""How often the user is told of one and the same slow replica."""
+"""A replica is slow if it takes more than `SLOW` times the median of the others, and `SLOW_BY` seconds more."""
+SLOW_NOTICES = 3
+"""How often the user is told about the same slow replica."""
 QUICK = 2.0
-"""It is quick again where the small question takes at most so many times as long as on another one."""
+"""A slow replica is quick again if a health probe takes at most that many times as long as on another one."""
 
 
 @dataclass(eq=False)
 class Replica:
-    """One URL: how many calls it takes, and whether it is there."""
+    """One URL of a model: how many calls it takes, and whether it answers."""
 
-    url: str
-    address: URL
-    proxy: dict[str, Any]
+    address: Address
     limiter: Limiter
     outage: Outage
-    scouting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS))
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock)
     unanswered: float = float("-inf")
-    """When the last scout that got no answer was sent."""
+    """When the latest health probe without an answer was sent."""
     out: bool = False
     is_slow: bool = False
-    """True where it is out for its slowness alone."""
-    said: bool = False
-    """True if the user was told of its outage."""
+    """True if it is out for its slowness alone."""
+    told: bool = False
+    """True if the user was told that it is away."""
     seconds: float = 0.0
-    """What an answer takes: a moving mean, queueing included. The mix of roles is the same on all, so it compares."""
+    """Moving mean of an answer's time, queueing included. The mix of roles is the same on all, so it compares."""
     answers: int = 0
-    """Those that the mean is of."""
+    """Answers in that mean."""
     slow_times: int = 0
     return_task: asyncio.Task[None] | None = None
 
+    @property
+    def url(self) -> str:
+        """The base URL, as in the recipe."""
+        return self.address.url
 
-Scout = Callable[[Replica], Awaitable[None]]
-"""Asks the small question past the limiter; raises `Fault` where it gets no answer."""
+
+Probe = Callable[[Replica], Awaitable[None]]
+"""Sends a health probe past the limiter; raises `Fault` without an answer."""
 
 
 class Replicas:
-    """One or several replicas of a model; `name` and `remedy` are for what the user is told."""
+    """One or several replicas of a model."""
 
     def __init__(
         self,
@@ -78,17 +75,21 @@ class Replicas:
         route: str,
         concurrency: int,
         patience: float,
-        scout: Scout,
+        probe: Probe,
         *,
         name: str,
         hooks: Hooks,
         remedy: Callable[[Fault], str],
     ) -> None:
-        """`concurrency` is for all of them together."""
-        self._concurrency, self._patience, self._scout = concurrency, patience, scout
+        """`concurrency`: calls in flight at all of them together; `patience` is in seconds.
+
+        The user is told of them as `name`, with what `remedy` says about a fault.
+        """
+        self._concurrency, self._patience, self._probe = concurrency, patience, probe
         self._name, self._hooks, self._remedy = name, hooks, remedy
-        self.all = [open_replica(url, route, math.ceil(concurrency / len(urls)), patience) for url in urls]
-        self._places: dict[str, Replica] = {}
+        most = math.ceil(concurrency / len(urls))
+        self.all = [Replica(Address.of(url, route), Limiter(most), Outage(patience)) for url in urls]
+        self._assigned: dict[str, Replica] = {}
         self._is_any_in = asyncio.Event()
         self._is_any_in.set()
         self._gone = ""
@@ -97,7 +98,7 @@ class Replicas:
         return len(self.all)
 
     async def aclose(self) -> None:
-        """Asks nobody any more whether he is back."""
+        """Stops the health probes."""
         tasks = [replica.return_task for replica in self.all if replica.return_task]
         for task in tasks:
             task.cancel()
@@ -105,21 +106,21 @@ class Replicas:
 
     # --- who answers -------------------------------------------------------------------------------------------------
 
-    def place(self, job: str) -> Replica | None:
-        """The replica of a job: where it was, or else by rendezvous hash; None while none is in, or none will be."""
+    def replica_for(self, job: str) -> Replica | None:
+        """The replica of a job: the one that it was on, or else by rendezvous hash; None while none is in."""
         if self._gone:
             return None
         if len(self.all) == 1:
             return None if self.all[0].out else self.all[0]
-        replica = self._places.pop(job, None)
+        replica = self._assigned.pop(job, None)
         if replica is None or replica.out:
             ins = [replica for replica in self.all if not replica.out]
             if not ins:
                 return None
             replica = max(ins, key=lambda r: hashlib.blake2b(f"{r.url} {job}".encode(), digest_size=8).digest())
-        self._places[job] = replica
-        if len(self._places) > PLACES:
-            del self._places[next(iter(self._places))]
+        self._assigned[job] = replica
+        if len(self._assigned) > REMEMBERED_JOBS:
+            del self._assigned[next(iter(self._assigned))]
         return replica
 
     async def wait(self) -> None:
@@ -134,11 +135,11 @@ class Replicas:
     # --- what came of a request --------------------------------------------------------------------------------------
 
     def answered(self, replica: Replica, sent: float) -> None:
-        """A request that was sent at `sent` was answered, in whatever way."""
+        """A request that was sent at `sent` was answered, even if by a refusal."""
         replica.limiter.succeeded()
         lasted = replica.outage.end(sent)
-        if replica.said and not replica.out:
-            self._say_back(replica, lasted)
+        if replica.told and not replica.out:
+            self._tell_back(replica, lasted)
         if len(self.all) > 1:
             replica.answers += 1
             took = asyncio.get_running_loop().time() - sent
@@ -151,18 +152,18 @@ class Replicas:
         usual = statistics.median(others) if others else math.inf
         if replica.seconds > max(SLOW * usual, usual + SLOW_BY):
             took = f"it takes {replica.seconds:.1f} s for an answer and the others {usual:.1f} s"
-            self._take_out(replica, f"{took}; ", min(LONGEST_PAUSE, 2.0 ** min(replica.slow_times, 16)), is_slow=True)
+            self._take_out(replica, took, min(LONGEST_PAUSE, 2.0 ** min(replica.slow_times, 16)), is_slow=True)
             replica.slow_times += 1
 
     def is_hanging(self, replica: Replica, fault: Fault) -> bool:
-        """Takes a replica out that has answered nothing which was sent after this request, if there is another one."""
+        """Takes the replica out if it has answered nothing that was sent after this request, and another one is in."""
         is_hanging = replica.outage.answered <= fault.sent and bool(self._others(replica))
         if is_hanging:
             self.lost(replica, fault)
         return is_hanging
 
     def overloaded(self, replica: Replica, fault: Overloaded) -> None:
-        """Holds new calls back, hands them to others where that lasts long; `ServiceGone` over the patience."""
+        """Holds new calls; others take over where that lasts long. `ServiceGone` when the patience is used up."""
         outage = replica.outage
         replica.limiter.overloaded(fault.sent)
         outage.begin()
@@ -172,19 +173,19 @@ class Replicas:
         if outage.seconds + pause < LONG_PAUSE or replica.out:
             return
         if self._others(replica):
-            self._take_out(replica, self._words(fault), pause)
+            self._take_out(replica, self._cause(fault), pause)
         else:
-            self._tell_once(replica, self._words(fault))
+            self._tell_once(replica, self._cause(fault))
 
     def lost(self, replica: Replica, fault: Fault) -> None:
-        """Takes a replica out that answers nobody."""
+        """Takes a replica out that answers no call."""
         replica.outage.begin()
         if not replica.out:
             pause = replica.outage.pause(fault.sent, left=self._patience_left())
-            self._take_out(replica, self._words(fault), pause)
+            self._take_out(replica, self._cause(fault), pause)
 
-    def _words(self, fault: Fault) -> str:
-        return f"{fault}; {self._remedy(fault)}; "
+    def _cause(self, fault: Fault) -> str:
+        return f"{fault}; {self._remedy(fault)}"
 
     # --- out and in --------------------------------------------------------------------------------------------------
 
@@ -196,29 +197,29 @@ class Replicas:
                     self._bring_in(other)
         if not self._others(replica):
             self._is_any_in.clear()
-        self._share_out()
-        if replica.slow_times < TOLD or not is_slow:
+        self._share_concurrency()
+        if replica.slow_times < SLOW_NOTICES or not is_slow:
             self._tell_once(replica, why)
         replica.limiter.clear_queue()
         if replica.return_task:
             replica.return_task.cancel()
-        replica.return_task = asyncio.get_running_loop().create_task(self._ask_until_back(replica, pause))
+        replica.return_task = asyncio.get_running_loop().create_task(self._probe_until_back(replica, pause))
 
     def _bring_in(self, replica: Replica) -> None:
         replica.out = replica.is_slow = False
         replica.answers, replica.seconds = 0, 0.0
         replica.limiter.resume()
-        self._share_out()
+        self._share_concurrency()
         self._is_any_in.set()
         self._hooks.outages.pop(self._name, None)
 
-    def _share_out(self) -> None:
-        """What the lost ones leave of the concurrency goes to those that are in."""
+    def _share_concurrency(self) -> None:
+        """Gives the concurrency of the lost replicas to those that are in."""
         ins = [replica for replica in self.all if not replica.out]
         for replica in ins:
             replica.limiter.resize(math.ceil(self._concurrency / len(ins)))
 
-    async def _ask_until_back(self, replica: Replica, pause: float) -> None:
+    async def _probe_until_back(self, replica: Replica, pause: float) -> None:
         loop = asyncio.get_running_loop()
         since = loop.time() - replica.outage.seconds
         while True:
@@ -235,34 +236,33 @@ class Replicas:
                     self._check_patience(replica, fault)
                 except ServiceGone:
                     return
-                least = fault.pause
-                pause = replica.outage.pause(fault.sent, least, self._patience_left())
+                pause = replica.outage.pause(fault.sent, fault.pause, self._patience_left())
                 continue
             if is_back:
                 break
-            # A small question may be a picture, drawn on two servers: the longer it takes the rarer it is asked.
+            # A health probe may be a picture, drawn on two servers: the longer it takes the rarer it is sent.
             pause = max(min(LONGEST_PAUSE, 2 * max(pause, 1.0)), 4 * (loop.time() - began))
         self._bring_in(replica)
-        if replica.said:
-            self._say_back(replica, loop.time() - since)
+        if replica.told:
+            self._tell_back(replica, loop.time() - since)
 
     async def _is_back(self, replica: Replica) -> bool:
-        """True if it answers, and one that was slow is quick; `Fault` if it does not."""
+        """True if it answers, and one that was slow is quick; `Fault` if it does not answer."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await self._scout(replica)
+        await self._probe(replica)
         took = loop.time() - began
         if not replica.is_slow or not (others := self._others(replica)):
             return True
         began = loop.time()
         with contextlib.suppress(Fault):
-            await self._scout(others[0])
+            await self._probe(others[0])
         return took <= max(QUICK * (loop.time() - began), SLOW_BY)
 
     # --- patience ----------------------------------------------------------------------------------------------------
 
     def _patience_left(self) -> float:
-        """Seconds that none may be there; what one waits for that is away alone is bounded too."""
+        """Seconds that all may still be away; a pause for one that is away alone is bounded too."""
         away = self._seconds_away()
         return max(0.0, self._patience - away) if away else max(LONGEST_PAUSE, self._patience)
 
@@ -270,7 +270,7 @@ class Replicas:
         return min(replica.outage.seconds for replica in self.all)
 
     def _check_patience(self, replica: Replica, fault: Fault) -> None:
-        """`ServiceGone` if not one of them was there for a request that was sent after all had gone."""
+        """`ServiceGone` if none of them answered a request that was sent after all had gone away."""
         if all(other.outage.is_over_patience(fault.sent) for other in self.all):
             where = f"{self._name} at {', '.join(other.url for other in self.all)}"
             self._gone = (
@@ -285,30 +285,17 @@ class Replicas:
     # --- what the user is told ---------------------------------------------------------------------------------------
 
     def _tell_once(self, replica: Replica, why: str) -> None:
-        if replica.said:
+        if replica.told:
             return
-        replica.said = True
+        replica.told = True
         if self._others(replica):
-            then = "its dialogues go on at the other replicas until it is back"
+            then = "its dialogues continue on the other replicas until it is back"
         else:
             then = f"waiting up to {self._patience:.0f} s, Ctrl-C stops and keeps everything"
-            self._hooks.outages[self._name] = why.removesuffix("; ")
-        self._hooks.notify(f"{self._name} at {replica.url}: {why}{then}")
+            self._hooks.outages[self._name] = why
+        self._hooks.notify(f"{self._name} at {replica.url}: {why}; {then}")
 
-    def _say_back(self, replica: Replica, lasted: float) -> None:
-        replica.said = False
+    def _tell_back(self, replica: Replica, lasted: float) -> None:
+        replica.told = False
         self._hooks.outages.pop(self._name, None)
         self._hooks.notify(f"{self._name} at {replica.url} is back after {lasted:.0f} s")
-
-
-def open_replica(url: str, route: str, most: int, patience: float) -> Replica:
-    """A replica whose address is `<url><route>`, through the proxy that the environment names for it."""
-    try:
-        address = URL(f"{url}{route}")
-    except ValueError as error:
-        raise InputError(f"{url!r} is not a URL: {error}", remedy="mend it in the recipe") from None
-    proxy: dict[str, Any] = {}
-    # Once here: `trust_env` would ask the environment and .netrc again for each request, in a thread.
-    with contextlib.suppress(LookupError):
-        proxy["proxy"], proxy["proxy_auth"] = get_env_proxy_for_url(address)
-    return Replica(url, address, proxy, Limiter(most), Outage(patience))
