@@ -344,12 +344,12 @@ def test_a_poisoned_call_fails_even_where_it_is_the_only_one(fault: Answer, reas
         asyncio.run(main())
 
 
-def test_a_server_that_turns_the_scout_down_answers_all_the_same() -> None:
+def test_a_server_that_refuses_the_health_probe_answers_all_the_same() -> None:
     async def main() -> CallFailed:
         async with opened(server) as ask:
             return await failure(ask())
 
-    with FaultServer(lambda request: error(400) if request.is_scout else error(500)) as server:
+    with FaultServer(lambda request: error(400) if request.is_probe else error(500)) as server:
         assert asyncio.run(main()).reason == "server_error"
     assert len(server.asked) == 3
 
@@ -644,7 +644,7 @@ def test_a_service_that_answers_nobody_is_waited_for_and_no_call_is_lost(fault: 
     assert len(said) == 2
 
 
-def test_a_server_that_leaves_between_the_scout_and_the_last_try_loses_no_call() -> None:
+def test_a_server_that_leaves_between_the_probe_and_the_last_try_loses_no_call() -> None:
     said: list[str] = []
     last_words = replace(reply(), how="last")
 
@@ -659,7 +659,7 @@ def test_a_server_that_leaves_between_the_scout_and_the_last_try_loses_no_call()
         async with opened(server, say=say, limits=Limits(retries=2)) as ask:
             assert (await ask()).text == "back"
 
-    with FaultServer(lambda request: last_words if request.is_scout else error(500)) as server:
+    with FaultServer(lambda request: last_words if request.is_probe else error(500)) as server:
         asyncio.run(main())
     assert "no connection" in said[0]
 
@@ -669,7 +669,7 @@ def test_tries_made_in_an_outage_do_not_count() -> None:
     seen: set[str] = set()
 
     def stumbles(request: Request) -> Answer:
-        first = request.text not in seen and not request.is_scout
+        first = request.text not in seen and not request.is_probe
         seen.add(request.text)
         return error(500) if first else reply()
 
@@ -685,7 +685,7 @@ def test_tries_made_in_an_outage_do_not_count() -> None:
         asyncio.run(main())
 
 
-def test_in_an_outage_one_scout_asks_for_all_and_calls_are_not_repeated() -> None:
+def test_in_an_outage_one_probe_is_sent_for_all_and_calls_are_not_repeated() -> None:
     async def main() -> None:
         async with opened(server, limits=Limits(retries=3, patience=1.5)) as ask:
             results = await asyncio.gather(*(ask(str(i)) for i in range(20)), return_exceptions=True)
@@ -730,8 +730,8 @@ def test_a_fault_in_the_middle_of_a_run_is_waited_out_and_every_call_is_answered
 
     with FaultServer(lambda _: reply() if len(server.served) < 20 or said else fault) as server:
         asyncio.run(main())
-    assert sorted(int(request.text) for request in server.served if not request.is_scout) == list(range(60))
-    assert len(server.requests) <= 60 + 16, "those in flight until the first scout is back, and the scouts"
+    assert sorted(int(request.text) for request in server.served if not request.is_probe) == list(range(60))
+    assert len(server.requests) <= 60 + 16, "those in flight until the first probe is back, and the probes"
     assert len(said) == 2
 
 
@@ -767,7 +767,7 @@ def test_a_server_that_was_started_again_gets_its_calls_over_new_connections() -
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificate with openssl")
-def test_a_certificate_that_nobody_vouches_for_is_an_absence(tmp_path: Path) -> None:
+def test_a_certificate_that_nobody_vouches_for_is_an_outage(tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("key.pem", "cert.pem")]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     subprocess.run([*command, "-keyout", files[0], "-out", files[1]], check=True, capture_output=True, timeout=60)

@@ -41,8 +41,8 @@ JOBS = [f"job {i}" for i in range(60)]
 
 
 def texts(server: FaultServer) -> list[str]:
-    """What was asked and answered, without scouts."""
-    return [request.text for request in server.served if not request.is_scout]
+    """What was asked and answered, without health probes."""
+    return [request.text for request in server.served if not request.is_probe]
 
 
 @pytest.mark.parametrize(
@@ -270,11 +270,11 @@ def test_images_known_by_uuid_to_a_lost_replica_travel_again_to_the_next(tmp_pat
 
 def test_places_are_remembered_within_bounds() -> None:
     async def main() -> int:
-        async def scout(_: object) -> None:
+        async def probe(_: object) -> None:
             return
 
         urls = ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]
-        group = Replicas(urls, "/x", 8, 1, scout, name="m", hooks=Hooks(), remedy=str)
+        group = Replicas(urls, "/x", 8, 1, probe, name="m", hooks=Hooks(), remedy=str)
         first = [group.replica_for(f"job {i}") for i in range(3 * REMEMBERED_JOBS)]
         assert first == [group.replica_for(f"job {i}") for i in range(3 * REMEMBERED_JOBS)], "by hash the same again"
         return len(group._assigned)
@@ -284,11 +284,11 @@ def test_places_are_remembered_within_bounds() -> None:
 
 def test_a_replica_may_be_slow_and_quick_again_for_days() -> None:
     async def main() -> None:
-        async def scout(_: object) -> None:
+        async def probe(_: object) -> None:
             pass
 
         loop, urls = asyncio.get_running_loop(), ["http://127.0.0.1:1", "http://127.0.0.1:2"]
-        group = Replicas(urls, "", 8, 600.0, scout, name="m", hooks=Hooks(), remedy=lambda _: "")
+        group = Replicas(urls, "", 8, 600.0, probe, name="m", hooks=Hooks(), remedy=lambda _: "")
         quick, slow = group.all
         for _ in range(1100):
             for _ in range(16):
