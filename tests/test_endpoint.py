@@ -7,10 +7,13 @@ import email.utils
 import io
 import itertools
 import json
+import logging
 import os
+import re
 import shutil
 import ssl
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -21,7 +24,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from intersafe.errors import CallFailed, InputError, ServiceGone
+from intersafe.errors import CallFailed, InputError, IntersafeError, ServiceGone
 from intersafe.images.store import ImageStore, normalise
 from intersafe.models.base import Call, Hooks, Reply, Sampling
 from intersafe.models.http.chat import EndpointModel
@@ -29,6 +32,7 @@ from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Message
 from intersafe.replies import MessageAnswer, Schema, schema_of
+from intersafe.run.incidents import Incidents
 from tests.servers.fault_server import CUT, RESET, STALL, Answer, FaultServer, Request, error, in_turn, raw, reply
 
 KEY_NAME, KEY = "INTERSAFE_TEST_KEY", "sk-test-0123456789-abcdefghij-0123456789"
@@ -36,18 +40,20 @@ SAMPLING = Sampling(0.3, 0.9, 123, 4567)
 
 
 class Asked:
-    """A model, and what it told the user."""
+    """A model, what it told the user, and what it counted."""
 
-    def __init__(self, model: EndpointModel, said: list[str]) -> None:
-        self.model, self.said = model, said
+    def __init__(self, model: EndpointModel, said: list[str], hooks: Hooks) -> None:
+        self.model, self.said, self.hooks = model, said, hooks
 
     async def __call__(self, text: str = "hi", job: str = "job", **changes: Any) -> Reply:
         return await self.model.answer(call(text, job, **changes))
 
 
-def call(text: str, job: str = "job", *, images: Sequence[str] = (), schema: Schema | None = None) -> Call:
+def call(
+    text: str, job: str = "job", *, images: Sequence[str] = (), schema: Schema | None = None, role: str = "judge"
+) -> Call:
     messages = (Message("system", "be brief"), Message("user", text, tuple(images)))
-    return Call("judge", "prompt", messages, SAMPLING, schema, job, 0)
+    return Call(role, "prompt", messages, SAMPLING, schema, job, 0)
 
 
 @contextlib.asynccontextmanager
@@ -63,9 +69,10 @@ async def opened(
     member = Member(model=f"openai:some/model@{','.join(server.url for server in servers)}", **changes)
     said = [] if said is None else said
     limits = limits or Limits(timeout=10, patience=30, retries=3)
-    model = EndpointModel(member, limits, images or ImageStore(Path("nowhere")), Hooks(say or said.append))
+    hooks = Hooks(say or said.append)
+    model = EndpointModel(member, limits, images or ImageStore(Path("nowhere")), hooks)
     try:
-        yield Asked(model, said)
+        yield Asked(model, said, hooks)
     finally:
         await model.aclose()
 
@@ -777,6 +784,105 @@ def test_a_certificate_that_nobody_vouches_for_is_an_outage(tmp_path: Path) -> N
         ask_once(server, limits=Limits(patience=0.2))
 
 
+# --- logged and counted ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, str]]]:
+    """Level and message of every line that the models have logged."""
+    caplog.set_level(logging.INFO, "intersafe.models.http")
+    return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "intersafe.models.http"]
+
+
+Logged = Callable[[], list[tuple[str, str]]]
+
+
+def test_every_retry_is_logged_and_counted_for_the_role_that_asked(logged: Logged) -> None:
+    async def main() -> dict[str, Incidents]:
+        async with opened(server, limits=Limits(retries=3)) as ask:
+            assert (await ask("first", role="victim:0")).text == "ok"
+            assert (await ask("second", role="judge")).text == "ok"
+            return ask.hooks.incidents
+
+    faults = in_turn(error(500, "engine\nerror"), CUT, reply(), reply(), error(502), reply())
+    with FaultServer(faults) as server:
+        counts = asyncio.run(main())
+    assert counts == {"victim:0": Incidents(retries=2), "judge": Incidents(retries=1)}
+    first, second, third = logged()
+    where = f"openai:some/model at {server.url}"
+    assert first == ("INFO", f"victim:0: {where}: try 1 failed (HTTP 500 engine error); trying again")
+    assert second[1].startswith(f"victim:0: {where}: try 2 failed (ClientPayloadError")
+    assert third == ("INFO", f"judge: {where}: try 1 failed (HTTP 502 no); trying again")
+
+
+def test_a_call_that_fails_for_good_logs_the_tries_that_it_was_given_again(logged: Logged) -> None:
+    async def main() -> dict[str, Incidents]:
+        async with opened(server, limits=Limits(retries=3)) as ask:
+            await failure(ask("poison"))
+            await failure(ask("bad"))
+            return ask.hooks.incidents
+
+    with FaultServer(lambda r: error(400) if r.text == "bad" else poisoned(error(500))(r)) as server:
+        counts = asyncio.run(main())
+    assert counts == {"judge": Incidents(retries=2)}
+    assert [re.findall(r"try (\d)", text) for _, text in logged()] == [["1"], ["2"]]
+
+
+def test_throttling_is_logged_and_counted_and_is_no_retry(logged: Logged) -> None:
+    async def main() -> dict[str, Incidents]:
+        async with opened(server) as ask:
+            assert (await ask()).text == "ok"
+            return ask.hooks.incidents
+
+    with FaultServer(in_turn(error(429, "slow down"), error(503), error(529), reply())) as server:
+        counts = asyncio.run(main())
+    assert counts == {"judge": Incidents(throttled=3)}
+    levels, texts = zip(*logged(), strict=True)
+    assert levels == ("INFO",) * 3
+    assert texts[0] == f"judge: openai:some/model at {server.url} throttles (HTTP 429 slow down)"
+
+
+def test_an_outage_is_logged_when_it_begins_and_when_it_ends_and_counted_once(logged: Logged) -> None:
+    def say(text: str) -> None:
+        server.script = lambda _: reply()
+
+    async def main() -> tuple[dict[str, Incidents], dict[str, str]]:
+        async with opened(server, say=say) as ask:
+            await asyncio.gather(*(ask(str(i), role="attacker") for i in range(12)))
+            return ask.hooks.incidents, ask.hooks.outages
+
+    with FaultServer(lambda _: error(401, "no such key")) as server:
+        counts, outages = asyncio.run(main())
+    assert counts == {"attacker": Incidents(outages=1)}
+    assert not outages
+    began, ended = logged()
+    assert began[0] == ended[0] == "WARNING"
+    assert began[1].startswith("attacker: openai:some/model is away (HTTP 401 no such key; name the variable")
+    assert re.fullmatch(r"openai:some/model is back after \d+ s", ended[1])
+
+
+def test_an_answer_at_once_logs_and_counts_nothing(logged: Logged) -> None:
+    async def main() -> dict[str, Incidents]:
+        async with opened(server) as ask:
+            await ask()
+            return ask.hooks.incidents
+
+    with FaultServer() as server:
+        assert asyncio.run(main()) == {}
+    assert logged() == []
+
+
+def test_a_library_that_sets_no_logging_up_hears_nothing() -> None:
+    code = """
+import logging
+from intersafe.models.base import Hooks
+from intersafe.models.http.incidents import IncidentLog
+IncidentLog("m", Hooks()).outage_began("judge", "down")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")
+
+
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 ECHOES: dict[str, Callable[[str], Answer]] = {
@@ -794,12 +900,12 @@ ECHOES: dict[str, Callable[[str], Answer]] = {
 
 @pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES.keys())
 def test_the_keys_value_is_told_nowhere_even_if_the_server_echoes_it(
-    echo: Callable[[str], Answer], monkeypatch: pytest.MonkeyPatch
+    echo: Callable[[str], Answer], monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     monkeypatch.setenv(KEY_NAME, f"{KEY}\n")
     said: list[str] = []
 
-    async def main() -> BaseException:
+    async def main() -> IntersafeError:
         limits = Limits(patience=0.2, retries=2)
         async with opened(server, key=KEY_NAME, said=said, limits=limits) as ask:
             with pytest.raises((ServiceGone, CallFailed)) as caught:
@@ -809,7 +915,9 @@ def test_the_keys_value_is_told_nowhere_even_if_the_server_echoes_it(
     with FaultServer(lambda request: echo(request.headers["Authorization"])) as server:
         failed = asyncio.run(main())
     assert server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
-    texts = [*said, repr(failed), repr(vars(failed)), *traceback.format_exception(failed)]
+    lines = [text for _, text in logged()]
+    assert bool(lines) == (failed.exit_code == 4 or "HTTP 5" in str(failed)), "all but a 400 leave a line in the log"
+    texts = [*said, *lines, repr(failed), repr(vars(failed)), *traceback.format_exception(failed)]
     for start in range(len(KEY) - 8):
         assert not [text for text in texts if KEY[start : start + 8] in text]
 

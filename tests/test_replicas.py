@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import re
 import socket
 from collections import Counter
@@ -13,8 +14,10 @@ import pytest
 from intersafe.errors import CallFailed, ServiceGone
 from intersafe.images.store import ImageStore, normalise
 from intersafe.models.base import Hooks
+from intersafe.models.http.incidents import IncidentLog
 from intersafe.models.http.replicas import REMEMBERED_JOBS, Replicas
 from intersafe.recipe.sections import Limits
+from intersafe.run.incidents import Incidents
 from tests.servers.fault_server import RESET, STALL, Answer, FaultServer, Request, error, reply
 from tests.test_endpoint import Asked, opened, picture
 from tests.test_limits import run
@@ -129,6 +132,46 @@ def test_patience_counts_when_all_are_out_and_ends_with_all_of_them_named(faults
     with FaultServer(lambda _: faults[0]) as one, FaultServer(lambda _: faults[1]) as two:
         asyncio.run(main())
         assert len(one.asked) + len(two.asked) < 4 * len(JOBS)
+
+
+def test_a_replica_that_goes_and_comes_back_is_logged_and_counted_for_the_role_that_lost_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> dict[str, Incidents]:
+        said: asyncio.Queue[str] = asyncio.Queue()
+        async with opened(one, two, say=said.put_nowait, limits=OFTEN) as ask:
+            await asyncio.to_thread(two.stop)
+            await asyncio.gather(*(ask(job, job, role="attacker") for job in JOBS))
+            await told(said, "its dialogues continue")
+            await asyncio.to_thread(two.start)
+            await told(said, "is back after")
+            return ask.hooks.incidents
+
+    caplog.set_level(logging.INFO, "intersafe.models.http")
+    with FaultServer() as one, FaultServer() as two:
+        counts = asyncio.run(main())
+        url = two.url
+    assert counts == {"attacker": Incidents(replicas_out=1)}
+    out, back = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "intersafe.models.http"]
+    assert out[0] == back[0] == "WARNING"
+    assert out[1].startswith(f"attacker: openai:some/model: replica {url} is taken out (no connection")
+    assert re.fullmatch(rf"openai:some/model: replica {url} is back after \d+ s", back[1])
+
+
+def test_when_every_replica_is_lost_the_outage_is_counted_once_beside_the_replicas(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> dict[str, Incidents]:
+        async with opened(one, two, limits=Limits(timeout=0.5, patience=0.8, retries=2)) as ask:
+            results = await asyncio.gather(*(ask(job, job) for job in JOBS), return_exceptions=True)
+            assert {type(result) for result in results} == {ServiceGone}
+            return ask.hooks.incidents
+
+    caplog.set_level(logging.WARNING, "intersafe.models.http")
+    with FaultServer(lambda _: error(401)) as one, FaultServer(lambda _: error(404)) as two:
+        counts = asyncio.run(main())
+    assert counts == {"judge": Incidents(outages=1, replicas_out=2)}
+    assert len([r for r in caplog.records if "is away" in r.getMessage()]) == 1
 
 
 def test_patience_does_not_count_while_another_replica_answers() -> None:
@@ -270,11 +313,11 @@ def test_images_known_by_uuid_to_a_lost_replica_travel_again_to_the_next(tmp_pat
 
 def test_places_are_remembered_within_bounds() -> None:
     async def main() -> int:
-        async def probe(_: object) -> None:
+        async def probe(*_: object) -> None:
             return
 
         urls = ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]
-        group = Replicas(urls, "/x", 8, 1, probe, name="m", hooks=Hooks(), remedy=str)
+        group = Replicas(urls, "/x", 8, 1, probe, incidents=IncidentLog("m", Hooks()), remedy=str)
         first = [group.replica_for(f"job {i}") for i in range(3 * REMEMBERED_JOBS)]
         assert first == [group.replica_for(f"job {i}") for i in range(3 * REMEMBERED_JOBS)], "by hash the same again"
         return len(group._assigned)
@@ -284,16 +327,16 @@ def test_places_are_remembered_within_bounds() -> None:
 
 def test_a_replica_may_be_slow_and_quick_again_for_days() -> None:
     async def main() -> None:
-        async def probe(_: object) -> None:
+        async def probe(*_: object) -> None:
             pass
 
         loop, urls = asyncio.get_running_loop(), ["http://127.0.0.1:1", "http://127.0.0.1:2"]
-        group = Replicas(urls, "", 8, 600.0, probe, name="m", hooks=Hooks(), remedy=lambda _: "")
+        group = Replicas(urls, "", 8, 600.0, probe, incidents=IncidentLog("m", Hooks()), remedy=lambda _: "")
         quick, slow = group.all
         for _ in range(1100):
             for _ in range(16):
-                group.answered(quick, loop.time() - 0.1)
-                group.answered(slow, loop.time() - 9.0)
+                group.answered(quick, loop.time() - 0.1, "judge")
+                group.answered(slow, loop.time() - 9.0, "judge")
             assert slow.out
             await asyncio.sleep(60)
             assert not slow.out

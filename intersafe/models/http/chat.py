@@ -6,6 +6,7 @@ them.
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import msgspec
 
@@ -43,7 +44,7 @@ class EndpointModel:
         self._sent_images: dict[str, dict[str, None]] = {url: {} for url in member.spec.urls}
         """Images that each replica has received, by its URL, the latest used last; for `send_images: uuid`."""
         self._part = self._as_file if member.send_images == "file" else self._as_data
-        self._service = Service(member, "/chat/completions", limits, hooks, probe=HelloRequest(member))
+        self._service = Service(member, "/chat/completions", limits, hooks, probe=partial(HelloRequest, member))
 
     async def aclose(self) -> None:
         """Closes the connections."""
@@ -98,8 +99,8 @@ def _schema_name(call: Call) -> str:
 class HelloRequest(Request[Reply]):
     """The health probe: a greeting of at most 16 tokens."""
 
-    def __init__(self, member: Member) -> None:
-        super().__init__(role="")
+    def __init__(self, member: Member, role: str) -> None:
+        super().__init__(role)
         hello = {"model": member.spec.model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
         self._body = msgspec.json.encode(hello | member.extra)
 

@@ -55,7 +55,9 @@ def open_embedder(spec: str, key: str, hooks: Hooks, limits: Limits = LIMITS) ->
         vectors: Vectors = []
 
         async def work() -> None:
-            service = Service(model, "/embeddings", limits, hooks, probe=EmbeddingRequest(model, ["Say hello."]))
+            service = Service(
+                model, "/embeddings", limits, hooks, probe=lambda _: EmbeddingRequest(model, ["Say hello."])
+            )
             try:
                 for i in range(0, len(texts), _BATCH):
                     # One job: all of it goes to one replica, in case two of them hold different weights.

@@ -48,8 +48,13 @@ class ImagesEndpoint:
         self._painter = painter
         limits = structs.replace(limits, timeout=painter.timeout)
         quick = painter if painter.steps is None else structs.replace(painter, steps=1)
-        probe = ImageRequest("", quick, SMALL_PICTURE, 0)
-        self._service = Service(painter, "/images/generations", limits, hooks, probe=probe)
+        self._service = Service(
+            painter,
+            "/images/generations",
+            limits,
+            hooks,
+            probe=lambda role: ImageRequest(role, quick, SMALL_PICTURE, 0),
+        )
 
     async def aclose(self) -> None:
         """Closes the connections."""

@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from intersafe.errors import ServiceGone
-from intersafe.models.base import Hooks
 from intersafe.models.http.faults import Fault, Overloaded
+from intersafe.models.http.incidents import IncidentLog
 from intersafe.models.http.limits import LONGEST_PAUSE, Limiter, Outage
 from intersafe.models.http.transport import Address
 
@@ -47,6 +47,8 @@ class Replica:
     out: bool = False
     is_slow: bool = False
     """True if it is out for its slowness alone."""
+    out_since: float = 0.0
+    """When it was taken out, by the event loop's clock."""
     told: bool = False
     """True if the user was told that it is away."""
     seconds: float = 0.0
@@ -62,8 +64,8 @@ class Replica:
         return self.address.url
 
 
-Probe = Callable[[Replica], Awaitable[None]]
-"""Sends a health probe past the limiter; raises `Fault` without an answer."""
+Probe = Callable[[Replica, str], Awaitable[None]]
+"""Sends a health probe past the limiter on behalf of a role; raises `Fault` without an answer."""
 
 
 class Replicas:
@@ -77,21 +79,21 @@ class Replicas:
         patience: float,
         probe: Probe,
         *,
-        name: str,
-        hooks: Hooks,
+        incidents: IncidentLog,
         remedy: Callable[[Fault], str],
     ) -> None:
         """`concurrency`: calls in flight at all of them together; `patience` is in seconds.
 
-        The user is told of them as `name`, with what `remedy` says about a fault.
+        The user is told what `remedy` says about a fault.
         """
         self._concurrency, self._patience, self._probe = concurrency, patience, probe
-        self._name, self._hooks, self._remedy = name, hooks, remedy
+        self._incidents, self._name, self._hooks, self._remedy = incidents, incidents.name, incidents.hooks, remedy
         most = math.ceil(concurrency / len(urls))
         self.all = [Replica(Address.of(url, route), Limiter(most), Outage(patience)) for url in urls]
         self._assigned: dict[str, Replica] = {}
         self._is_any_in = asyncio.Event()
         self._is_any_in.set()
+        self._away_since: float | None = None
         self._gone = ""
 
     def __len__(self) -> int:
@@ -134,8 +136,8 @@ class Replicas:
 
     # --- what came of a request --------------------------------------------------------------------------------------
 
-    def answered(self, replica: Replica, sent: float) -> None:
-        """A request that was sent at `sent` was answered, even if by a refusal."""
+    def answered(self, replica: Replica, sent: float, role: str) -> None:
+        """A request of that role, sent at `sent`, was answered, even if by a refusal."""
         replica.limiter.succeeded()
         lasted = replica.outage.end(sent)
         if replica.told and not replica.out:
@@ -145,24 +147,25 @@ class Replicas:
             took = asyncio.get_running_loop().time() - sent
             replica.seconds += (took - replica.seconds) / min(replica.answers, ANSWERS)
             if replica.answers % ANSWERS == 0 and not replica.out:
-                self._judge_speed(replica)
+                self._judge_speed(replica, role)
 
-    def _judge_speed(self, replica: Replica) -> None:
+    def _judge_speed(self, replica: Replica, role: str) -> None:
         others = [other.seconds for other in self._others(replica) if other.answers >= ANSWERS]
         usual = statistics.median(others) if others else math.inf
         if replica.seconds > max(SLOW * usual, usual + SLOW_BY):
             took = f"it takes {replica.seconds:.1f} s for an answer and the others {usual:.1f} s"
-            self._take_out(replica, took, min(LONGEST_PAUSE, 2.0 ** min(replica.slow_times, 16)), is_slow=True)
+            pause = min(LONGEST_PAUSE, 2.0 ** min(replica.slow_times, 16))
+            self._take_out(replica, took, pause, role, is_slow=True)
             replica.slow_times += 1
 
-    def is_hanging(self, replica: Replica, fault: Fault) -> bool:
+    def is_hanging(self, replica: Replica, fault: Fault, role: str) -> bool:
         """Takes the replica out if it has answered nothing that was sent after this request, and another one is in."""
         is_hanging = replica.outage.answered <= fault.sent and bool(self._others(replica))
         if is_hanging:
-            self.lost(replica, fault)
+            self.lost(replica, fault, role)
         return is_hanging
 
-    def overloaded(self, replica: Replica, fault: Overloaded) -> None:
+    def overloaded(self, replica: Replica, fault: Overloaded, role: str) -> None:
         """Holds new calls; others take over where that lasts long. `ServiceGone` when the patience is used up."""
         outage = replica.outage
         replica.limiter.overloaded(fault.sent)
@@ -173,45 +176,52 @@ class Replicas:
         if outage.seconds + pause < LONG_PAUSE or replica.out:
             return
         if self._others(replica):
-            self._take_out(replica, self._cause(fault), pause)
+            self._take_out(replica, self._cause(fault), pause, role)
         else:
+            self._begin_outage(self._cause(fault), role)
             self._tell_once(replica, self._cause(fault))
 
-    def lost(self, replica: Replica, fault: Fault) -> None:
+    def lost(self, replica: Replica, fault: Fault, role: str) -> None:
         """Takes a replica out that answers no call."""
         replica.outage.begin()
         if not replica.out:
             pause = replica.outage.pause(fault.sent, left=self._patience_left())
-            self._take_out(replica, self._cause(fault), pause)
+            self._take_out(replica, self._cause(fault), pause, role)
 
     def _cause(self, fault: Fault) -> str:
         return f"{fault}; {self._remedy(fault)}"
 
     # --- out and in --------------------------------------------------------------------------------------------------
 
-    def _take_out(self, replica: Replica, why: str, pause: float, *, is_slow: bool = False) -> None:
-        replica.out, replica.is_slow = True, is_slow
+    def _take_out(self, replica: Replica, why: str, pause: float, role: str, *, is_slow: bool = False) -> None:
+        loop = asyncio.get_running_loop()
+        replica.out, replica.is_slow, replica.out_since = True, is_slow, loop.time()
+        if len(self.all) > 1:
+            self._incidents.taken_out(role, replica.url, why)
         if not self._others(replica):
             for other in self.all:
                 if other.is_slow and other is not replica:  # better than none
                     self._bring_in(other)
         if not self._others(replica):
             self._is_any_in.clear()
+            self._begin_outage(why, role)
         self._share_concurrency()
         if replica.slow_times < SLOW_NOTICES or not is_slow:
             self._tell_once(replica, why)
         replica.limiter.clear_queue()
         if replica.return_task:
             replica.return_task.cancel()
-        replica.return_task = asyncio.get_running_loop().create_task(self._probe_until_back(replica, pause))
+        replica.return_task = loop.create_task(self._probe_until_back(replica, pause, role))
 
     def _bring_in(self, replica: Replica) -> None:
+        if len(self.all) > 1:
+            self._incidents.brought_in(replica.url, asyncio.get_running_loop().time() - replica.out_since)
         replica.out = replica.is_slow = False
         replica.answers, replica.seconds = 0, 0.0
         replica.limiter.resume()
         self._share_concurrency()
         self._is_any_in.set()
-        self._hooks.outages.pop(self._name, None)
+        self._end_outage()
 
     def _share_concurrency(self) -> None:
         """Gives the concurrency of the lost replicas to those that are in."""
@@ -219,7 +229,7 @@ class Replicas:
         for replica in ins:
             replica.limiter.resize(math.ceil(self._concurrency / len(ins)))
 
-    async def _probe_until_back(self, replica: Replica, pause: float) -> None:
+    async def _probe_until_back(self, replica: Replica, pause: float, role: str) -> None:
         loop = asyncio.get_running_loop()
         since = loop.time() - replica.outage.seconds
         while True:
@@ -228,7 +238,7 @@ class Replicas:
                 return
             began = loop.time()
             try:
-                is_back = await self._is_back(replica)
+                is_back = await self._is_back(replica, role)
             except Fault as fault:
                 replica.unanswered, replica.is_slow = fault.sent, False
                 replica.outage.begin()
@@ -246,17 +256,17 @@ class Replicas:
         if replica.told:
             self._tell_back(replica, loop.time() - since)
 
-    async def _is_back(self, replica: Replica) -> bool:
+    async def _is_back(self, replica: Replica, role: str) -> bool:
         """True if it answers, and one that was slow is quick; `Fault` if it does not answer."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await self._probe(replica)
+        await self._probe(replica, role)
         took = loop.time() - began
         if not replica.is_slow or not (others := self._others(replica)):
             return True
         began = loop.time()
         with contextlib.suppress(Fault):
-            await self._probe(others[0])
+            await self._probe(others[0], role)
         return took <= max(QUICK * (loop.time() - began), SLOW_BY)
 
     # --- patience ----------------------------------------------------------------------------------------------------
@@ -284,6 +294,19 @@ class Replicas:
 
     # --- what the user is told ---------------------------------------------------------------------------------------
 
+    def _begin_outage(self, why: str, role: str) -> None:
+        """Shows that nobody answers, until `_end_outage`; `why` is the first cause."""
+        if self._away_since is None:
+            self._away_since = asyncio.get_running_loop().time()
+            self._hooks.outages[self._name] = why
+            self._incidents.outage_began(role, why)
+
+    def _end_outage(self) -> None:
+        if self._away_since is not None:
+            self._hooks.outages.pop(self._name, None)
+            self._incidents.outage_ended(asyncio.get_running_loop().time() - self._away_since)
+            self._away_since = None
+
     def _tell_once(self, replica: Replica, why: str) -> None:
         if replica.told:
             return
@@ -292,10 +315,9 @@ class Replicas:
             then = "its dialogues continue on the other replicas until it is back"
         else:
             then = f"waiting up to {self._patience:.0f} s, Ctrl-C stops and keeps everything"
-            self._hooks.outages[self._name] = why
         self._hooks.notify(f"{self._name} at {replica.url}: {why}; {then}")
 
     def _tell_back(self, replica: Replica, lasted: float) -> None:
         replica.told = False
-        self._hooks.outages.pop(self._name, None)
+        self._end_outage()
         self._hooks.notify(f"{self._name} at {replica.url} is back after {lasted:.0f} s")

@@ -19,6 +19,7 @@ there is none, until one is back or `ServiceGone` ends the run when the patience
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
@@ -26,6 +27,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from intersafe.errors import CallFailed, InputError
 from intersafe.models.base import Hooks
 from intersafe.models.http.faults import Fault, Moved, Overloaded, TooSlow, Transient, remedy_for
+from intersafe.models.http.incidents import IncidentLog
 from intersafe.models.http.limits import QueueCleared
 from intersafe.models.http.pending import PendingCalls
 from intersafe.models.http.quotas import Quota
@@ -33,6 +35,9 @@ from intersafe.models.http.replicas import Replica, Replicas
 from intersafe.models.http.request import A, Request
 from intersafe.models.http.transport import Transport
 from intersafe.recipe.sections import Limits, Model
+
+ProbeFor = Callable[[str], Request[Any]]
+"""Makes a health probe on behalf of a role."""
 
 
 class ReplicaState(NamedTuple):
@@ -48,28 +53,29 @@ class ReplicaState(NamedTuple):
 class Service:
     """One route of one model behind one or several URLs; a job stays on one replica."""
 
-    def __init__(self, model: Model, route: str, limits: Limits, hooks: Hooks, *, probe: Request[Any]) -> None:
-        """POSTs to `<url><route>`; `probe` is the health probe. Needs a running event loop."""
+    def __init__(self, model: Model, route: str, limits: Limits, hooks: Hooks, *, probe: ProbeFor) -> None:
+        """POSTs to `<url><route>`; `probe` makes a health probe. Needs a running event loop."""
         self._model, self._limits, self._hooks, self._probe = model, limits, hooks, probe
         self._transport = Transport(model, limits.timeout)
         self.clean = self._transport.clean
         self._pending = PendingCalls(hooks.may_send)
         self._quota = Quota(model.rpm, model.tpm)
         self._is_told = False
+        self._incidents = IncidentLog(model.identity, hooks, self.clean)
         self._replicas = Replicas(
             model.spec.urls,
             route,
             model.concurrency,
             limits.patience,
             self._probe_once,
-            name=model.identity,
-            hooks=hooks,
+            incidents=self._incidents,
             remedy=lambda fault: remedy_for(fault, model),
         )
         self._retrying = AsyncRetrying(
             stop=self._only_last_try_left,
             wait=wait_random_exponential(multiplier=0.4, max=20.0),
             retry=retry_if_exception_type(Transient),
+            before_sleep=self._log_retry,
             reraise=True,
         )
 
@@ -117,15 +123,21 @@ class Service:
                 if replica is cleared.get(transient) and not replica.out and (error.status or transient):
                     reason = "server_error" if transient else "bad_request"
                     raise CallFailed("endpoint", reason, str(error)) from None
-                if await self._answers_probe(replica, error):
+                if await self._answers_probe(replica, error, request.role):
                     cleared[transient] = replica
                 else:
                     cleared = {}
                     moves += 1
+                if transient or cleared:
+                    self._incidents.retried(request.role, replica.url, request.tries, error)
 
     def _only_last_try_left(self, state: RetryCallState) -> bool:
         replica: Replica = state.args[0]
         return state.attempt_number >= self._limits.retries - 1 or replica.outage.seconds >= self._limits.patience
+
+    def _log_retry(self, state: RetryCallState) -> None:
+        replica, request, _ = state.args
+        self._incidents.retried(request.role, replica.url, request.tries, state.outcome and state.outcome.exception())
 
     # --- one try -----------------------------------------------------------------------------------------------------
 
@@ -152,28 +164,29 @@ class Service:
                     outcome = await self._transport.post(replica.address, request)
             except Overloaded as error:
                 self._quota.settle(counted, 0, 0)
-                self._slow_down(replica, error, sent)
+                self._slow_down(replica, request, error, sent)
                 continue
             except Fault as error:
                 if error.status and request.fall_back(error):
                     continue
-                self._note_fault(replica, error, sent, stays)
+                self._note_fault(replica, request, error, sent, stays)
                 raise
             except CallFailed as error:
-                self._replicas.answered(replica, sent)
+                self._replicas.answered(replica, sent, request.role)
                 if request.fall_back(error):
                     continue
                 raise
             finally:
                 replica.limiter.release()
-            self._replicas.answered(replica, sent)
+            self._replicas.answered(replica, sent, request.role)
             if counted and (used := request.used(outcome)):
                 self._quota.settle(counted, used, request.tokens())
             return outcome
 
-    def _slow_down(self, replica: Replica, fault: Overloaded, sent: float) -> None:
+    def _slow_down(self, replica: Replica, request: Request[Any], fault: Overloaded, sent: float) -> None:
         """Fewer requests from now on, and none for a while; keeps to the limits that the server names."""
         fault.sent = sent
+        self._incidents.throttled(request.role, replica.url, fault)
         rpm, tpm = fault.throttle.rpm, fault.throttle.tpm
         if self._quota.narrow(rpm, tpm):
             named = [f"{most:,} {what} a minute" for most, what in ((rpm, "requests"), (tpm, "tokens")) if most]
@@ -182,15 +195,17 @@ class Service:
             self._hooks.notify(
                 f"{where} allows {' and '.join(named)}, which holds from now on; {fields} in the recipe sets it"
             )
-        self._replicas.overloaded(replica, fault)
+        self._replicas.overloaded(replica, fault, request.role)
 
-    def _note_fault(self, replica: Replica, fault: Fault, sent: float, stays: bool) -> None:
+    def _note_fault(self, replica: Replica, request: Request[Any], fault: Fault, sent: float, stays: bool) -> None:
         """Starts the clock of an outage; `Moved` if the replica hangs and another one can answer."""
         fault.sent = sent
+        request.tries += 1
         replica.outage.begin()
         if isinstance(fault, TooSlow):
             replica.limiter.overloaded(sent, is_late=True)
-            if not stays and self._replicas.is_hanging(replica, fault):
+            if not stays and self._replicas.is_hanging(replica, fault, request.role):
+                self._incidents.retried(request.role, replica.url, request.tries, fault)
                 raise Moved from None
 
     async def _within_quota(self, tokens: int) -> float:
@@ -213,32 +228,32 @@ class Service:
 
     # --- health probes -----------------------------------------------------------------------------------------------
 
-    async def _answers_probe(self, replica: Replica, fault: Fault) -> bool:
+    async def _answers_probe(self, replica: Replica, fault: Fault, role: str) -> bool:
         """True if the replica answers other requests right after the fault; otherwise it is out, or was meanwhile."""
         async with replica.probing:
             if replica.outage.answered <= fault.sent and not replica.out:
                 try:
-                    await self._probe_through_overload(replica)
+                    await self._probe_through_overload(replica, role)
                 except Fault as error:
                     replica.unanswered = error.sent
-                    self._replicas.lost(replica, error)
+                    self._replicas.lost(replica, error, role)
             return not replica.out and replica.unanswered < fault.sent
 
-    async def _probe_through_overload(self, replica: Replica) -> None:
+    async def _probe_through_overload(self, replica: Replica, role: str) -> None:
         try:
-            await self._probe_once(replica)
+            await self._probe_once(replica, role)
         except Overloaded:
             with contextlib.suppress(CallFailed, Moved):  # an answer all the same; or the replica is out by now
-                await self._try(replica, self._probe, False)
+                await self._try(replica, self._probe(role), False)
 
-    async def _probe_once(self, replica: Replica) -> None:
+    async def _probe_once(self, replica: Replica, role: str) -> None:
         """A health probe past the limiter, whose slots may be those of requests that hang; `Fault` without answer."""
         sent = asyncio.get_running_loop().time()
         try:
-            await self._transport.post(replica.address, self._probe)
+            await self._transport.post(replica.address, self._probe(role))
         except (CallFailed, InputError):
             pass
         except Fault as error:
             error.sent = sent
             raise
-        self._replicas.answered(replica, sent)
+        self._replicas.answered(replica, sent, role)
