@@ -158,6 +158,7 @@ def stats(
     import msgspec
 
     from intersafe.cli.values import file_outside, parse_prices
+    from intersafe.models.base import Hooks
     from intersafe.models.http.embeddings import open_embedder
     from intersafe.report.cost import with_flags
     from intersafe.report.stats import stats_of
@@ -171,7 +172,7 @@ def stats(
     opened = Run(run)
     priced = with_flags(opened.prices(), parse_prices(prices))
     path = file_outside(opened, target) if target not in (None, "-") else None
-    model = open_embedder(embedder, embedder_key, lambda text: click.echo(text, err=True)) if embedder else None
+    model = open_embedder(embedder, embedder_key, Hooks(lambda text: click.echo(text, err=True))) if embedder else None
     found = stats_of(opened, sample=sample, prices=priced, embedder=model)
     data = msgspec.json.format(msgspec.json.encode(found)) + b"\n"
     if path:

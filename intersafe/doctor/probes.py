@@ -16,7 +16,7 @@ from intersafe.doctor.client import SEED, ChatLine, Line, as_colour, user
 from intersafe.errors import CallFailed, InputError
 from intersafe.images.store import normalise
 from intersafe.models.base import Reply
-from intersafe.models.http.faults import UNREADABLE, Away, Fault, Overloaded, Passing, TooSlow, remedy_for
+from intersafe.models.http.faults import UNREADABLE, Away, Fault, Overloaded, TooSlow, Transient, remedy_for
 from intersafe.models.http.images import SMALL_PICTURE
 from intersafe.recipe.sections import Painter
 from intersafe.records import Message
@@ -163,7 +163,7 @@ def _no_answer(line: Line, error: Fault | CallFailed, names: list[str] | str) ->
         remedy = "is it still loading? give it longer with --timeout; if not, start it again"
     elif isinstance(error, Away) and not status:
         remedy = "start the server, or mend its URL"
-    elif isinstance(error, Passing) and not status:
+    elif isinstance(error, Transient) and not status:
         remedy = "is an OpenAI-compatible server behind this URL, and nothing else?"
     else:
         remedy = remedy_for(error, line.model)
@@ -263,7 +263,7 @@ async def _n(line: ChatLine) -> Finding:
     try:
         count = len(msgspec.json.decode(data, type=_Choices).choices)
     except UNREADABLE as error:
-        raise Passing(f"unreadable answer: {error}") from None
+        raise Transient(f"unreadable answer: {error}") from None
     if count == 2:
         return Finding("info", "n", "n=2 gives two answers; intersafe asks for one at a time")
     return Finding("info", "n", f"n ignored: n=2 gives {count}; intersafe asks for one at a time")

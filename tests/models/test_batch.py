@@ -20,6 +20,7 @@ from intersafe.errors import BudgetReached, ServiceGone
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.progress import Progress
 from intersafe.models.batch import api, lane
+from intersafe.models.http.quirks import QUEUE_FULL
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Member, Recipe, Turns
@@ -520,7 +521,7 @@ def test_a_finished_run_keeps_of_batches_only_what_is_under_way(tmp_path: Path) 
 # --- budgets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("status", "code"), [(503, None), (400, api.QUEUE_FULL)])
+@pytest.mark.parametrize(("status", "code"), [(503, None), (400, QUEUE_FULL)])
 def test_no_batch_is_sent_once_a_limit_is_reached(
     status: int, code: str | None, direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from intersafe.errors import CallFailed, SeedsExhausted, ServiceGone
 from intersafe.generation.generate import generate_dialogues
 from intersafe.images.store import ImageStore
-from intersafe.models.base import Call, Sampling
+from intersafe.models.base import Call, Hooks, Sampling
 from intersafe.models.http.chat import EndpointModel
 from intersafe.recipe.sections import Limits, Member
 from intersafe.records import Message
@@ -39,7 +39,7 @@ async def opened(
     server: FaultServer, store: ImageStore, said: list[str], **changes: Any
 ) -> AsyncIterator[EndpointModel]:
     member = Member(model=f"openai:toy@{server.url}", **changes)
-    model = EndpointModel(member, Limits(timeout=10, patience=5, retries=3), store, said.append)
+    model = EndpointModel(member, Limits(timeout=10, patience=5, retries=3), store, Hooks(said.append))
     try:
         yield model
     finally:

@@ -5,9 +5,12 @@ import base64
 import email.utils
 import itertools
 import json
+import logging
+import re
 import shutil
 import ssl
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,12 +20,13 @@ from typing import Any
 
 import pytest
 
-from intersafe.errors import CallFailed, InputError, ServiceGone
+from intersafe.errors import CallFailed, InputError, IntersafeError, ServiceGone
 from intersafe.images.store import ImageStore, normalise
 from intersafe.models.base import Hooks, Reply
 from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.replies import MessageAnswer, Schema, schema_of
+from intersafe.run.incidents import Incidents
 from tests.support.endpoints import call, failure, once, opened, picture
 from tests.support.servers.fault_server import (
     CUT,
@@ -296,12 +300,12 @@ def test_a_poisoned_call_fails_even_where_it_is_the_only_one(fault: Answer, reas
         asyncio.run(main())
 
 
-def test_a_server_that_turns_the_scout_down_answers_all_the_same() -> None:
+def test_a_server_that_refuses_the_health_probe_answers_all_the_same() -> None:
     async def main() -> CallFailed:
         async with opened(server) as ask:
             return await failure(ask())
 
-    with FaultServer(lambda request: error(400) if request.is_scout else error(500)) as server:
+    with FaultServer(lambda request: error(400) if request.is_probe else error(500)) as server:
         assert asyncio.run(main()).reason == "server_error"
     assert len(server.asked) == 3
 
@@ -596,7 +600,7 @@ def test_a_service_that_answers_nobody_is_waited_for_and_no_call_is_lost(fault: 
     assert len(said) == 2
 
 
-def test_a_server_that_leaves_between_the_scout_and_the_last_try_loses_no_call() -> None:
+def test_a_server_that_leaves_between_the_probe_and_the_last_try_loses_no_call() -> None:
     said: list[str] = []
     last_words = replace(reply(), how="last")
 
@@ -611,7 +615,7 @@ def test_a_server_that_leaves_between_the_scout_and_the_last_try_loses_no_call()
         async with opened(server, say=say, limits=Limits(retries=2)) as ask:
             assert (await ask()).text == "back"
 
-    with FaultServer(lambda request: last_words if request.is_scout else error(500)) as server:
+    with FaultServer(lambda request: last_words if request.is_probe else error(500)) as server:
         asyncio.run(main())
     assert "no connection" in said[0]
 
@@ -621,7 +625,7 @@ def test_tries_made_in_an_outage_do_not_count() -> None:
     seen: set[str] = set()
 
     def stumbles(request: Request) -> Answer:
-        first = request.text not in seen and not request.is_scout
+        first = request.text not in seen and not request.is_probe
         seen.add(request.text)
         return error(500) if first else reply()
 
@@ -637,7 +641,7 @@ def test_tries_made_in_an_outage_do_not_count() -> None:
         asyncio.run(main())
 
 
-def test_in_an_outage_one_scout_asks_for_all_and_calls_are_not_repeated() -> None:
+def test_in_an_outage_one_probe_is_sent_for_all_and_calls_are_not_repeated() -> None:
     async def main() -> None:
         async with opened(server, limits=Limits(retries=3, patience=1.5)) as ask:
             results = await asyncio.gather(*(ask(str(i)) for i in range(20)), return_exceptions=True)
@@ -682,8 +686,8 @@ def test_a_fault_in_the_middle_of_a_run_is_waited_out_and_every_call_is_answered
 
     with FaultServer(lambda _: reply() if len(server.served) < 20 or said else fault) as server:
         asyncio.run(main())
-    assert sorted(int(request.text) for request in server.served if not request.is_scout) == list(range(60))
-    assert len(server.requests) <= 60 + 16, "those in flight until the first scout is back, and the scouts"
+    assert sorted(int(request.text) for request in server.served if not request.is_probe) == list(range(60))
+    assert len(server.requests) <= 60 + 16, "those in flight until the first probe is back, and the probes"
     assert len(said) == 2
 
 
@@ -719,7 +723,7 @@ def test_a_server_that_was_started_again_gets_its_calls_over_new_connections() -
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificate with openssl")
-def test_a_certificate_that_nobody_vouches_for_is_an_absence(tmp_path: Path) -> None:
+def test_a_certificate_that_nobody_vouches_for_is_an_outage(tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("key.pem", "cert.pem")]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     subprocess.run([*command, "-keyout", files[0], "-out", files[1]], check=True, capture_output=True, timeout=60)
@@ -727,6 +731,105 @@ def test_a_certificate_that_nobody_vouches_for_is_an_absence(tmp_path: Path) -> 
     context.load_cert_chain(files[1], files[0])
     with FaultServer(tls=context) as server, pytest.raises(ServiceGone, match=r"(?i)certificate"):
         ask_once(server, limits=Limits(patience=0.2))
+
+
+# --- logged and counted ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, str]]]:
+    """Level and message of every line that the models have logged."""
+    caplog.set_level(logging.INFO, "intersafe.models.http")
+    return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "intersafe.models.http"]
+
+
+Logged = Callable[[], list[tuple[str, str]]]
+
+
+def test_every_retry_is_logged_and_counted_for_the_role_that_asked(logged: Logged) -> None:
+    async def main() -> dict[str, Incidents]:
+        async with opened(server, limits=Limits(retries=3)) as ask:
+            assert (await ask("first", role="victim:0")).text == "ok"
+            assert (await ask("second", role="judge")).text == "ok"
+            return ask.hooks.incidents
+
+    faults = in_turn(error(500, "engine\nerror"), CUT, reply(), reply(), error(502), reply())
+    with FaultServer(faults) as server:
+        counts = asyncio.run(main())
+    assert counts == {"victim:0": Incidents(retries=2), "judge": Incidents(retries=1)}
+    first, second, third = logged()
+    where = f"openai:some/model at {server.url}"
+    assert first == ("INFO", f"victim:0: {where}: try 1 failed (HTTP 500 engine error); trying again")
+    assert second[1].startswith(f"victim:0: {where}: try 2 failed (ClientPayloadError")
+    assert third == ("INFO", f"judge: {where}: try 1 failed (HTTP 502 no); trying again")
+
+
+def test_a_call_that_fails_for_good_logs_the_tries_that_it_was_given_again(logged: Logged) -> None:
+    async def main() -> dict[str, Incidents]:
+        async with opened(server, limits=Limits(retries=3)) as ask:
+            await failure(ask("poison"))
+            await failure(ask("bad"))
+            return ask.hooks.incidents
+
+    with FaultServer(lambda r: error(400) if r.text == "bad" else poisoned(error(500))(r)) as server:
+        counts = asyncio.run(main())
+    assert counts == {"judge": Incidents(retries=2)}
+    assert [re.findall(r"try (\d)", text) for _, text in logged()] == [["1"], ["2"]]
+
+
+def test_throttling_is_logged_and_counted_and_is_no_retry(logged: Logged) -> None:
+    async def main() -> dict[str, Incidents]:
+        async with opened(server) as ask:
+            assert (await ask()).text == "ok"
+            return ask.hooks.incidents
+
+    with FaultServer(in_turn(error(429, "slow down"), error(503), error(529), reply())) as server:
+        counts = asyncio.run(main())
+    assert counts == {"judge": Incidents(throttled=3)}
+    levels, texts = zip(*logged(), strict=True)
+    assert levels == ("INFO",) * 3
+    assert texts[0] == f"judge: openai:some/model at {server.url} throttles (HTTP 429 slow down)"
+
+
+def test_an_outage_is_logged_when_it_begins_and_when_it_ends_and_counted_once(logged: Logged) -> None:
+    def say(text: str) -> None:
+        server.script = lambda _: reply()
+
+    async def main() -> tuple[dict[str, Incidents], dict[str, str]]:
+        async with opened(server, say=say) as ask:
+            await asyncio.gather(*(ask(str(i), role="attacker") for i in range(12)))
+            return ask.hooks.incidents, ask.hooks.outages
+
+    with FaultServer(lambda _: error(401, "no such key")) as server:
+        counts, outages = asyncio.run(main())
+    assert counts == {"attacker": Incidents(outages=1)}
+    assert not outages
+    began, ended = logged()
+    assert began[0] == ended[0] == "WARNING"
+    assert began[1].startswith("attacker: openai:some/model is away (HTTP 401 no such key; name the variable")
+    assert re.fullmatch(r"openai:some/model is back after \d+ s", ended[1])
+
+
+def test_an_answer_at_once_logs_and_counts_nothing(logged: Logged) -> None:
+    async def main() -> dict[str, Incidents]:
+        async with opened(server) as ask:
+            await ask()
+            return ask.hooks.incidents
+
+    with FaultServer() as server:
+        assert asyncio.run(main()) == {}
+    assert logged() == []
+
+
+def test_a_library_that_sets_no_logging_up_hears_nothing() -> None:
+    code = """
+import logging
+from intersafe.models.base import Hooks
+from intersafe.models.http.incidents import IncidentLog
+IncidentLog("m", Hooks()).outage_began("judge", "down")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -746,12 +849,12 @@ ECHOES: dict[str, Callable[[str], Answer]] = {
 
 @pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES.keys())
 def test_the_keys_value_is_told_nowhere_even_if_the_server_echoes_it(
-    echo: Callable[[str], Answer], monkeypatch: pytest.MonkeyPatch
+    echo: Callable[[str], Answer], monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     monkeypatch.setenv(KEY_NAME, f"{KEY}\n")
     said: list[str] = []
 
-    async def main() -> BaseException:
+    async def main() -> IntersafeError:
         limits = Limits(patience=0.2, retries=2)
         async with opened(server, key=KEY_NAME, said=said, limits=limits) as ask:
             with pytest.raises((ServiceGone, CallFailed)) as caught:
@@ -761,7 +864,9 @@ def test_the_keys_value_is_told_nowhere_even_if_the_server_echoes_it(
     with FaultServer(lambda request: echo(request.headers["Authorization"])) as server:
         failed = asyncio.run(main())
     assert server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
-    texts = [*said, repr(failed), repr(vars(failed)), *traceback.format_exception(failed)]
+    lines = [text for _, text in logged()]
+    assert bool(lines) == (failed.exit_code == 4 or "HTTP 5" in str(failed)), "all but a 400 leave a line in the log"
+    texts = [*said, *lines, repr(failed), repr(vars(failed)), *traceback.format_exception(failed)]
     for start in range(len(KEY) - 8):
         assert not [text for text in texts if KEY[start : start + 8] in text]
 

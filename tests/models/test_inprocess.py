@@ -11,7 +11,7 @@ import pytest
 from intersafe.engines.metrics import Sample
 from intersafe.errors import BudgetReached, CallFailed, InputError, JobEnded, ServiceGone
 from intersafe.images.store import ImageStore
-from intersafe.models.base import Reply, Sampling
+from intersafe.models.base import Hooks, Reply, Sampling
 from intersafe.models.local.thread import Asked, EngineThread
 from intersafe.records import Message
 
@@ -83,13 +83,12 @@ def opened(
     steps: int = 1,
     most: int = 100,
     may_send: Callable[[], None] | None = None,
-    waiting: dict[str, str] | None = None,
 ) -> EngineThread:
     def load() -> Paper:
         made.append(Paper(steps))
         return made[0]
 
-    return EngineThread("paper", load, most, {} if waiting is None else waiting, may_send)
+    return EngineThread("paper", load, most, Hooks(may_send=may_send))
 
 
 def test_many_calls_are_worked_on_together_and_a_bad_one_fails_alone() -> None:
@@ -181,12 +180,12 @@ def test_closing_does_not_wait_for_what_loads_and_nothing_more_is_loaded() -> No
         return slowly
 
     async def main() -> None:
-        waiting: dict[str, str] = {}
-        first, second = (EngineThread(name, load(name), 9, waiting, None) for name in ("one", "two"))
+        hooks = Hooks()
+        first, second = (EngineThread(name, load(name), 9, hooks) for name in ("one", "two"))
         await asyncio.to_thread(begun.wait)
-        assert set(waiting) == {"one", "two"}
+        assert set(hooks.outages) == {"one", "two"}
         await asyncio.wait_for(asyncio.gather(first.aclose(), second.aclose()), 10)
-        assert not waiting
+        assert not hooks.outages
 
     asyncio.run(main())
     go.set()
@@ -201,12 +200,12 @@ def test_an_engine_that_cannot_be_loaded_is_the_users_to_mend() -> None:
         raise InputError("no such model", remedy="mend its name")
 
     async def main() -> None:
-        waiting: dict[str, str] = {}
-        thread = EngineThread("paper", load, 9, waiting, None)
+        hooks = Hooks()
+        thread = EngineThread("paper", load, 9, hooks)
         for _ in range(2):
             with pytest.raises(InputError, match="mend its name"):
                 await thread.answer(asked("hello"))
-        assert not waiting
+        assert not hooks.outages
         await thread.aclose()
 
     asyncio.run(main())

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from intersafe.models.http.limits import Absence, Limiter
+from intersafe.models.http.limits import Limiter, Outage
 from tests.support.jumping_time import run
 
 
@@ -31,18 +31,18 @@ class Capacity:
         return True
 
 
-async def call(limiter: Limiter, server: Capacity, absence: Absence) -> None:
+async def call(limiter: Limiter, server: Capacity, outage: Outage) -> None:
     """One call as the endpoint makes it."""
     while True:
         started = await limiter.acquire()
         try:
             if await server.request():
                 limiter.succeeded()
-                absence.end(started)
+                outage.end(started)
                 return
             limiter.overloaded(started)
-            absence.begin()
-            limiter.hold(absence.pause(started, server.retry_after))
+            outage.begin()
+            limiter.hold(outage.pause(started, server.retry_after))
         finally:
             limiter.release()
 
@@ -52,11 +52,11 @@ class Load:
 
     def __init__(self, limiter: Limiter, server: Capacity, callers: int = 200) -> None:
         self.limiter, self.server = limiter, server
-        absence = Absence(1e9)
+        outage = Outage(1e9)
 
         async def caller() -> None:
             while True:
-                await call(limiter, server, absence)
+                await call(limiter, server, outage)
 
         self._tasks = [asyncio.create_task(caller()) for _ in range(callers)]
 
@@ -130,14 +130,14 @@ def test_a_server_that_was_out_is_soon_given_again_what_it_took_before() -> None
 
 def test_a_burst_of_rejections_lowers_the_limit_once_and_pauses_once() -> None:
     async def main() -> tuple[int, float]:
-        limiter, absence = Limiter(64), Absence(1e9)
+        limiter, outage = Limiter(64), Outage(1e9)
         starts = [await limiter.acquire() for _ in range(64)]
         await asyncio.sleep(1)
         pauses = []
         for started in starts:
             limiter.overloaded(started)
-            absence.begin()
-            pauses.append(absence.pause(started))
+            outage.begin()
+            pauses.append(outage.pause(started))
             limiter.release()
         return limiter.limit, max(pauses)
 
@@ -186,14 +186,14 @@ def test_a_ceiling_that_is_refused_twice_is_kept_to_for_a_while_and_then_tried_a
 @pytest.mark.parametrize(("share", "least"), [(0.01, 40), (0.08, 15)])
 def test_refusals_by_chance_do_not_bring_the_limit_down_to_nothing(share: float, least: int) -> None:
     async def main() -> float:
-        chance, limiter, absence = random.Random(3), Limiter(64), Absence(1e9)
+        chance, limiter, outage = random.Random(3), Limiter(64), Outage(1e9)
         server, loads = Capacity(1000), list[int]()
 
         async def caller() -> None:
             while True:
                 server.most = 0 if chance.random() < share else 1000
                 loads.append(server.busy)
-                await call(limiter, server, absence)
+                await call(limiter, server, outage)
 
         tasks = [asyncio.create_task(caller()) for _ in range(64)]
         await asyncio.sleep(400)
@@ -329,15 +329,15 @@ def test_a_hold_keeps_back_everybody_and_a_longer_one_wins() -> None:
 
 def test_pauses_double_up_to_half_a_minute_and_begin_small_after_an_answer() -> None:
     async def main() -> tuple[list[float], float]:
-        absence, loop = Absence(1e9), asyncio.get_running_loop()
-        absence.begin()
+        outage, loop = Outage(1e9), asyncio.get_running_loop()
+        outage.begin()
         pauses = []
         for _ in range(16):
             started = loop.time()
-            pauses.append(absence.pause(started))
+            pauses.append(outage.pause(started))
             await asyncio.sleep(1)
-        absence.end(loop.time())
-        return pauses, absence.pause(loop.time())
+        outage.end(loop.time())
+        return pauses, outage.pause(loop.time())
 
     pauses, after = run(main())
     assert pauses[0] < 0.1
@@ -348,29 +348,29 @@ def test_pauses_double_up_to_half_a_minute_and_begin_small_after_an_answer() -> 
 
 def test_no_pause_is_longer_than_the_patience_that_is_left() -> None:
     async def main() -> tuple[float, float, bool, bool]:
-        absence, loop = Absence(60), asyncio.get_running_loop()
-        absence.begin()
-        whole = absence.pause(loop.time(), 3600)
+        outage, loop = Outage(60), asyncio.get_running_loop()
+        outage.begin()
+        whole = outage.pause(loop.time(), 3600)
         await asyncio.sleep(50)
-        rest, sent = absence.pause(loop.time(), 3600), loop.time()
-        early = absence.is_over_patience(sent)
+        rest, sent = outage.pause(loop.time(), 3600), loop.time()
+        early = outage.is_over_patience(sent)
         await asyncio.sleep(rest)
-        return whole, rest, early, absence.is_over_patience(loop.time())
+        return whole, rest, early, outage.is_over_patience(loop.time())
 
     assert run(main()) == (60, 10, False, True)
 
 
-def test_an_absence_is_counted_from_the_first_fault_without_an_answer_since() -> None:
+def test_an_outage_is_counted_from_the_first_fault_without_an_answer_since() -> None:
     async def main() -> list[float]:
-        absence, seen = Absence(60), list[float]()
+        outage, seen = Outage(60), list[float]()
         loop = asyncio.get_running_loop()
         for _ in range(3):
-            absence.begin()
+            outage.begin()
             await asyncio.sleep(50)
-            absence.begin()
-            seen.append(absence.seconds)
-            absence.end(loop.time())
-            seen.append(absence.seconds)
+            outage.begin()
+            seen.append(outage.seconds)
+            outage.end(loop.time())
+            seen.append(outage.seconds)
         return seen
 
     assert run(main()) == [50, 0, 50, 0, 50, 0]
@@ -378,11 +378,11 @@ def test_an_absence_is_counted_from_the_first_fault_without_an_answer_since() ->
 
 def test_one_request_that_hung_past_the_patience_is_not_yet_a_service_that_is_gone() -> None:
     async def main() -> bool:
-        absence, loop = Absence(60), asyncio.get_running_loop()
+        outage, loop = Outage(60), asyncio.get_running_loop()
         sent = loop.time()
         await asyncio.sleep(300)
-        absence.begin()
+        outage.begin()
         await asyncio.sleep(100)
-        return absence.is_over_patience(sent)
+        return outage.is_over_patience(sent)
 
     assert not run(main())

@@ -54,7 +54,7 @@ def painting(answer: Script | None = None) -> FaultServer:
 
 
 def asked(server: FaultServer) -> list[str]:
-    """The descriptions that came, without the small pictures of the scouts."""
+    """The descriptions that came, without the small pictures of the health probes."""
     return [prompt for request in server.requests if (prompt := request.body["prompt"]) != SMALL_PICTURE]
 
 

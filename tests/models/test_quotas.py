@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from intersafe.models.http.limits import seconds_of
-from intersafe.models.http.quotas import Quota, span_of, words_of
+from intersafe.models.http.quotas import Quota
+from intersafe.models.http.throttling import seconds_of, span_of, throttle_of
 from tests.support.jumping_time import run
 
 Sent = list[tuple[float, int]]
@@ -140,15 +140,15 @@ TPM = "Rate limit reached for m in organization o on tokens per min (TPM): Limit
 def test_limits_named_only_in_the_body_are_understood(
     text: str, pause: float, rpm: int | None, tpm: int | None
 ) -> None:
-    words = words_of({}, text)
-    assert words.pause == pytest.approx(pause)
-    assert (words.rpm, words.tpm, words.too_large) == (rpm, tpm, False)
+    found = throttle_of({}, text)
+    assert found.pause == pytest.approx(pause)
+    assert (found.rpm, found.tpm, found.too_large) == (rpm, tpm, False)
 
 
 def test_a_request_that_no_minute_has_room_for_is_told_from_one_that_may_wait() -> None:
     text = "Request too large for m on tokens per min (TPM): Limit 30000, Requested 45000. It must be reduced"
-    assert words_of({}, text).too_large
-    assert not words_of({}, TPM).too_large
+    assert throttle_of({}, text).too_large
+    assert not throttle_of({}, TPM).too_large
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_a_request_that_no_minute_has_room_for_is_told_from_one_that_may_wait() 
     ],
 )
 def test_headers_say_how_long(headers: Mapping[str, str], pause: float) -> None:
-    assert words_of(headers, "").pause == pytest.approx(pause)
+    assert throttle_of(headers, "").pause == pytest.approx(pause)
     if pause:
-        assert words_of(headers, "try again in 55s").pause == pytest.approx(pause), "a header counts before the body"
+        assert throttle_of(headers, "try again in 55s").pause == pytest.approx(pause), "a header counts before the body"
 
 
 @pytest.mark.parametrize("wrong_by", [0, -86_400, 86_400, 1e9])
@@ -177,7 +177,7 @@ def test_a_date_to_wait_for_is_held_against_the_servers_own_clock(wrong_by: floa
     theirs = time.time() + wrong_by
     until, now = (email.utils.formatdate(at, usegmt=True) for at in (theirs + 30, theirs))
     assert seconds_of(until, now) == 30
-    assert words_of({"Retry-After": until, "Date": now}, "").pause == 30
+    assert throttle_of({"Retry-After": until, "Date": now}, "").pause == 30
 
 
 def test_a_date_without_the_servers_clock_is_held_against_ours() -> None:

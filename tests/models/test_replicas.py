@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import re
 import socket
 from collections import Counter
@@ -12,8 +13,11 @@ import pytest
 
 from intersafe.errors import CallFailed, ServiceGone
 from intersafe.images.store import ImageStore, normalise
-from intersafe.models.http.replicas import PLACES, Replicas
+from intersafe.models.base import Hooks
+from intersafe.models.http.incidents import IncidentLog
+from intersafe.models.http.replicas import REMEMBERED_JOBS, Replicas
 from intersafe.recipe.sections import Limits
+from intersafe.run.incidents import Incidents
 from tests.support.endpoints import OpenedChat, opened, picture
 from tests.support.jumping_time import run
 from tests.support.servers.fault_server import RESET, STALL, Answer, FaultServer, Request, error, reply
@@ -40,8 +44,8 @@ JOBS = [f"job {i}" for i in range(60)]
 
 
 def texts(server: FaultServer) -> list[str]:
-    """What was asked and answered, without scouts."""
-    return [request.text for request in server.served if not request.is_scout]
+    """What was asked and answered, without health probes."""
+    return [request.text for request in server.served if not request.is_probe]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,7 @@ def test_a_replica_that_answers_nobody_is_taken_out_and_the_others_answer_for_it
             await ask_all(ask, JOBS)
             tried = len(ill.asked)
             assert [text.partition(ill.url)[2].rpartition("; ")[2] for text in ask.said] == [
-                "its dialogues go on at the other replicas until it is back"
+                "its dialogues continue on the other replicas until it is back"
             ]
             await ask_all(ask, JOBS)
             assert len(ill.asked) == tried, "nobody is sent there any more"
@@ -76,7 +80,7 @@ def test_a_replica_that_dies_in_the_middle_loses_no_call_and_is_preferred_by_new
             under_way = asyncio.gather(*(ask(job, job) for job in JOBS * 10))
             await two.have_come(len(homes) + 3)
             await asyncio.to_thread(two.stop)
-            await told(said, "its dialogues go on")
+            await told(said, "its dialogues continue")
             await under_way
             await ask_all(ask, JOBS)
             before = len(two.asked)
@@ -103,7 +107,7 @@ def test_when_all_are_out_every_call_waits_for_the_first_that_is_back() -> None:
             for server in (one, two):
                 await asyncio.to_thread(server.stop)
             tasks = asyncio.gather(*(ask(job, job) for job in JOBS))
-            await told(said, "its dialogues go on")
+            await told(said, "its dialogues continue")
             await told(said, "waiting up to 30 s")
             await asyncio.to_thread(one.start)
             await told(said, f"{one.url} is back after")
@@ -128,6 +132,46 @@ def test_patience_counts_when_all_are_out_and_ends_with_all_of_them_named(faults
     with FaultServer(lambda _: faults[0]) as one, FaultServer(lambda _: faults[1]) as two:
         asyncio.run(main())
         assert len(one.asked) + len(two.asked) < 4 * len(JOBS)
+
+
+def test_a_replica_that_goes_and_comes_back_is_logged_and_counted_for_the_role_that_lost_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> dict[str, Incidents]:
+        said: asyncio.Queue[str] = asyncio.Queue()
+        async with opened(one, two, say=said.put_nowait, limits=OFTEN) as ask:
+            await asyncio.to_thread(two.stop)
+            await asyncio.gather(*(ask(job, job, role="attacker") for job in JOBS))
+            await told(said, "its dialogues continue")
+            await asyncio.to_thread(two.start)
+            await told(said, "is back after")
+            return ask.hooks.incidents
+
+    caplog.set_level(logging.INFO, "intersafe.models.http")
+    with FaultServer() as one, FaultServer() as two:
+        counts = asyncio.run(main())
+        url = two.url
+    assert counts == {"attacker": Incidents(replicas_out=1)}
+    out, back = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "intersafe.models.http"]
+    assert out[0] == back[0] == "WARNING"
+    assert out[1].startswith(f"attacker: openai:some/model: replica {url} is taken out (no connection")
+    assert re.fullmatch(rf"openai:some/model: replica {url} is back after \d+ s", back[1])
+
+
+def test_when_every_replica_is_lost_the_outage_is_counted_once_beside_the_replicas(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> dict[str, Incidents]:
+        async with opened(one, two, limits=Limits(timeout=0.5, patience=0.8, retries=2)) as ask:
+            results = await asyncio.gather(*(ask(job, job) for job in JOBS), return_exceptions=True)
+            assert {type(result) for result in results} == {ServiceGone}
+            return ask.hooks.incidents
+
+    caplog.set_level(logging.WARNING, "intersafe.models.http")
+    with FaultServer(lambda _: error(401)) as one, FaultServer(lambda _: error(404)) as two:
+        counts = asyncio.run(main())
+    assert counts == {"judge": Incidents(outages=1, replicas_out=2)}
+    assert len([r for r in caplog.records if "is away" in r.getMessage()]) == 1
 
 
 def test_patience_does_not_count_while_another_replica_answers() -> None:
@@ -188,7 +232,7 @@ def test_a_slow_replica_is_taken_out_until_it_is_quick_again() -> None:
                 assert rounds < 12
                 await ask_all(ask, [f"round {rounds} {job}" for job in JOBS], "slow?")
             assert re.search(
-                r"it takes [\d.]+ s for an answer and the others [\d.]+ s; its dialogues go on", said.get_nowait()
+                r"it takes [\d.]+ s for an answer and the others [\d.]+ s; its dialogues continue", said.get_nowait()
             )
             count = len(slow.asked)
             await ask_all(ask, JOBS)
@@ -230,7 +274,7 @@ def test_those_that_are_in_share_the_whole_concurrency() -> None:
             assert one.most_in_flight == 10
             assert ask.model.states()[0].limit == 10
             await asyncio.to_thread(two.start)
-            await told(said, "its dialogues go on")
+            await told(said, "its dialogues continue")
             await told(said, "is back")
             assert [state.limit for state in ask.model.states()] == [5, 5]
 
@@ -273,30 +317,30 @@ def test_images_known_by_uuid_to_a_lost_replica_travel_again_to_the_next(tmp_pat
 
 def test_places_are_remembered_within_bounds() -> None:
     async def main() -> int:
-        async def scout(_: object) -> None:
+        async def probe(*_: object) -> None:
             return
 
         urls = ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]
-        group = Replicas(urls, "/x", 8, 1, scout, name="m", say=lambda _: None, remedy=str)
-        first = [group.place(f"job {i}") for i in range(3 * PLACES)]
-        assert first == [group.place(f"job {i}") for i in range(3 * PLACES)], "by hash the same again"
-        return len(group._places)
+        group = Replicas(urls, "/x", 8, 1, probe, incidents=IncidentLog("m", Hooks()), remedy=str)
+        first = [group.replica_for(f"job {i}") for i in range(3 * REMEMBERED_JOBS)]
+        assert first == [group.replica_for(f"job {i}") for i in range(3 * REMEMBERED_JOBS)], "by hash the same again"
+        return len(group._assigned)
 
-    assert asyncio.run(main()) == PLACES
+    assert asyncio.run(main()) == REMEMBERED_JOBS
 
 
 def test_a_replica_may_be_slow_and_quick_again_for_days() -> None:
     async def main() -> None:
-        async def scout(_: object) -> None:
+        async def probe(*_: object) -> None:
             pass
 
         loop, urls = asyncio.get_running_loop(), ["http://127.0.0.1:1", "http://127.0.0.1:2"]
-        group = Replicas(urls, "", 8, 600.0, scout, name="m", say=lambda _: None, remedy=lambda _: "")
+        group = Replicas(urls, "", 8, 600.0, probe, incidents=IncidentLog("m", Hooks()), remedy=lambda _: "")
         quick, slow = group.all
         for _ in range(1100):
             for _ in range(16):
-                group.answered(quick, loop.time() - 0.1)
-                group.answered(slow, loop.time() - 9.0)
+                group.answered(quick, loop.time() - 0.1, "judge")
+                group.answered(slow, loop.time() - 9.0, "judge")
             assert slow.out
             await asyncio.sleep(60)
             assert not slow.out
@@ -311,8 +355,8 @@ def test_images_that_a_replica_does_not_read_keep_nobody_from_the_other(tmp_path
 
     async def main() -> None:
         async with opened(deaf, well, images=store, limits=Limits(timeout=1000), concurrency=200) as ask:  # type: ignore[arg-type]
-            group = ask.model._service._group
-            at_deaf = [job for job in JOBS if group.place(job) is group.all[0]]
+            group = ask.model._service._replicas
+            at_deaf = [job for job in JOBS if group.replica_for(job) is group.all[0]]
             at_well = [job for job in JOBS if job not in at_deaf]
             calls = [asyncio.create_task(ask(job, job, images=[ref, ref])) for job in at_deaf[:9]]
             while len(deaf.arrived) < 8:

@@ -12,7 +12,7 @@ import pytest
 from intersafe.errors import CallFailed
 from intersafe.images.store import ImageStore, normalise
 from intersafe.models.base import Hooks
-from intersafe.models.http.chat import REMEMBERED
+from intersafe.models.http.completions import REMEMBERED
 from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
 from tests.support.endpoints import call, failure, opened, picture
@@ -106,7 +106,7 @@ def test_a_server_that_forgot_gets_the_bytes_again_and_nobody_is_told(forgets: A
     refs = stored(store, 8)
 
     async def main() -> None:
-        # Two tries in all: one that the amended request used up would leave too few.
+        # Two tries in all: one that the fallback used up would leave too few.
         async with opened(server, images=store, send_images="uuid", limits=Limits(retries=2, patience=30)) as ask:
             await asyncio.gather(*(ask(images=[ref]) for ref in refs))
             script.seen.clear()
@@ -116,7 +116,7 @@ def test_a_server_that_forgot_gets_the_bytes_again_and_nobody_is_told(forgets: A
 
     with FaultServer(script) as server:
         asyncio.run(main())
-    assert len(server.asked) == len(server.requests), "no scout was needed"
+    assert len(server.asked) == len(server.requests), "no health probe was needed"
     assert len(server.requests) <= 8 + 2 * 8
     assert whole_or_not(server.requests[-1]) == [True, True]
 

@@ -18,6 +18,7 @@ import pytest
 
 from intersafe.cli.values import parse_prices
 from intersafe.errors import ServiceGone
+from intersafe.models.base import Hooks
 from intersafe.models.http.embeddings import Embedder, open_embedder
 from intersafe.recipe.sections import Limits, digest_of
 from intersafe.records import (
@@ -474,7 +475,7 @@ def vectors_of(request: Request) -> Answer:
 
 
 def embedder_at(server: FaultServer, key: str = "") -> Embedder:
-    return open_embedder(f"openai:some/m@{server.url}", key, lambda _: None, NO_WAIT)
+    return open_embedder(f"openai:some/m@{server.url}", key, Hooks(), NO_WAIT)
 
 
 def test_texts_go_to_the_server_in_batches_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,9 +539,9 @@ def test_a_server_that_is_away_is_no_bad_input_and_the_key_stays_unsaid(monkeypa
 
 def test_an_embedder_that_is_none_is_refused() -> None:
     bad: list[Callable[[], object]] = [
-        lambda: open_embedder("scripted:demo", "", print),
-        lambda: open_embedder("m", "", print),
-        lambda: open_embedder("openai:m@http://127.0.0.1:1/v1", "TEST_NO_SUCH_VARIABLE", print),
+        lambda: open_embedder("scripted:demo", "", Hooks()),
+        lambda: open_embedder("m", "", Hooks()),
+        lambda: open_embedder("openai:m@http://127.0.0.1:1/v1", "TEST_NO_SUCH_VARIABLE", Hooks()),
     ]
     for act in bad:
         refusal(act)

@@ -28,16 +28,17 @@ LIMITS = Limits(timeout=10, patience=30, retries=3)
 
 
 class Opened(Generic[Model, Answer]):
-    """A model and what it told the user; to call it is to send one request."""
+    """A model, what it told the user and what it counted; to call it is to send one request."""
 
     def __init__(
         self,
         model: Model,
         said: list[str],
+        hooks: Hooks,
         call: Callable[..., Call],
         send: Callable[[Call], Coroutine[Any, Any, Answer]],
     ) -> None:
-        self.model, self.said = model, said
+        self.model, self.said, self.hooks = model, said, hooks
         self._call, self._send = call, send
 
     async def __call__(self, *words: str, **changes: Any) -> Answer:
@@ -48,10 +49,12 @@ OpenedChat = Opened[EndpointModel, Reply]
 OpenedPainter = Opened[PaintModel, Painted]
 
 
-def call(text: str = "hi", job: str = "job", *, images: Sequence[str] = (), schema: Schema | None = None) -> Call:
+def call(
+    text: str = "hi", job: str = "job", *, images: Sequence[str] = (), schema: Schema | None = None, role: str = "judge"
+) -> Call:
     """A call of a chat model."""
     messages = (Message("system", "be brief"), Message("user", text, tuple(images)))
-    return Call("judge", "prompt", messages, Sampling(0.3, 0.9, 123, 4567), schema, job, 0)
+    return Call(role, "prompt", messages, Sampling(0.3, 0.9, 123, 4567), schema, job, 0)
 
 
 def paint_call(description: str = "a lamp", job: str = "job", seed: int = 4567) -> Call:
@@ -72,9 +75,10 @@ async def opened(
     """A chat model whose replicas are the servers."""
     said = [] if said is None else said
     member = Member(model=spec_of(servers), **changes)
-    model = EndpointModel(member, limits, images or ImageStore(Path("nowhere")), say or said.append)
+    hooks = Hooks(say or said.append)
+    model = EndpointModel(member, limits, images or ImageStore(Path("nowhere")), hooks)
     async with contextlib.aclosing(model):
-        yield Opened(model, said, call, model.answer)
+        yield Opened(model, said, hooks, call, model.answer)
 
 
 @contextlib.asynccontextmanager
@@ -87,10 +91,9 @@ async def opened_painter(
 ) -> AsyncIterator[OpenedPainter]:
     """A painter whose replicas are the servers."""
     said = [] if said is None else said
-    async with contextlib.aclosing(
-        open_painter(Painter(model=spec_of(servers), **changes), limits, Hooks(say or said.append))
-    ) as model:
-        yield Opened(model, said, paint_call, model.paint)
+    hooks = Hooks(say or said.append)
+    async with contextlib.aclosing(open_painter(Painter(model=spec_of(servers), **changes), limits, hooks)) as model:
+        yield Opened(model, said, hooks, paint_call, model.paint)
 
 
 def spec_of(servers: Sequence[FaultServer]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from aiohttp import web
 from PIL import Image
 from intersafe.images.store import ImageStore, normalise
-from intersafe.models.base import Call, Sampling
+from intersafe.models.base import Call, Hooks, Sampling
 from intersafe.models.http.chat import EndpointModel
 from intersafe.records import Message
 from intersafe.recipe.sections import Limits, Member
@@ -52,7 +52,7 @@ async def main():
     await site.start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     images = [image(number) for number in range(24)]
-    model = EndpointModel(Member(model=f"openai:x@{url}"), Limits(), store, lambda text: None)
+    model = EndpointModel(Member(model=f"openai:x@{url}"), Limits(), store, Hooks())
     before = peak()
     calls = [
         Call("judge", "", (Message("user", "hi", tuple(images[(3 * n + k) % 24] for k in range(3))),),

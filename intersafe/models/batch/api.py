@@ -25,8 +25,10 @@ from aiohttp.helpers import get_env_proxy_for_url
 from yarl import URL
 
 from intersafe.errors import InputError, ServiceGone, StorageError
-from intersafe.models.http.faults import UNREADABLE, error_of
-from intersafe.models.http.limits import seconds_of
+from intersafe.models.base import Hooks
+from intersafe.models.http.faults import UNREADABLE, error_of, is_refusal
+from intersafe.models.http.quirks import AWAY, QUEUE_FULL
+from intersafe.models.http.throttling import seconds_of
 from intersafe.recipe.sections import Limits, Member
 from intersafe.wording import printable
 
@@ -41,16 +43,12 @@ UPLOAD_SECONDS = 3600.0
 """For one file to the provider or from it."""
 ROUTE = "/v1/chat/completions"
 """What a batch asks, in the provider's own notation, whatever the path of its URL."""
-QUEUE_FULL = "token_limit_exceeded"
-"""More tokens wait at the provider than the account may have there."""
 MAX_ANSWER = 4 * 2**20  # bytes of anything but a file
 PAGES = 1_000  # of a list, 100 batches each
 SLACK = 86_400  # seconds that our clock and the provider's may differ by
 CHUNK = 2**20
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 
-_AWAY = (401, 402, 403, 404, 405, 407)
-_PASSING = (408, 409, 425, 429)
 
 T = TypeVar("T")
 
@@ -132,22 +130,12 @@ class _Fault(Exception):
 class BatchApi:
     """The files and batches of one account."""
 
-    def __init__(
-        self,
-        member: Member,
-        limits: Limits,
-        say: Callable[[str], None],
-        waiting: dict[str, str],
-        may_send: Callable[[], None],
-    ) -> None:
-        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
-
-        `may_send` raises `BudgetReached` where no batch may be sent any more. Needs a running event loop.
-        """
-        self._may_send = may_send
+    def __init__(self, member: Member, limits: Limits, hooks: Hooks) -> None:
+        """Needs a running event loop."""
+        self._may_send = hooks.may_send or (lambda: None)
         self.url, self.identity = member.spec.urls[0], member.identity
-        self._waiting, self._place = waiting, f"batches of {member.identity}"
-        self._member, self._limits, self._say = member, limits, say
+        self._place = f"batches of {member.identity}"
+        self._member, self._limits, self._hooks = member, limits, hooks
         self._key = os.environ.get(member.key, "").strip() if member.key else ""
         self._told = False
         self._proxy: dict[str, Any] = {}
@@ -281,7 +269,7 @@ class BatchApi:
             return
         message, code = error_of(body)
         what = self.clean(f"HTTP {status} {message}".strip())
-        if code == QUEUE_FULL or (400 <= status < 500 and status not in (*_AWAY, *_PASSING)):
+        if code == QUEUE_FULL or is_refusal(status):
             raise Refused(what, status, code)
         raise _Fault(what, status, seconds_of(retry_after))
 
@@ -315,11 +303,11 @@ class BatchApi:
                     ) from None
                 wait = min(max(pause, fault.retry_after), patience - away)
                 why = f"{fault}; {self._remedy(fault)}"
-                if not self._told and (fault.status in _AWAY or away + wait >= TELL_AFTER):
+                if not self._told and (fault.status in AWAY or away + wait >= TELL_AFTER):
                     self._told = telling = True
-                    self._say(f"{where}: {why}; waiting up to {patience:.0f} s")
+                    self._hooks.notify(f"{where}: {why}; waiting up to {patience:.0f} s")
                 if telling:
-                    self._waiting[self._place] = why
+                    self._hooks.outages[self._place] = why
                 await asyncio.sleep(wait)
                 pause = min(LONGEST_PAUSE, pause * 2)
             except Refused:
@@ -328,14 +316,14 @@ class BatchApi:
             else:
                 if telling and since is not None:
                     self._is_back(telling)
-                    self._say(f"{where} is back after {clock() - since:.0f} s")
+                    self._hooks.notify(f"{where} is back after {clock() - since:.0f} s")
                 return outcome
 
     def _is_back(self, telling: bool) -> None:
         """Nobody is told any longer, if it was this request that did."""
         if telling:
             self._told = False
-            self._waiting.pop(self._place, None)
+            self._hooks.outages.pop(self._place, None)
 
     def _remedy(self, fault: _Fault) -> str:
         if fault.status in (401, 403):

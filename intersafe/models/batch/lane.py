@@ -19,11 +19,12 @@ from msgspec import structs
 
 from intersafe.errors import BudgetReached, CallFailed, IntersafeError, ServiceGone, StorageError
 from intersafe.images.store import ImageStore
-from intersafe.models.base import Call, Reply
+from intersafe.models.base import Call, Hooks, Reply
 from intersafe.models.batch import api
 from intersafe.models.batch.files import BatchFolder, State, close, reply_in
-from intersafe.models.http.chat import as_data, chat_body, estimated
-from intersafe.models.http.service import Passing
+from intersafe.models.http.completions import as_data, chat_body, estimated
+from intersafe.models.http.faults import Transient
+from intersafe.models.http.quirks import QUEUE_FULL
 from intersafe.recipe.sections import Limits, Member
 
 MOST_REQUESTS = 50_000
@@ -48,33 +49,30 @@ class Lanes:
         self,
         folder: Path,
         limits: Limits,
-        say: Callable[[str], None],
-        waiting: dict[str, str] | None = None,
-        may_send: Callable[[], None] | None = None,
+        hooks: Hooks,
     ) -> None:
-        """`folder`: `batches/` of the run directory, this process's alone; the others are as for `open_models`."""
-        self._folder, self._limits, self._say = BatchFolder(folder), limits, say
-        self._waiting, self._may_send = {} if waiting is None else waiting, may_send or (lambda: None)
+        """`folder`: `batches/` of the run directory, this process's alone."""
+        self._folder, self._limits, self._hooks = BatchFolder(folder), limits, hooks
         self._lanes: dict[str, Lane] = {}
 
     def open(self, member: Member, images: ImageStore) -> "BatchModel":
         """The model of a member. Needs a running event loop."""
         name = f"{member.spec.model} {member.spec.urls[0]} {member.key}"
         if name not in self._lanes:
-            service = api.BatchApi(member, self._limits, self._say, self._waiting, self._may_send)
-            self._lanes[name] = Lane(name, service, self._limits, self._folder, self._say)
+            service = api.BatchApi(member, self._limits, self._hooks)
+            self._lanes[name] = Lane(name, service, self._limits, self._folder, self._hooks)
         return BatchModel(member, images, self._lanes[name])
 
     def begin(self) -> None:
         """Says what the user should know before the first batch."""
         if self._lanes and self._limits.concurrency < FEW:
-            self._say(
+            self._hooks.notify(
                 f"`batch: true` with limits.concurrency {self._limits.concurrency}: every turn of a dialogue waits for "
                 "a batch, so have thousands of dialogues grown at once (docs/batch.md)"
             )
         for name in {state.lane for state in self._folder.states if state.file} - self._lanes.keys():
             model, url, key = name.rsplit(" ", 2)
-            self._say(
+            self._hooks.notify(
                 f"batches of {model} at {url} (key {key or 'none'}) stay with the provider, since no member of the "
                 "cast has `batch: true` there any longer: their calls are asked again"
             )
@@ -128,9 +126,9 @@ class _Collection:
 class Lane:
     """One model at one provider: what waits, what is collected and what is under way."""
 
-    def __init__(self, name: str, its: api.BatchApi, limits: Limits, folder: BatchFolder, say: Callable[[str], None]):
+    def __init__(self, name: str, its: api.BatchApi, limits: Limits, folder: BatchFolder, hooks: Hooks) -> None:
         self._name, self._api, self._identity, self._limits = name, its, its.identity, limits
-        self._folder, self._say = folder, say
+        self._folder, self._hooks = folder, hooks
         self._waiting: dict[str, _Waiting] = {}
         self._sent: set[str] = set()
         """Keys of the calls in collections and batches, asked by a job of this process or not."""
@@ -164,7 +162,7 @@ class Lane:
             self._folder.requests(self._open.nonce).unlink(missing_ok=True)
         if self._under_way:
             calls = sum(len(state.keys) for state in self._under_way.values())
-            self._say(
+            self._hooks.notify(
                 f"{self._identity}: {len(self._under_way)} batches with {calls:,} calls stay with the provider; "
                 "the run takes their answers when it goes on"
             )
@@ -190,7 +188,7 @@ class Lane:
             return None
         try:
             reply = reply_in(found.line)
-        except Passing:
+        except Transient:
             return None
         except CallFailed:
             if found.old:  # as after any failed call, a new process asks again
@@ -280,7 +278,7 @@ class Lane:
         self._under_way[state.nonce] = state
         await asyncio.to_thread(self._folder.note, state)
         self._folder.requests(state.nonce).unlink(missing_ok=True)
-        self._say(f"{self._identity}: batch {self._api.clean(remote.id)} of {len(state.keys):,} calls sent")
+        self._hooks.notify(f"{self._identity}: batch {self._api.clean(remote.id)} of {len(state.keys):,} calls sent")
         await self._follow(state, remote)
 
     async def _admitted(self) -> None:
@@ -303,9 +301,9 @@ class Lane:
         if remote.status == "failed" and not remote.files:
             problems = remote.problems
             words = "; ".join(self._api.clean(p.message or p.code or "") for p in problems[:3]) or "no reason given"
-            full = any(problem.code == api.QUEUE_FULL for problem in problems)
+            full = any(problem.code == QUEUE_FULL for problem in problems)
             lines = tuple(problem.line for problem in problems if problem.line)
-            await self._refused(state, api.Refused(words, 0, api.QUEUE_FULL if full else "", lines))
+            await self._refused(state, api.Refused(words, 0, QUEUE_FULL if full else "", lines))
             return
         for _ in range(FETCHES):
             await self._api.download(remote.files, self._folder.part(state.nonce))
@@ -334,9 +332,9 @@ class Lane:
             found = self._folder.take(key)
             try:
                 if found is None:
-                    raise Passing(words)
+                    raise Transient(words)
                 waiting.answered.set_result(reply_in(found.line))
-            except Passing as fault:
+            except Transient as fault:
                 again += 1
                 self._once_more(key, waiting, str(fault), counted=remote.status != "expired")
             except CallFailed as error:
@@ -346,7 +344,7 @@ class Lane:
             if number % BURST == BURST - 1:
                 await asyncio.sleep(0)
         if again:
-            self._say(
+            self._hooks.notify(
                 f"{self._identity}: batch {self._api.clean(remote.id)} is {remote.status}; "
                 f"{again:,} of its {len(state.keys):,} calls had no usable answer and are asked again"
             )
@@ -360,12 +358,14 @@ class Lane:
         """A batch that the provider did not take: the calls it names fail, the others go into smaller or later ones."""
         self._under_way.pop(state.nonce, None)
         self._folder.forget(state)
-        full, large = refused.code == api.QUEUE_FULL, refused.status == 413
+        full, large = refused.code == QUEUE_FULL, refused.status == 413
         if full and not self._under_way:  # else the queue is ours, and has room again when one of them has ended
             self._most = max(1.0, len(state.keys) // 2)
         if large:
             self._most = self._ceiling = max(1.0, len(state.keys) // 2)
-        self._say(f"{self._identity}: a batch of {len(state.keys):,} calls was not taken ({refused}); asked again")
+        self._hooks.notify(
+            f"{self._identity}: a batch of {len(state.keys):,} calls was not taken ({refused}); asked again"
+        )
         self._hold()
         named = {line - 1 for line in refused.lines}
         for number, key in enumerate(state.keys):

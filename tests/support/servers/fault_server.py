@@ -42,8 +42,8 @@ class Request:
         return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
     @property
-    def is_scout(self) -> bool:
-        """True for the client's own small question whether anybody is there."""
+    def is_probe(self) -> bool:
+        """True for the client's health probe."""
         return self.text == "Say hello."
 
 
@@ -124,8 +124,8 @@ class FaultServer:
 
     @property
     def asked(self) -> list[Request]:
-        """The requests without the client's scouts."""
-        return [request for request in self.requests if not request.is_scout]
+        """The requests without the client's health probes."""
+        return [request for request in self.requests if not request.is_probe]
 
     async def have_come(self, count: int) -> None:
         """Returns when there were that many requests; to be awaited in the test's own event loop."""
