@@ -178,7 +178,7 @@ FINE = "health:\n  - I can't say. Please ask a doctor.\n"
         (FINE + "finance:\n  - I won't help with that.\n", 4, "refusal 1: it points to no professional"),
         (FINE + "finance:\n  - Ask the {{ professional }}, a doctor.\n", 4, "a slot in braces"),
         (FINE + f"finance:\n  - Ask a doctor{', a nurse' * 200}.\n", 4, "characters; keep it to 1000"),
-        (FINE + FINE, 3, "group 'health' stands twice"),
+        (FINE + FINE, 3, "group 'health' is there twice"),
         (FINE + "7:\n  - Ask a doctor.\n", 3, "group '7' is not a name"),
         (FINE + "' ':\n  - Ask a doctor.\n", 3, "is not a name"),
         ("- Ask a doctor.\n", 1, "not a list of refusals for each group"),
