@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import importlib.metadata
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,15 +101,6 @@ def address(folder: Path, repo_id: str, kept: str | None = None) -> Manifest:
     kept = _kept(folder / CARD) if kept is None else kept
     files = card_files(manifest, repo_id, kept) | {CHANGELOG: _text(folder / CHANGELOG).encode()}
     return _lay_files(folder, manifest, files)
-
-
-def parse_size(text: str, at: object = "--max-shard-size") -> int:
-    """Bytes of `300MB`, `1.5GB` or `5000000`; `InputError` otherwise, or below a megabyte or above 5 GB."""
-    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) ?([kKMG]?)B?", text)
-    size = int(float(found[1]) * {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]]) if found else 0
-    if not 10**6 <= size <= 5 * 10**9:
-        raise InputError(f"{text!r} is no size of a shard", at=at, remedy="write 1MB to 5GB, for example 300MB")
-    return size
 
 
 # --- one release -----------------------------------------------------------------------------------------------------

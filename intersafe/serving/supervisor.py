@@ -22,7 +22,7 @@ from intersafe.engines.failures import ended, explain, lines_of, shown
 from intersafe.errors import InputError, ServiceGone
 from intersafe.serving.guard import Guard
 from intersafe.serving.plan import KEY, Server, check_can_start
-from intersafe.storage.loops import CLOSING
+from intersafe.storage.loops import SIGNAL_GRACE
 
 LOOK = 0.1
 """Seconds between two looks at the servers."""
@@ -312,7 +312,7 @@ def _second_thoughts() -> Iterator[threading.Event]:
         return
 
     def hear(*_: object) -> None:
-        if time.monotonic() - began > CLOSING:
+        if time.monotonic() - began > SIGNAL_GRACE:
             hurry.set()
 
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

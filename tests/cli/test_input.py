@@ -4,18 +4,21 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
+from click.testing import CliRunner, Result
 
+from intersafe.cli.main import main
 from intersafe.storage.bundled import bundled
 from tests.support.paths import SHARED
 from tests.support.recipes import shortest
@@ -26,7 +29,7 @@ PNG = (bundled("seeds") / "images/fraud-001.png").read_bytes()
 SEED = {"id": "a", "query": "How do scams work?", "category": "fraud", "source": "test", "license": "CC0-1.0"}
 PROMPTS = bundled("prompts")
 RECIPE = shortest(PROMPTS)
-GENERATE = ("generate", "--pipeline", "r.yaml", "--n", "1")
+GENERATE = ("generate", "--recipe", "r.yaml", "--n", "1")
 RENDER = ("prompts", "render")
 
 Files = dict[str, str | bytes]
@@ -112,7 +115,11 @@ BAD: dict[str, tuple[tuple[str, ...], Files, str]] = {
     "seeds a folder": (("generate", "--seeds", "."), {}, "a folder, not a seed file"),
     "seeds malformed": (("generate", "--seeds", "e.jsonl"), {"e.jsonl": row() + "\n{oops\n"}, "e.jsonl:3: malformed"),
     "all seeds excluded": (GENERATE, recipe() | {"s.jsonl": row(source_category="cse")}, "no usable seed (1 excluded)"),
-    "recipe missing": (("generate", "--pipeline", "none.yaml"), {}, "none.yaml: cannot read the recipe"),
+    "recipe missing": (
+        ("generate", "--recipe", "none.yaml"),
+        {},
+        "none.yaml: cannot read the recipe (No such file or directory); check",
+    ),
     "recipe no YAML": (GENERATE, recipe(new="turns:\n\tmin: 2\n"), "r.yaml:10: not plain YAML"),
     "recipe bomb": (GENERATE, recipe(new="turns: &a [*a]\n"), "r.yaml:9: not plain YAML: an alias"),
     "unknown key": (GENERATE, recipe(new="promts: x\n"), "r.yaml:9: unknown key 'promts', did you mean 'prompts'?"),
@@ -136,7 +143,29 @@ BAD: dict[str, tuple[tuple[str, ...], Files, str]] = {
         recipe(new="limits: {max_time: 8h}\n"),
         "r.yaml:9: limits.max_time: Expected `float | null`, got `str`; write a plain number",
     ),
-    "patience no number": ((*GENERATE, "--patience", "nan"), recipe(), "limits.patience: Expected"),
+    "patience no number": (
+        (*GENERATE, "--patience", "nan"),
+        recipe(),
+        "--patience: 'nan' is not a finite number; write a plain number",
+    ),
+    "tokens no number": (
+        (*GENERATE, "--max-tokens", "2X"),
+        recipe(),
+        "--max-tokens: '2X' is not a number of tokens; write",
+    ),
+    "two prices": ((*GENERATE, *("--price", "judge=1,2") * 2), recipe(), "--price: two prices for judge; pass one"),
+    "a price for nobody": (
+        (*GENERATE, "--price", "jugde=1,2"),
+        recipe(),
+        "prices: no role 'jugde' in the cast; roles: ",
+    ),
+    "two recipes": (
+        (*GENERATE, "--pipeline", "r.yaml"),
+        recipe(),
+        "--recipe: two recipes, r.yaml and r.yaml; pass one",
+    ),
+    "no recipe": (("regate", "demo"), {}, "--recipe: no recipe; pass --recipe FILE"),
+    "nothing to serve": (("serve", "--dry-run"), {}, "--recipe: no recipe; pass --recipe FILE"),
     "image truncated": (GENERATE, pictured("a.png", PNG[:100]), "s.jsonl:1: image `a.png`: the image is truncated"),
     "image oversized": (GENERATE, pictured("a.png", PNG + bytes(21 * 2**20)), "more than 20,971,520 bytes"),
     "image a bomb": (GENERATE, pictured("a.png", BOMB), "claims 60000 x 60000 pixels"),
@@ -208,7 +237,7 @@ def test_a_bad_prompt_file_is_named_before_anything_is_written(tmp_path: Path, t
     shutil.copytree(PROMPTS, tmp_path / "prompts")
     lay(tmp_path, recipe(str(PROMPTS), "prompts") | {"prompts/judge/turn.md": text})
     assert says in refusal(attempt(tmp_path, *GENERATE))
-    linted = run(tmp_path, "prompts", "lint", "--pipeline", "r.yaml")
+    linted = run(tmp_path, "prompts", "lint", "--recipe", "r.yaml")
     assert linted.returncode == 2
     assert [says in line for line in linted.stderr.splitlines()] == [True, False]
 
@@ -245,6 +274,62 @@ def test_a_folder_without_rights_is_said_in_one_line(tmp_path: Path) -> None:
     lay(tmp_path, recipe())
     tmp_path.chmod(0o500)
     assert "cannot be written" in refusal(attempt(tmp_path, *GENERATE), code=4)
+
+
+# --- the recipe of a command ------------------------------------------------------------------------------------------
+
+TAKES_A_RECIPE = {
+    "generate": ("generate",),
+    "estimate": ("estimate",),
+    "regate": ("regate", "t"),
+    "list": ("prompts", "list"),
+    "lint": ("prompts", "lint"),
+    "render": ("prompts", "render", "judge/turn", "--seed", "a"),
+    "doctor": ("doctor",),
+    "serve": ("serve",),
+}
+WITHOUT_A_FLAG = ("estimate", "doctor", "serve")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
+    """Runs commands in this process and in an empty folder: with one start of Python instead of fifty."""
+    monkeypatch.chdir(tmp_path)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield lambda *words: CliRunner().invoke(main, words)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", TAKES_A_RECIPE)
+def test_every_command_takes_its_recipe_by_the_same_flag(here: Callable[..., Result], name: str) -> None:
+    words = TAKES_A_RECIPE[name]
+    none = (2, "intersafe: none.yaml: cannot read the recipe (No such file or directory); check the path\n")
+    two = (2, "intersafe: --recipe: two recipes, a.yaml and b.yaml; pass one\n")
+    tries = {
+        ("--recipe", "none.yaml"): none,
+        ("--pipeline", "none.yaml"): none,
+        ("--recipe", "a.yaml", "--pipeline", "b.yaml"): two,
+        ("--recipe", "a.yaml", "--recipe", "b.yaml"): two,
+    }
+    if name in WITHOUT_A_FLAG:
+        tries |= {("none.yaml",): none, ("a.yaml", "--recipe", "b.yaml"): two, ("--pipeline", "b.yaml", "a.yaml"): two}
+    for more, expected in tries.items():
+        done = here(*words, *more)
+        assert (done.exit_code, done.stderr, done.stdout) == (*expected, ""), more
+    if name not in WITHOUT_A_FLAG:
+        assert "unexpected extra argument (none.yaml)" in here(*words, "none.yaml").stderr
+    shown = here(*words, "--help").stdout
+    assert "--recipe, --pipeline FILE" in shown
+    assert "RECIPE]" not in shown
+
+
+def test_without_a_recipe_the_one_here_is_taken_or_the_one_that_ships(tmp_path: Path) -> None:
+    assert str(PROMPTS) in run(tmp_path, "prompts", "lint").stdout
+    mine = recipe(str(PROMPTS), "mine")["r.yaml"]
+    lay(tmp_path, {"pipelines/demo.yaml": mine})
+    assert "pipelines/mine: no prompts folder there" in run(tmp_path, "prompts", "lint").stderr
 
 
 # --- damaged runs ----------------------------------------------------------------------------------------------------
@@ -328,7 +413,7 @@ def test_fewer_dialogues_than_there_are_is_refused(home: Path) -> None:
 def test_a_fresh_folder_lints_lists_and_checks(home: Path) -> None:
     linted = run(home, "prompts", "lint")
     assert (linted.returncode, linted.stderr) == (0, "")
-    assert "25 files, all well" in linted.stdout
+    assert "25 files, no problem" in linted.stdout
     listed = run(home, "prompts", "list").stdout
     assert all(name in listed for name in ("attacker/role_play", "judge/turn", "victim/system", "judge/rubrics/legal"))
     assert "* query" in listed

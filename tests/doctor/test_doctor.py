@@ -452,7 +452,7 @@ def test_the_command_says_all_is_well_and_writes_nothing(tmp_path: Path) -> None
     with FaultServer(guarded) as server:
         done = cli("doctor", str(written(tmp_path, server.url)), cwd=work, **home(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "nothing to mend" in done.stdout
+    assert "nothing to fix" in done.stdout
     assert "FAIL" not in done.stdout
     assert f"a token in {tmp_path / 'hub' / 'token'}" in done.stdout
     assert not list(work.iterdir())

@@ -130,7 +130,7 @@ def test_the_command_says_all_of_it(tmp_path: Path) -> None:
     ):
         assert words in done.stdout
     again = cli("estimate", "--n", "1000", cwd=tmp_path)
-    assert "no price is known: give --price ROLE=IN,OUT" in again.stdout
+    assert "no price is known: pass --price ROLE=IN,OUT" in again.stdout
     assert "calls" not in again.stderr, "it grew something again"
     assert cli("generate", "--n", "20", "--no-refusals", "--reuse", "demo-estimate", cwd=tmp_path).returncode == 0
     both = cli("estimate", "a.yaml", "--pipeline", "b.yaml", cwd=tmp_path)

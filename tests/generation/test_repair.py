@@ -111,4 +111,4 @@ def test_figures_go_through_a_link_and_never_over_a_device(run: Path, tmp_path: 
     assert len((tmp_path / "real.json").read_text()) > 100
     done = cli("stats", str(run), "--json", "pipe", cwd=tmp_path)
     assert done.returncode == 2
-    assert "no regular file" in done.stderr
+    assert "is not a regular file" in done.stderr

@@ -16,18 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from msgspec import structs
 
+from intersafe.cli.values import SHARD_SIZE
 from intersafe.errors import InputError
 from intersafe.generation.generate import generate_dialogues
 from intersafe.recipe.sections import digest_of
 from intersafe.release.card import KEEP, KEEP_END
 from intersafe.release.manifest import MANIFEST, Version, read_manifest, sha256_of, write_manifest
-from intersafe.release.package import Options, Packaged, VersionTaken, package, parse_size
+from intersafe.release.package import Options, Packaged, VersionTaken, package
 from intersafe.release.rows import COLUMNS, bare, refusal_row, split_of
 from intersafe.release.shards import check_release, write_shard
 from intersafe.run.directory import Run
@@ -580,11 +582,12 @@ def test_bad_input_is_one_line_with_the_place(run: Run, original: Run) -> None:
 
 @pytest.mark.parametrize("size", ["", "x", "0", "-3MB", "300TB", "1MB1", "6GB", "0.5MB", "1" * 40])
 def test_a_size_is_a_size(size: str) -> None:
-    refusal(lambda: parse_size(size))
+    message = refusal(lambda: SHARD_SIZE.convert(size, click.Option(["--max-shard-size"]), None))
+    assert message.startswith(f"--max-shard-size: {size!r} is not a shard size; write 1MB to 5GB")
 
 
 def test_sizes() -> None:
-    assert [parse_size(s) for s in ("300MB", "1.5 GB", "2000000", "5000k")] == [
+    assert [SHARD_SIZE.convert(s, None, None) for s in ("300MB", "1.5 GB", "2000000", "5000k")] == [
         3 * 10**8,
         15 * 10**8,
         2 * 10**6,

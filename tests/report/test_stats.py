@@ -13,14 +13,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import click
 import msgspec
 import pytest
 
-from intersafe.cli.values import parse_prices
+from intersafe.cli.values import PRICE
 from intersafe.errors import ServiceGone
 from intersafe.models.base import Hooks
 from intersafe.models.http.embeddings import Embedder, open_embedder
-from intersafe.recipe.sections import Limits, digest_of
+from intersafe.recipe.sections import Limits, Price, digest_of
 from intersafe.records import (
     Aligned,
     Dialogue,
@@ -33,7 +34,8 @@ from intersafe.records import (
     Seed,
     Verdict,
 )
-from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_bleu, tokens_of, vendi_score
+from intersafe.report.dispersion import PURE_PYTHON, mean_cosine_distance, vendi_score
+from intersafe.report.diversity import NgramCounter, self_bleu, tokens_of
 from intersafe.report.figures import Stats
 from intersafe.report.stats import stats_of
 from intersafe.report.table import sections
@@ -422,9 +424,39 @@ def test_one_text_has_no_self_bleu_and_an_empty_one_none_in_common() -> None:
         ([[1, 0, 0], [1, 1, 0], [0, 1, 2], [-1, 0.5, 0.25]], 0.9612972807475592, 2.4563507026882383),
     ],
 )
-def test_the_spread_of_known_vectors(vectors: list[list[float]], distance: float, vendi: float) -> None:
+@pytest.mark.parametrize("numpy", [True, False])
+def test_the_spread_of_known_vectors(
+    vectors: list[list[float]], distance: float, vendi: float, numpy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not numpy:
+        monkeypatch.setitem(sys.modules, "numpy", None)
     assert mean_cosine_distance(vectors) == pytest.approx(distance, abs=1e-12)
     assert vendi_score(vectors) == pytest.approx(vendi, abs=1e-9)
+
+
+def test_pure_python_and_numpy_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = random.Random(7)
+    vectors = [[dice.gauss(0.3, 1) for _ in range(24)] for _ in range(60)]
+    with_numpy = (mean_cosine_distance(vectors), vendi_score(vectors))
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert (mean_cosine_distance(vectors), vendi_score(vectors)) == pytest.approx(with_numpy, abs=1e-9)
+
+
+def test_without_numpy_the_vendi_score_of_a_large_sample_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks = [judged(i, SAFE) for i in range(PURE_PYTHON + 1)]
+    vectors = Embedder("e", lambda texts: [[1.0 + i % 7, 1.0] for i, _ in enumerate(texts)])
+    run = lay(tmp_path / "r", *talks)
+    exact = stats_of(run, sample=500, embedder=vectors).diversity.dispersion
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    found = stats_of(run, sample=500, embedder=vectors)
+    assert exact is not None
+    assert exact.vendi is not None
+    assert found.diversity.dispersion is not None
+    assert found.diversity.dispersion.vendi is None
+    assert found.diversity.dispersion.mean_cosine_distance == pytest.approx(exact.mean_cosine_distance, abs=1e-9)
+    assert "Vendi score of more than 200: not measured; pip install 'intersafe[figures]'" in text_of(found)
 
 
 # --- tokens and cost -------------------------------------------------------------------------------------------------
@@ -438,29 +470,42 @@ ENTRIES = [
 ]
 
 
+def prices_of(*texts: str) -> dict[str, Price]:
+    return dict(PRICE.convert(text, None, None) for text in texts)
+
+
 def test_cost_by_role_where_a_role_has_a_price(tmp_path: Path) -> None:
     run = lay(tmp_path / "r", judged(1, SAFE), judged(2, SAFE), entries=ENTRIES)
-    some = stats_of(run, prices=parse_prices(["victim=1,2", "victim:1=0,0", "painter=0,0,0.25"])).costs
+    some = stats_of(run, prices=prices_of("victim=1,2", "victim:1=0,0", "painter=0,0,0.25")).costs
     assert {role: cost.usd for role, cost in some.roles.items()} == {
         "attacker": None, "painter": 0.5, "victim:0": 2.0, "victim:1": 0.0,
     }  # fmt: skip
     assert (some.usd, some.usd_per_dialogue, some.unpriced) == (2.5, None, ("attacker",))
-    every = stats_of(run, prices=parse_prices(["victim=1,2", "attacker=1,2", "painter=0,0"])).costs
+    every = stats_of(run, prices=prices_of("victim=1,2", "attacker=1,2", "painter=0,0")).costs
     assert (every.usd, every.usd_per_dialogue, every.unpriced) == (8.0, 4.0, ())
     assert stats_of(run).costs.usd is None
 
 
 @pytest.mark.parametrize(
     "price",
-    ["judge", "judge=", "judge=1", "judge=1,2,3,4", "=1,2", "judge=1,-2", "judge=nan,1", "judge=inf,1", "x=1,2"],
+    ["judge", "judge=", "judge=1", "judge=1,2,3,4", "=1,2", "judge=1,-2", "judge=nan,1", "judge=inf,1"],
 )
-def test_a_price_that_is_none_is_refused(tmp_path: Path, price: str) -> None:
+def test_a_price_that_is_none_is_refused(price: str) -> None:
+    flag = click.Option(["--price"])
+    assert refusal(lambda: PRICE.convert(price, flag, None)).startswith(f"--price: {price!r} is not a price; write")
+
+
+def test_a_price_of_an_unknown_role_is_refused(tmp_path: Path) -> None:
     run = lay(tmp_path / "r", judged(1, SAFE), entries=ENTRIES)
-    assert "--price" in refusal(lambda: stats_of(run, prices=parse_prices([price])))
+    message = refusal(lambda: stats_of(run, prices=prices_of("x=1,2")))
+    assert message.startswith("prices: no role 'x' in this run; roles: attacker, ")
 
 
-def test_two_prices_for_a_role_are_refused() -> None:
-    assert "judge" in refusal(lambda: parse_prices(["judge=1,2", "judge=1,2"]))
+def test_two_prices_for_a_role_are_refused(tmp_path: Path) -> None:
+    lay(tmp_path / "r", judged(1, SAFE))
+    done = cli("stats", "./r", "--price", "judge=1,2", "--price", "judge=1,2", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "intersafe: --price: two prices for judge; pass one\n"
 
 
 # --- an embedder over real HTTP --------------------------------------------------------------------------------------
@@ -558,7 +603,7 @@ def test_the_command_prints_and_writes_and_leaves_the_run_alone(tmp_path: Path) 
     assert "\x1b" not in done.stdout
     assert "dialogues with an unsafe turn (ASR)" in done.stdout
     assert "total 1.00 USD; without a price: attacker, victim:0, victim:1" in done.stdout
-    assert "not configured; give --embedder" in done.stdout
+    assert "not measured; pass --embedder" in done.stdout
     alone = cli("stats", "./r", "--json", "-", "--price", "painter=0,0,0.5", cwd=tmp_path)
     assert alone.stdout == (tmp_path / "out/figures.json").read_text()
     assert msgspec.json.decode(alone.stdout, type=Stats).safety.asr.count == 1

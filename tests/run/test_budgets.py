@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pytest
 from aiohttp import web
 from msgspec import structs
 
 from intersafe.cli.live import LivePanel, PlainLines, rate_of
-from intersafe.cli.values import limits_of
+from intersafe.cli.values import DURATION, TOKENS, USD
 from intersafe.errors import BudgetReached
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.progress import Progress
@@ -292,6 +293,9 @@ def test_the_summary_and_the_funnel_hold_the_cost(tmp_path: Path) -> None:
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
+LIMITS = {"max_tokens": TOKENS, "max_cost": USD, "max_time": DURATION}
+
+
 @pytest.mark.parametrize(
     ("flag", "text", "value"),
     [
@@ -310,8 +314,9 @@ def test_the_summary_and_the_funnel_hold_the_cost(tmp_path: Path) -> None:
     ],
 )
 def test_limits_are_read_as_people_write_them(flag: str, text: str, value: float) -> None:
-    assert limits_of({flag: text}) == {flag: value}
-    assert getattr(demo(**limits_of({flag: text})).limits, flag) == value
+    number = LIMITS[flag].convert(text, None, None)
+    assert number == value
+    assert getattr(demo(**{flag: number}).limits, flag) == value
 
 
 @pytest.mark.parametrize(
@@ -323,7 +328,10 @@ def test_limits_are_read_as_people_write_them(flag: str, text: str, value: float
     ],
 )
 def test_limits_that_are_none_are_refused(flag: str, text: str) -> None:
-    assert f"--{flag.replace('_', '-')}" in refusal(lambda: limits_of({flag: text}))
+    option = click.Option([f"--{flag.replace('_', '-')}"])
+    message = refusal(lambda: LIMITS[flag].convert(text, option, None))
+    assert message.startswith(f"{option.opts[0]}: {text!r} is not ")
+    assert "; write " in message
 
 
 # --- the display -----------------------------------------------------------------------------------------------------

@@ -498,10 +498,10 @@ def test_a_stop_in_the_middle_leaves_no_server_and_the_run_resumes(tmp_path: Pat
     world = World(tmp_path)
     whole(world)
     command = begin(world, *GENERATE[:-3], "--n", "2000", "--serve")
-    command.until("growing ")
+    command.until("generating ")
     command.process.send_signal(signal.SIGTERM)
     assert command.ends() == 130
-    assert command.said[-1] == "intersafe: stopped; the same command goes on where it was\n"
+    assert command.said[-1] == "intersafe: stopped; the same command resumes\n"
     assert world.is_clean()
 
 

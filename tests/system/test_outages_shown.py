@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from intersafe.cli.live import line_of
+from intersafe.cli.live import status_line
 from intersafe.errors import ServiceGone
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.progress import Display, Progress
@@ -31,7 +31,7 @@ class Watching(Display):
 
     def look(self) -> None:
         assert self._progress
-        self.lines.append(line_of(self._progress, 1.0))
+        self.lines.append(status_line(self._progress, 1.0))
 
     def say(self, text: str) -> None:
         self.said.append(text)

@@ -356,7 +356,7 @@ def test_a_signal_stops_the_workers_cleanly(name: signal.Signals, cluster: str, 
         (os.killpg if name == signal.SIGINT else os.kill)(process.pid, name)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 130, said
-        assert said.splitlines()[-1] == "intersafe: stopped; the same command goes on where it was"
+        assert said.splitlines()[-1] == "intersafe: stopped; the same command resumes"
         assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
         answered = len(server.seen)
         assert answered - len(journal_keys(run)) <= SLOTS, "only calls in flight are lost"

@@ -21,7 +21,7 @@ from tests.support.servers.fault_server import STALL, FaultServer
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 N = 6
-STOPPED = "intersafe: stopped; the same command goes on where it was"
+STOPPED = "intersafe: stopped; the same command resumes"
 
 
 class Command:
