@@ -29,7 +29,7 @@ from intersafe.engines.metrics import Sample, parse_metrics
 from intersafe.generation.generate import generate_dialogues
 from intersafe.recipe.load import load_recipe
 from intersafe.serving.plan import servers_of
-from intersafe.serving.supervisor import watched
+from intersafe.serving.supervisor import serving_in_background
 from tests.engines import FIXTURES, put_up, write_recipe
 
 BLOCK = 32
@@ -134,7 +134,9 @@ def main() -> None:
         sticky = recipe_at(folder, "sticky", urls, options.n)
         shares: dict[str, list[float]] = {"stays": [], "at random": []}
         tokens: dict[str, float] = {}
-        with watched(servers_of(load_recipe(sticky)), folder / "logs", lambda text: print(text, file=sys.stderr)):
+        with serving_in_background(
+            servers_of(load_recipe(sticky)), folder / "logs", lambda text: print(text, file=sys.stderr)
+        ):
             for round_ in range(options.rounds):
                 with at_random(urls, round_) as proxy:
                     spread = recipe_at(folder, "spread", [proxy], options.n)
