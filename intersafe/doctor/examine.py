@@ -237,16 +237,15 @@ def _in_process(recipe: Recipe, model: Model) -> list[Finding]:
 
 def _engine(recipe: Recipe, member: Member) -> list[Finding]:
     """An engine of this process, which is not loaded: its weights, and whether they are of a model that sees."""
-    from intersafe.engines.weights import config_of, is_folder, weights_of
+    from intersafe.engines.weights import folder_problem, is_folder, weights_of
     from intersafe.models.local.open import is_blind
 
     name, engine = member.spec.model, recipe.engine(member.spec.model)
     weights = weights_of(name, engine)
-    is_there = config_of(weights) is not None
-    if not is_there and is_folder(weights):
-        remedy = f"put the folder of the weights into serve.{name}.path"
-        return [Finding("FAIL", "weights", f"no model at {weights} (no config.json)", remedy)]
-    if not is_there:
+    if problem := folder_problem(weights):
+        remedy = f"write the folder of the weights into serve.{name}.path"
+        return [Finding("FAIL", "weights", f"no model at {weights} ({problem})", remedy)]
+    if not is_folder(weights):
         return [Finding("info", "weights", f"{weights} of the Hugging Face Hub, fetched at the first start")]
     size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors"))
     found = [Finding("ok", "weights", f"{size / 2**30:.1f} GiB in {weights}")]
