@@ -9,7 +9,7 @@ from intersafe.cli.inputs import recipe_of
 from intersafe.errors import InputError
 
 if TYPE_CHECKING:
-    from intersafe.doctor.examine import Report
+    from intersafe.doctor.findings import Report
 
 _COLOURS = {"ok": "green", "info": None, "warn": "yellow", "FAIL": "red"}
 
