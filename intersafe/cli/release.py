@@ -16,7 +16,7 @@ from intersafe.errors import InputError
 if TYPE_CHECKING:
     from intersafe.release.client import Hub
     from intersafe.release.manifest import Version
-    from intersafe.release.push import Outcome
+    from intersafe.release.push import PushResult
 
 
 def _finite(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
@@ -49,13 +49,13 @@ def package(run: str, version: str | None, max_shard_size: str, **options: Any) 
     columns and all rules. Exit code 3: the version is there with other content.
     """
     from intersafe.release.manifest import parse_version
-    from intersafe.release.package import Options, parse_size
+    from intersafe.release.package import PackageOptions, parse_size
     from intersafe.release.package import package as make_release
     from intersafe.run.directory import Run
 
     opened = Run(run)
     asked = parse_version(version) if version else None
-    made = make_release(opened, Options(version=asked, shard_bytes=parse_size(max_shard_size), **options))
+    made = make_release(opened, PackageOptions(version=asked, shard_bytes=parse_size(max_shard_size), **options))
     if options["include_unsafe"]:
         click.echo("the config dialogues_unsafe holds unsafe replies in full: keep it private and gated", err=True)
     if opened.summary is None:
@@ -141,8 +141,8 @@ def push(
     5 the token or the repository refuses, 6 the network gave up.
     """
     from intersafe.release.client import Hub, check_repo_id
-    from intersafe.release.push import Options
     from intersafe.release.push import push as push_release
+    from intersafe.release.push_job import PushOptions
     from intersafe.release.staged import open_release
     from intersafe.release.status import releases_in, status
 
@@ -166,7 +166,7 @@ def push(
     there = hub()
     if bump:
         _check_bump(there, release.version, bump)
-    chosen = Options(public=public, gate=not no_gate, **options)
+    chosen = PushOptions(public=public, gate=not no_gate, **options)
     _print(repo, there.within(lambda: push_release(there, release, chosen)))
 
 
@@ -198,7 +198,7 @@ def _pick(found: "dict[Version, Path]", version: str | None) -> Path:
 def _check_bump(hub: "Hub", version: "Version", part: str) -> None:
     """`InputError` unless the version is that step after the newest tag, or is the newest tag (a push run again)."""
     from intersafe.release.manifest import Version
-    from intersafe.release.push import versions_of
+    from intersafe.release.push_job import versions_of
 
     newest = max(versions_of(hub.within(lambda: hub.tags() if hub.state() else {})), default=Version(0, 0, 0))
     if version not in (newest, newest.bumped(part)):
@@ -221,7 +221,7 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _print(repo: str, outcome: "Outcome") -> None:
+def _print(repo: str, outcome: "PushResult") -> None:
     if outcome.status == "dry run":
         for path in outcome.adds:
             click.echo(f"add    {path}")
@@ -278,8 +278,8 @@ def diff(old: str, new: str, endpoint: str | None, no_xet: bool, deadline: float
     OLD and NEW are ORG/NAME@vX.Y.Z or release folders; a bare version is of the repository that OLD names. Shards that
     both releases have are not read.
     """
-    from intersafe.release.diff import compare, describe, open_sides
+    from intersafe.release.diff import compare_releases, diff_lines, open_sides
 
     with open_sides(old, new, endpoint=endpoint, xet=not no_xet, deadline=deadline, say=_say) as (before, after):
-        for line in describe(compare(before, after)):
+        for line in diff_lines(compare_releases(before, after)):
             click.echo(line)
