@@ -5,19 +5,16 @@ bytes. A release that follows another one reuses every shard whose rows did not 
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from msgspec import structs
 
-from intersafe.errors import InputError, IntersafeError, StorageError
+from intersafe.errors import InputError, IntersafeError
 from intersafe.images.store import ImageStore
 from intersafe.release.card import ANY_REPO, CARD, CHANGELOG, KEEP, KEEP_END, card_files, changelog, kept_text
 from intersafe.release.counts import Tally, figures_of, licenses_of
@@ -35,6 +32,7 @@ from intersafe.release.manifest import (
 from intersafe.release.plan import ShardPlan, plan_shards, rows_at, survey
 from intersafe.release.rows import COLUMNS, UNSAFE, public_identity
 from intersafe.release.shards import check_release, need_pyarrow, write_shard
+from intersafe.release.staging import STAGING, clean_staging, packaging_lock, reuse_file, sync_folder
 from intersafe.run.directory import Run
 from intersafe.storage.files import write_whole
 
@@ -42,7 +40,6 @@ TEST_SHARE = 0.05
 """Share of the seeds in the split `test` of a first release."""
 SHARD_BYTES = 300_000_000
 """Default limit on the texts and images of a shard, in bytes."""
-_STAGING = ".staging"
 
 
 class VersionTaken(IntersafeError):
@@ -98,7 +95,7 @@ def package(run: Run, options: PackageOptions) -> Packaged:
     if run.summary is None and not options.allow_incomplete:
         remedy = "complete it with `intersafe generate`, or give --allow-incomplete"
         raise InputError("the run is not complete", at=run.path, remedy=remedy)
-    with _locked(run), _tidy(run.path / "release") as root:
+    with packaging_lock(run.path), clean_staging(run.path / "release") as root:
         return _package(run, options, root)
 
 
@@ -148,10 +145,10 @@ def _package(run: Run, options: PackageOptions, root: Path) -> Packaged:
         raise InputError("exists and is not a release", at=final, remedy="remove the folder")
     draft = structs.replace(draft, version=str(version), parent_version=before.version if before else "")
     draft = structs.replace(draft, counts=draft.counts | {"changes": {name: list(c) for name, c in changes.items()}})
-    manifest = _build(run, draft, plans, root / _STAGING, base)
-    check_release(root / _STAGING, frozenset(shard.sha256 for shard in before.shards) if before else frozenset())
-    (root / _STAGING).rename(final)
-    _sync_folder(root)
+    manifest = _build(run, draft, plans, root / STAGING, base)
+    check_release(root / STAGING, frozenset(shard.sha256 for shard in before.shards) if before else frozenset())
+    (root / STAGING).rename(final)
+    sync_folder(root)
     return Packaged(final, manifest, made=True, taken_over=sum(plan.source is not None for plan in plans))
 
 
@@ -253,7 +250,7 @@ def _build(
     for plan in plans:
         path = staging / plan.path
         if plan.source:
-            _reuse(plan.source, path)
+            reuse_file(plan.source, path)
         else:
             write_shard(path, plan.config, rows_at(run, plan.config, plan.rows), store.read)
         size, rows = path.stat().st_size, len(plan.rows)
@@ -264,7 +261,7 @@ def _build(
     files = card_files(manifest, ANY_REPO, kept) | {CHANGELOG: changelog(manifest, earlier).encode()}
     manifest = _write_texts(staging, manifest, files)
     for folder in {path.parent for path in staging.rglob("*")}:
-        _sync_folder(folder)
+        sync_folder(folder)
     return manifest
 
 
@@ -277,17 +274,6 @@ def _write_texts(folder: Path, manifest: ReleaseManifest, files: Mapping[str, by
     return manifest
 
 
-def _reuse(source: Path, path: Path) -> None:
-    """Links the file under another name; copies it where hard links do not work."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), path)
-    except OSError:
-        shutil.copyfile(source, path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-
-
 def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
@@ -295,41 +281,3 @@ def _text(path: Path) -> str:
         return ""
     except UnicodeDecodeError:
         raise InputError("not UTF-8 text", at=path, remedy="save it as UTF-8, or remove it") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _tidy(root: Path) -> Iterator[Path]:
-    """Removes what this or an earlier attempt left unfinished, and the folder of releases if it is empty."""
-    try:
-        shutil.rmtree(root / _STAGING, ignore_errors=True)
-        yield root
-    except OSError as error:
-        why = error.strerror or " ".join(str(error).split())
-        raise StorageError(f"{root}: cannot be written ({why}); free the disk, then package again") from None
-    finally:
-        shutil.rmtree(root / _STAGING, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            root.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(run: Run) -> Iterator[None]:
-    """Keeps other processes from packaging the run; generating is not affected."""
-    handle: Any = os.open(run.path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: package without one
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError("another process is packaging this run", at=run.path, remedy="wait for it") from None
-        yield
-    finally:
-        os.close(handle)
