@@ -209,8 +209,8 @@ def _in_process(recipe: Recipe, model: Model) -> list[Finding]:
     backend, name, _ = model.spec
     if backend != "scripted":
         return [Finding("info", "process", f"runs in this process: see {backend} under `installed`")]
-    from intersafe.models.scripted.chat import check_name
     from intersafe.models.scripted.painter import check_painter_name
+    from intersafe.models.scripted.profiles import check_name
 
     try:
         (check_painter_name if isinstance(model, Painter) else check_name)(name)

@@ -111,15 +111,15 @@ def write_shard(path: Path, config: str, rows: Iterable[PublishedRow], image: Ca
 def _groups(rows: Iterable[PublishedRow], image: Callable[[str], bytes]) -> Iterator[list[PublishedRow]]:
     """The rows with the bytes of their images, in row groups."""
     group: list[PublishedRow] = []
-    held = with_images = 0
+    size = with_images = 0
     for row in rows:
         data = {reference: image(reference) for reference in references_of(row)}
         group.append(_with_bytes(row, data))
-        held += len(msgspec.json.encode(row)) + sum(map(len, data.values()))
+        size += len(msgspec.json.encode(row)) + sum(map(len, data.values()))
         with_images += bool(data)
-        if with_images >= GROUP_IMAGE_ROWS or held >= GROUP_BYTES:
+        if with_images >= GROUP_IMAGE_ROWS or size >= GROUP_BYTES:
             yield group
-            group, held, with_images = [], 0, 0
+            group, size, with_images = [], 0, 0
     if group:
         yield group
 
