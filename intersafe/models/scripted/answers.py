@@ -225,7 +225,7 @@ def _refusal_check(prompt: str, _: Fields, rng: random.Random, __: Profile) -> F
     }
 
 
-ANSWERS: dict[str, Callable[[str, Fields, random.Random, Profile], Fields]] = {
+ANSWER_MAKERS: dict[str, Callable[[str, Fields, random.Random, Profile], Fields]] = {
     "plan": _plan,
     "pictureplan": _picture_plan,
     "description": _description,

@@ -12,7 +12,7 @@ import random
 import msgspec
 
 from intersafe.models.base import Call, Reply
-from intersafe.models.scripted.answers import ANSWERS, fill, is_everyday, topic_of
+from intersafe.models.scripted.answers import ANSWER_MAKERS, fill, is_everyday, topic_of
 from intersafe.models.scripted.phrases import COMPLIANCES, DRIFTS, FULL_REFUSALS, HELPFUL, PARTIALS, PLACEHOLDER
 from intersafe.models.scripted.profiles import PROFILES, Profile, check_name
 
@@ -44,7 +44,7 @@ class ScriptedModel:
         else:
             # The first user message is the question; a later one only says what was wrong with an answer.
             question = next(message.text for message in call.messages if message.role == "user")
-            answer = ANSWERS[call.schema.name](question, call.schema.schema, rng, self._profile)
+            answer = ANSWER_MAKERS[call.schema.name](question, call.schema.schema, rng, self._profile)
             text = msgspec.json.encode(answer).decode()
         return Reply(text, "stop", (sum(len(m.text) for m in call.messages) // 4, len(text) // 4 + 1))
 
