@@ -18,7 +18,7 @@ from intersafe.templates.load import load_prompts
 
 
 async def main() -> None:
-    """All calls, so many jobs at once; what an earlier start has paid for comes from its journal."""
+    """Makes all calls, `--at-once` jobs concurrently; replies of an earlier start come from its journal."""
     work = read_work()
     member = Member(model=f"openai:fixed@{work.url}")
     members = Cast(attacker=member, victims=(member,), judge=member)

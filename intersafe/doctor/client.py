@@ -1,4 +1,4 @@
-"""One replica of a model as `doctor` asks it: at most twice, by short time-outs, without waiting for its return."""
+"""The HTTP client of `doctor` for one replica of a model: short time-outs, one retry, no waiting through an outage."""
 
 import asyncio
 import base64
@@ -19,32 +19,35 @@ from intersafe.recipe.sections import Member, Model
 from intersafe.records import Message
 from intersafe.replies import Answer, schema_of
 
-AT_ONCE = 4
-"""Requests in flight to one replica."""
-MAX_BODY = 48 * 2**20
-PAUSE = 0.5
+IN_FLIGHT = 4
+"""Most requests in flight to one replica."""
+MAX_ANSWER_BYTES = 48 * 2**20
+RETRY_PAUSE = 0.5
 """Seconds before the one retry."""
 SEED = 20_260_101
 
 
-class Line:
-    """One replica of a model, asked without waiting for its return."""
+class ProbeClient:
+    """Sends requests to one replica of a model."""
 
     def __init__(self, session: aiohttp.ClientSession, model: Model, url: str, timeout: float) -> None:
-        """`timeout` is in seconds, for one answer."""
+        """`timeout` is the seconds for one answer."""
         self.model, self.url, self.timeout = model, url, timeout
-        self._session, self._gate = session, asyncio.Semaphore(AT_ONCE)
+        self._session, self._gate = session, asyncio.Semaphore(IN_FLIGHT)
         self._account = Account(model)
 
     async def send(self, route: str, body: bytes | None = None) -> bytes:
-        """The body of a 200, tried twice at most; a `Fault` or `CallFailed` otherwise. No body: a GET."""
+        """The body of an answer with status 200; without a `body` it is a GET. A passing fault is retried once.
+
+        `Fault` for a server that does not answer, `CallFailed` for one that refuses the request.
+        """
         async with self._gate:
             try:
                 return await self._once(route, body)
             except (Transient, Overloaded) as error:
                 if isinstance(error, TooSlow):
                     raise
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(RETRY_PAUSE)
             return await self._once(route, body)
 
     async def _once(self, route: str, body: bytes | None) -> bytes:
@@ -59,11 +62,11 @@ class Line:
                 allow_redirects=False,
                 **address.proxy,
             ) as response:
-                data, status, heads = await read_body(response, MAX_BODY), response.status, response.headers
+                data, status, heads = await read_body(response, MAX_ANSWER_BYTES), response.status, response.headers
         except (aiohttp.ClientError, OSError) as error:
             raise fault_of(error, self._account, self.timeout) from None
         if data is None:
-            raise Transient(f"answer over {MAX_BODY // 2**20} MiB")
+            raise Transient(f"answer over {MAX_ANSWER_BYTES // 2**20} MiB")
         return data if status == 200 else self._refused(status, heads, data)
 
     def _refused(self, status: int, heads: Mapping[str, str], data: bytes) -> bytes:
@@ -71,43 +74,46 @@ class Line:
         if 300 <= status < 400:
             message = f"redirects to {heads.get('Location', 'nowhere')}"
         if status in (401, 403):
-            message = ""  # some servers repeat a part of the key
+            message = ""  # some servers repeat part of the key
         what = self.clean(f"HTTP {status} {message}".strip())
         raise_for(status, heads, data, what, code)
         raise CallFailed("endpoint", "blocked", what)
 
     def clean(self, text: str) -> str:
-        """One printable line of at most 200 characters, without the key."""
+        """The text as one printable line of at most 200 characters, without the key."""
         return self._account.clean(text, 200)
 
 
-class ChatLine(Line):
-    """A replica that answers in words."""
+class ChatProbeClient(ProbeClient):
+    """Sends chat requests to one replica."""
 
     def __init__(self, session: aiohttp.ClientSession, member: Member, url: str, timeout: float) -> None:
         super().__init__(session, member, url, timeout)
         self.member = member
 
-    async def raw(
+    async def ask_raw(
         self,
         *messages: Message,
-        most: int = 64,
+        max_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = SEED,
         answer: type[Answer] | None = None,
         part: Callable[[str], Part] | None = None,
         **extra: Any,
     ) -> bytes:
-        """The body of the answer to the question; an image's reference is a colour, `most` the tokens it may take."""
+        """The body of the answer to a conversation, in which an image reference is the name of a colour.
+
+        `part` makes the content part of an image; `extra` adds fields to the request. Raises as `send` does.
+        """
         member = structs.replace(self.member, json_schema=True, extra=self.member.extra | extra)
-        sampling = Sampling(temperature, member.top_p, most, seed)
+        sampling = Sampling(temperature, member.top_p, max_tokens, seed)
         schema = schema_of(answer) if answer else None
         call = Call("doctor", "", messages, sampling, schema, "doctor", 0)
-        return await self.send("/chat/completions", chat_body(member, call, part or as_colour))
+        return await self.send("/chat/completions", chat_body(member, call, part or colour_part))
 
     async def ask(self, *messages: Message, **options: Any) -> Reply:
-        """The answer, read as a run reads it."""
-        return read_reply(await self.raw(*messages, **options))
+        """The answer, parsed as a run parses it; arguments and errors are those of `ask_raw`."""
+        return read_reply(await self.ask_raw(*messages, **options))
 
 
 @functools.cache
@@ -119,11 +125,11 @@ def _uri(colour: str) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def as_colour(colour: str) -> Part:
-    """A picture of one colour, as a data URI."""
+def colour_part(colour: str) -> Part:
+    """The content part of an image of one colour, as a data URI."""
     return {"type": "image_url", "image_url": {"url": _uri(colour)}}
 
 
-def user(text: str, *colours: str) -> Message:
-    """A user's message with pictures of these colours before its text."""
+def user_message(text: str, *colours: str) -> Message:
+    """A user message with images of these colours before its text."""
     return Message("user", text, colours)

@@ -72,7 +72,7 @@ class Watch:
             if sample:
                 # An engine of this process counts from nothing; a server may have worked before.
                 begun = Figures(latest=Sample() if name in self._engines else None)
-                self.figures.setdefault(name, begun).look(sample, is_last=is_last)
+                self.figures.setdefault(name, begun).add(sample, is_last=is_last)
 
 
 def _metrics(url: str) -> str:

@@ -155,6 +155,6 @@ def check_cast(cast: Cast, engine_of: Callable[[str], Engine] = lambda _: Engine
 
             check_painter_name(member.spec.model)
         elif member.spec.backend == "scripted":
-            from intersafe.models.scripted.chat import check_name
+            from intersafe.models.scripted.profiles import check_name
 
             check_name(member.spec.model)

@@ -15,8 +15,8 @@ import pytest
 from msgspec import structs
 from PIL import Image
 
-from intersafe.doctor.examine import Report, examine
-from intersafe.doctor.probes import Finding
+from intersafe.doctor.examine import examine
+from intersafe.doctor.findings import Finding, Report
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.sections import Cast, Limits, Member, Painter, Recipe
 from intersafe.storage.bundled import bundled
@@ -179,8 +179,13 @@ FAULTS: list[tuple[Callable[[Body], Answer | None], str, str, str]] = [
     (lambda body: completion("A cat.") if "n" in body else None, "n", "info", "n ignored: n=2 gives 1"),
     (lambda body: error(400, "n must be 1") if "n" in body else None, "n", "info", "refused"),
     (lambda body: completion("One") if body["max_tokens"] == 1 else None, "finish", "warn", "not 'length'"),
-    (lambda body: completion("Hi.", usage=False) if body["max_tokens"] == 16 else None, "usage", "info", "no tokens"),
-    (lambda _: completion("", finish="length"), "answers", "warn", "without a word"),
+    (
+        lambda body: completion("Hi.", usage=False) if body["max_tokens"] == 16 else None,
+        "usage",
+        "info",
+        "no token counts",
+    ),
+    (lambda _: completion("", finish="length"), "answers", "warn", "without text"),
     (lambda body: completion("Always.") if body["temperature"] == 1 else None, "seed", "info", "another seed"),
 ]
 

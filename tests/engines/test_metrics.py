@@ -44,7 +44,7 @@ def test_what_is_no_vllm_says_nothing(text: str) -> None:
 def test_counters_are_those_of_the_command_and_survive_a_restart() -> None:
     figures = Figures()
     for queries, hits in ((1000, 500), (1100, 550), (60, 30), (100, 60)):
-        figures.look(Sample(running=float(queries > 60), queries=queries, hits=hits))
+        figures.add(Sample(running=float(queries > 60), queries=queries, hits=hits))
     assert (figures.queries, figures.hits) == (100 + 60 + 40, 50 + 30 + 30)
     assert figures.hit_rate == 110 / 200
     assert math.isclose(figures.idle, 1 / 4)
@@ -100,8 +100,8 @@ def test_a_run_shows_and_keeps_what_its_servers_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "idle_engine"), [(PlainLines, "1 idle"), (LivePanel, "0 running, 0 waiting")])
 def test_the_displays_tell_idle_engines(kind: type[PlainLines | LivePanel], idle_engine: str, tmp_path: Path) -> None:
     busy, idle = Figures(), Figures()
-    busy.look(Sample(running=12, waiting=3, kv_usage=0.5))
-    idle.look(Sample())
+    busy.add(Sample(running=12, waiting=3, kv_usage=0.5))
+    idle.add(Sample())
     progress = Progress(20, 30, Funnel(), Journal(GroupWriter(tmp_path)), {})
     progress.engines = {"vllm:a at http://h:1/v1": busy, "vllm:b at http://h:2/v1": idle}
     stream = io.StringIO()

@@ -14,7 +14,7 @@ from intersafe.errors import InputError
 from intersafe.images.store import dhash, distance, normalise
 from intersafe.models.base import Hooks, Painted
 from intersafe.models.open import open_painter
-from intersafe.models.scripted.painter import PROFILES, STOCK, draw
+from intersafe.models.scripted.painter import PAINTER_PROFILES, STOCK, draw
 from intersafe.recipe.sections import Limits, Painter
 from tests.support.endpoints import paint_call
 from tests.support.paths import REPOSITORY
@@ -32,7 +32,7 @@ def descriptions(count: int) -> list[tuple[str, int]]:
 
 
 def test_scripted_pictures_are_small_sound_and_do_not_resemble_each_other() -> None:
-    pictures = [draw(*given, (96, 96), PROFILES["flawless"]).data for given in descriptions(500)]
+    pictures = [draw(*given, (96, 96), PAINTER_PROFILES["flawless"]).data for given in descriptions(500)]
     assert len(set(pictures)) == 500
     assert max(map(len, pictures)) < 6000
     assert {normalise(data, at="scripted")[2:] for data in pictures} == {(96, 96)}
@@ -59,14 +59,14 @@ def test_the_scripted_painter_misbehaves_at_its_rates_and_its_stock_pictures_res
     hashes: dict[int, int] = {}
     stock: set[bytes] = set()
     for description, seed in descriptions(4000):
-        painted = draw(description, seed, (96, 96), PROFILES["demo"])
+        painted = draw(description, seed, (96, 96), PAINTER_PROFILES["demo"])
         try:
             image = normalise(painted.data, at="scripted") if not painted.problem else None
         except InputError:
             outcomes["truncated"] += 1
             continue
         outcomes[painted.problem or "sound"] += 1
-        if image and image.data != draw(description, seed, (96, 96), PROFILES["flawless"]).data:
+        if image and image.data != draw(description, seed, (96, 96), PAINTER_PROFILES["flawless"]).data:
             stock.add(image.data)
             hashes[dhash(image.data)] = hashes.get(dhash(image.data), 0) + 1
     rate = {name: count / 4000 for name, count in outcomes.items()}
@@ -82,9 +82,9 @@ def test_the_scripted_painter_misbehaves_at_its_rates_and_its_stock_pictures_res
 DIGEST = """
 import hashlib
 from tests.models.test_scripted_painter import descriptions
-from intersafe.models.scripted.painter import PROFILES, draw
+from intersafe.models.scripted.painter import PAINTER_PROFILES, draw
 for given in descriptions(200):
-    painted = draw(*given, (96, 96), PROFILES["demo"])
+    painted = draw(*given, (96, 96), PAINTER_PROFILES["demo"])
     print(hashlib.sha256(painted.data).hexdigest(), painted.problem)
 """
 
@@ -97,7 +97,7 @@ def test_two_processes_draw_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> N
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY, timeout=60)
         outputs.add(done.stdout)
     assert len(outputs) == 1
-    here = [draw(*given, (96, 96), PROFILES["demo"]) for given in descriptions(200)]
+    here = [draw(*given, (96, 96), PAINTER_PROFILES["demo"]) for given in descriptions(200)]
     (there,) = outputs
     assert there.splitlines() == [f"{hashlib.sha256(p.data).hexdigest()} {p.problem}" for p in here]
 

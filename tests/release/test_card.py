@@ -13,8 +13,8 @@ from msgspec import structs
 
 from intersafe.release.card import KEEP, KEEP_END, card_files, kept_text, render_card
 from intersafe.release.licenses import is_noncommercial, license_of
-from intersafe.release.manifest import Manifest, Version
-from intersafe.release.package import Options, Packaged, address, package
+from intersafe.release.manifest import ReleaseManifest, Version
+from intersafe.release.package import Packaged, PackageOptions, package, set_repository
 from intersafe.release.rows import COLUMNS
 from intersafe.release.shards import check_release
 from intersafe.run.directory import Run
@@ -24,7 +24,7 @@ from tests.support.packaged_runs import digests, grown, kept_turns, rows_of, sha
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
     run = grown(tmp_path_factory.mktemp("card") / "run")
-    return package(run, Options(test_share=0.2, include_unsafe=True))
+    return package(run, PackageOptions(test_share=0.2, include_unsafe=True))
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +161,13 @@ def test_a_card_without_both_markers_keeps_nothing(card: str) -> None:
 
 def test_addressing_a_release_fills_in_the_repository_and_is_stable(made: Packaged, tmp_path: Path) -> None:
     shutil.copytree(made.path, tmp_path / "release")
-    address(tmp_path / "release", "ada/safe-talk", "Kept.")
+    set_repository(tmp_path / "release", "ada/safe-talk", "Kept.")
     check_release(tmp_path / "release")
     first = digests(tmp_path / "release")
     card = (tmp_path / "release/README.md").read_text()
     assert 'load_dataset("ada/safe-talk", "dialogues", revision="v1.0.0")' in card
     assert "ORG/NAME" not in card + (tmp_path / "release/croissant.json").read_text()
-    address(tmp_path / "release", "ada/safe-talk")
+    set_repository(tmp_path / "release", "ada/safe-talk")
     assert digests(tmp_path / "release") == first
 
 
@@ -175,7 +175,7 @@ def test_the_changelog_is_continued(made: Packaged, tmp_path: Path) -> None:
     shutil.copytree(made.path.parent.parent, tmp_path / "run")
     log = tmp_path / "run/release/1.0.0/CHANGELOG.md"
     log.write_text(log.read_text() + "\nA line by hand.\n")
-    done = package(Run(tmp_path / "run"), Options(Version(1, 0, 1), include_unsafe=True))
+    done = package(Run(tmp_path / "run"), PackageOptions(Version(1, 0, 1), include_unsafe=True))
     text = (done.path / "CHANGELOG.md").read_text()
     assert text.count("# Changelog\n") == 1
     assert text.index("## 1.0.1") < text.index("## 1.0.0") < text.index("A line by hand.")
@@ -238,7 +238,7 @@ def test_a_mixed_release_has_a_table_and_every_row_its_licence(made: Packaged) -
 # --- Croissant -------------------------------------------------------------------------------------------------------
 
 
-def croissant(manifest: Manifest) -> dict[str, Any]:
+def croissant(manifest: ReleaseManifest) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(card_files(manifest, "ada/safe-talk")["croissant.json"])
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from intersafe.release.package import Options, package
+from intersafe.release.package import PackageOptions, package
 from intersafe.release.shards import check_release
 from tests.support.load_release import summary
 from tests.support.packaged_runs import grown, rows_of
@@ -35,7 +35,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release in two steps, so that splits have several shards, with unsafe replies and rows without images."""
     folder = tmp_path_factory.mktemp("loads")
     grown(folder / "run", 20)
-    options = Options(test_share=0.3, include_unsafe=True)
+    options = PackageOptions(test_share=0.3, include_unsafe=True)
     package(grown(folder / "run", 20), options)
     done = package(grown(folder / "run", 40), options)
     check_release(done.path)

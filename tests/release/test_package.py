@@ -29,8 +29,8 @@ from intersafe.generation.generate import generate_dialogues
 from intersafe.recipe.sections import digest_of
 from intersafe.release.card import KEEP, KEEP_END
 from intersafe.release.manifest import MANIFEST, Version, read_manifest, sha256_of, write_manifest
-from intersafe.release.package import Options, Packaged, VersionTaken, package
-from intersafe.release.rows import COLUMNS, bare, refusal_row, split_of
+from intersafe.release.package import Packaged, PackageOptions, VersionTaken, package
+from intersafe.release.rows import COLUMNS, public_identity, refusal_row, split_of
 from intersafe.release.shards import check_release, write_shard
 from intersafe.run.directory import Run
 from tests.support.chat_and_images import both_servers, few
@@ -38,7 +38,7 @@ from tests.support.packaged_runs import digests, grown, kept_turns, published, r
 from tests.support.runs import cli, refusal, rows
 from tests.support.seeds import seeds_in
 
-PARTS = Options(test_share=0.2, shard_bytes=60_000, allow_incomplete=True)
+PARTS = PackageOptions(test_share=0.2, shard_bytes=60_000, allow_incomplete=True)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_no_path_host_user_url_or_key_is_in_any_byte(tmp_path: Path, monkeypatch
         recipe = structs.replace(recipe, cast=structs.replace(recipe.cast, attacker=member))
         run = generate_dialogues(recipe, run=tmp_path / "a-run", n=8)
         urls = [both.chat.url, both.images.url]
-    done = package(run, Options(test_share=0.3))
+    done = package(run, PackageOptions(test_share=0.3))
     everything = published(done.path)
     words = [str(tmp_path), str(Path.cwd()), str(Path.home()) + "/", socket.gethostname(), "127.0.0.1", "localhost"]
     words += [*urls, "RELEASE_TEST_KEY", "sk-very-secret", "where-seeds-lie", "a-run", "/tmp/", sys.prefix]
@@ -221,7 +221,7 @@ def test_no_path_host_user_url_or_key_is_in_any_byte(tmp_path: Path, monkeypatch
     ],
 )
 def test_a_model_in_a_folder_loses_the_way_to_it(identity: str, public: str) -> None:
-    assert bare(identity) == public
+    assert public_identity(identity) == public
 
 
 def test_a_model_in_a_folder_is_published_without_the_way_to_it(run: Run) -> None:
@@ -242,7 +242,7 @@ def test_a_model_in_a_folder_is_published_without_the_way_to_it(run: Run) -> Non
 
 def test_the_same_run_gives_the_same_bytes_in_any_process(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.path, tmp_path / "elsewhere" / "copy")
-    done = package(run, Options())
+    done = package(run, PackageOptions())
     out = cli("package", "./copy", cwd=tmp_path / "elsewhere", PYTHONHASHSEED="7", TZ="Asia/Tokyo", LC_ALL="C")
     assert out.returncode == 0, out.stderr
     assert digests(tmp_path / "elsewhere/copy/release/1.0.0") == digests(done.path)
@@ -250,10 +250,10 @@ def test_the_same_run_gives_the_same_bytes_in_any_process(run: Run, tmp_path: Pa
 
 
 def test_packaging_again_changes_nothing(run: Run) -> None:
-    first = package(run, Options())
+    first = package(run, PackageOptions())
     before = digests(run.path)
     for version in (None, Version(1, 0, 0)):
-        again = package(run, Options(version))
+        again = package(run, PackageOptions(version))
         assert (again.path, again.made) == (first.path, False)
     assert digests(run.path) == before
 
@@ -341,9 +341,9 @@ def test_without_its_first_row_most_of_a_shard_of_text_is_the_same(original: Run
 
 def test_a_run_that_has_grown_adds_shards_and_keeps_the_others(tmp_path: Path) -> None:
     run = grown(tmp_path / "run", 20)
-    first = package(run, Options())
+    first = package(run, PackageOptions())
     grown(tmp_path / "run", 30)
-    second = package(run, Options())
+    second = package(run, PackageOptions())
     assert second.path.name == "1.1.0"
     assert second.manifest.parent_version == "1.0.0"
     old, new = digests(first.path), digests(second.path)
@@ -358,16 +358,16 @@ def test_a_run_that_has_grown_adds_shards_and_keeps_the_others(tmp_path: Path) -
 
 
 def test_a_release_from_elsewhere_can_be_continued(run: Run, original: Run, tmp_path: Path) -> None:
-    first = package(run, Options())
+    first = package(run, PackageOptions())
     shutil.copytree(first.path, tmp_path / "pulled")
     shutil.copytree(original.path, tmp_path / "other")
     (tmp_path / "other/dialogues.jsonl").write_bytes(b"".join(lines(original, "dialogues.jsonl")[:-1]))
-    done = package(Run(tmp_path / "other"), Options(parent=tmp_path / "pulled", allow_incomplete=True))
+    done = package(Run(tmp_path / "other"), PackageOptions(parent=tmp_path / "pulled", allow_incomplete=True))
     assert done.path.name == "1.1.0"
     assert done.manifest.counts["changes"]["dialogues"] == [0, 0, 1]
     assert done.taken_over == len(done.manifest.shards) - 1
     (tmp_path / "pulled/data/dialogues/train-00000.parquet").write_bytes(b"PAR1")
-    options = Options(Version(2, 0, 0), parent=tmp_path / "pulled", allow_incomplete=True)
+    options = PackageOptions(Version(2, 0, 0), parent=tmp_path / "pulled", allow_incomplete=True)
     assert "not the bytes" in refusal(lambda: package(Run(tmp_path / "other"), options))
 
 
@@ -376,7 +376,7 @@ def test_a_manifest_from_elsewhere_names_no_file_outside(made: Packaged, tmp_pat
     for place in ("../../secret.parquet", "/etc/passwd", "data/dialogues/../../x.parquet"):
         shard = structs.replace(made.manifest.shards[0], path=place)
         write_manifest(tmp_path / "pulled", structs.replace(made.manifest, shards=(shard,)))
-        assert "no place in a release" in refusal(lambda: read_manifest(tmp_path / "pulled"))
+        assert "not a path of a release" in refusal(lambda: read_manifest(tmp_path / "pulled"))
 
 
 # --- whole or not at all ---------------------------------------------------------------------------------------------
@@ -396,9 +396,9 @@ def test_a_kill_leaves_nothing_half_made(run: Run, stage: str, tmp_path: Path) -
     there = [path for path in (run.path / "release").glob("*") if path.name != ".staging"]
     for path in there:
         check_release(path)
-    done = package(run, Options())
+    done = package(run, PackageOptions())
     assert [path.name for path in done.path.parent.iterdir()] == ["1.0.0"]
-    assert digests(done.path) == digests(package(Run(tmp_path / "clean"), Options()).path)
+    assert digests(done.path) == digests(package(Run(tmp_path / "clean"), PackageOptions()).path)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
@@ -424,9 +424,9 @@ def test_two_at_once_do_not_meet(run: Run) -> None:
 
     handle = os.open(run.path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    assert "another process" in refusal(lambda: package(run, Options()))
+    assert "another process" in refusal(lambda: package(run, PackageOptions()))
     os.close(handle)
-    assert package(run, Options()).made
+    assert package(run, PackageOptions()).made
 
 
 # --- the check -------------------------------------------------------------------------------------------------------
@@ -537,21 +537,21 @@ def one_line(run: Run, *words: str, code: int = 2) -> str:
 
 def test_versions_only_go_up(run: Run) -> None:
     assert "MAJOR.MINOR.PATCH" in one_line(run, "--version", "1.0")
-    package(run, Options(Version(1, 2, 0)))
+    package(run, PackageOptions(Version(1, 2, 0)))
     assert "1.2.1 or higher" in one_line(run, "--version", "1.1.9")
     kept = lines(run, "dialogues.jsonl")
     (run.path / "dialogues.jsonl").write_bytes(b"".join(kept[:-1]))
     assert "other content" in one_line(run, "--version", "v1.2.0", "--allow-incomplete", code=3)
     with pytest.raises(VersionTaken):
-        package(run, Options(Version(1, 2, 0), allow_incomplete=True))
-    assert package(run, Options(Version(1, 2, 1), allow_incomplete=True)).path.name == "1.2.1"
-    assert package(run, Options(Version(3, 0, 0), allow_incomplete=True)).taken_over
+        package(run, PackageOptions(Version(1, 2, 0), allow_incomplete=True))
+    assert package(run, PackageOptions(Version(1, 2, 1), allow_incomplete=True)).path.name == "1.2.1"
+    assert package(run, PackageOptions(Version(3, 0, 0), allow_incomplete=True)).taken_over
 
 
 def test_a_run_that_is_not_complete_needs_leave(run: Run) -> None:
     (run.path / "summary.json").unlink()
     assert "--allow-incomplete" in one_line(run)
-    done = package(run, Options(allow_incomplete=True))
+    done = package(run, PackageOptions(allow_incomplete=True))
     assert "not complete" in (done.path / "README.md").read_text()
 
 
@@ -567,7 +567,7 @@ def test_bad_input_is_one_line_with_the_place(run: Run, original: Run) -> None:
     restored("twins.jsonl", b"nonsense\n")
     assert "twins.jsonl:1" in refusal(lambda: package(run, PARTS))
     restored("dialogues.jsonl", b"")
-    assert "no dialogue was kept" in refusal(lambda: package(run, PARTS))
+    assert "no accepted dialogue" in refusal(lambda: package(run, PARTS))
     restored("dialogues.jsonl", b"".join([*whole, whole[0]]))
     assert "twice" in refusal(lambda: package(run, PARTS))
     restored("dialogues.jsonl", b"".join(whole))
@@ -616,18 +616,18 @@ def test_nothing_loads_pyarrow_before_it_is_needed() -> None:
 
 
 def test_a_card_that_was_edited_is_taken_up(run: Run) -> None:
-    done = package(run, Options())
+    done = package(run, PackageOptions())
     card = done.path / "README.md"
     card.write_text(
         card.read_text().replace("<!-- intersafe:keep -->\n", "<!-- intersafe:keep -->\nBy hand: thanks.\n")
     )
     with pytest.raises(InputError):
         check_release(done.path)
-    again = package(run, Options())
+    again = package(run, PackageOptions())
     assert not again.made
     check_release(done.path)
     assert "By hand: thanks." in card.read_text()
-    assert "By hand: thanks." in (package(run, Options(Version(1, 5, 0))).path / "README.md").read_text()
+    assert "By hand: thanks." in (package(run, PackageOptions(Version(1, 5, 0))).path / "README.md").read_text()
 
 
 def test_the_row_version_of_every_row_is_checked(run: Run) -> None:
@@ -638,15 +638,15 @@ def test_the_row_version_of_every_row_is_checked(run: Run) -> None:
 
 def test_seeds_that_were_held_out_stay_held_out(tmp_path: Path) -> None:
     run = grown(tmp_path / "run", 20)
-    package(run, Options(test_share=0.3))
-    assert "below the 0.3" in refusal(lambda: package(run, Options(test_share=0.1)))
+    package(run, PackageOptions(test_share=0.3))
+    assert "below the 0.3" in refusal(lambda: package(run, PackageOptions(test_share=0.1)))
     assert [path.name for path in (run.path / "release").iterdir() if path.name[0] != "."] == ["1.0.0"]
 
 
 def test_a_card_with_torn_markers_is_left_as_it_is(tmp_path: Path) -> None:
     run = grown(tmp_path / "run", 20)
-    card = package(run, Options()).path / "README.md"
+    card = package(run, PackageOptions()).path / "README.md"
     card.write_text(card.read_text().replace(KEEP, f"{KEEP}\nwritten by a person").replace(KEEP_END, ""))
     before = card.read_text()
-    assert "torn" in refusal(lambda: package(run, Options()))
+    assert "not a pair" in refusal(lambda: package(run, PackageOptions()))
     assert card.read_text() == before

@@ -83,7 +83,7 @@ def test_diff_counts_rows_by_category_and_label(either: Bench, one: Path, two: P
     assert local == remote
     lines = [line.split() for line in local.said.splitlines()]
     assert [" ".join(line) for line in lines] == [
-        "dialogues: +2 added -2 removed ~1 changed 7 as before",
+        "dialogues: +2 added -2 removed ~1 changed 7 unchanged",
         "category fraud -2 removed ~1 changed",
         "category self_harm +2 added",
         "label safe -2 removed ~1 changed",
@@ -91,7 +91,7 @@ def test_diff_counts_rows_by_category_and_label(either: Bench, one: Path, two: P
     ]
     assert not [seen for seen in either.hub.log[start:] if seen.path.endswith("train-00000.parquet")]
     same = either.commands.run("diff", one, f"{repo}@v1.0.0")
-    assert same.said == "dialogues: nothing changed, 10 as before\n"
+    assert same.said == "dialogues: nothing changed, 10 unchanged\n"
 
 
 def test_diff_of_rows_without_ids(either: Bench, one: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_dry_run_only_reads(lfs: Bench, one: Path, two: Path, repo: str) -> No
 
 def test_status_tells_what_is_here_and_there(lfs: Bench, one: Path, two: Path, repo: str) -> None:
     run = one.parent.parent
-    assert "not there" in lfs.push(run, "--status", repo=repo).said
+    assert "not found" in lfs.push(run, "--status", repo=repo).said
     assert lfs.push(run, "--version", "1.0.0", repo=repo).code == 0
     lfs.hub.repos[repo].gated = False
     said = lfs.push(run, "--status", repo=repo).said
@@ -430,9 +430,9 @@ def test_receipts_hold_no_key(lfs: Bench, one: Path, repo: str) -> None:
 
 def test_a_manifest_that_denies_what_it_names_is_not_pushed(tmp_path: Path) -> None:
     denied = make_release(tmp_path, "1.0.0", [rows("a")], models={"judge": "scripted:demo"}, scripted=False)
-    assert "denies" in refusal(lambda: open_release(denied, allow_scripted=True))
+    assert "contradicts itself" in refusal(lambda: open_release(denied, allow_scripted=True))
     full = make_release(tmp_path, "2.0.0", [rows("a")])
     manifest = read_manifest(full)
     unsafe = tuple(msgspec.structs.replace(shard, config="dialogues_unsafe") for shard in manifest.shards)
     write_manifest(full, msgspec.structs.replace(manifest, shards=unsafe))
-    assert "denies" in refusal(lambda: open_release(full))
+    assert "contradicts itself" in refusal(lambda: open_release(full))

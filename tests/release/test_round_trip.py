@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from intersafe.release.package import Options, package
+from intersafe.release.package import PackageOptions, package
 from tests.support.hub_releases import REPO, bench, shards_of
 from tests.support.load_release import summary
 from tests.support.packaged_runs import grown, rows_of
@@ -32,8 +32,8 @@ print(json.dumps(found))
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
 def test_both_versions_load_row_by_row_and_the_second_sends_new_shards_alone(xet: bool, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    first = package(grown(tmp_path / "run", 150), Options(test_share=0.2)).path
-    second = package(grown(tmp_path / "run", 165), Options(test_share=0.2)).path
+    first = package(grown(tmp_path / "run", 150), PackageOptions(test_share=0.2)).path
+    second = package(grown(tmp_path / "run", 165), PackageOptions(test_share=0.2)).path
     with bench(tmp_path / "hub", xet=xet) as hub:
         sent = []
         for release in (first, second):

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from intersafe.engines.arguments import engine_arguments
+from intersafe.engines.weights import folder_problem
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.sections import Recipe
-from intersafe.serving.plan import Server, left_alone, servers_of
+from intersafe.serving.plan import Server, servers_of, unserved_urls
 from tests.support.recipes import at, written
 from tests.support.runs import cli, refusal
 
@@ -128,14 +129,14 @@ def test_ports_come_from_the_cast_and_members_share_a_server(tmp_path: Path) -> 
         ("other", "127.0.0.1", 8003, "5"),
         ("six", "::1", 8006, ""),
     ]
-    assert left_alone(recipe) == ["http://node7:8000/v1 (other) is another machine's: left alone"]
+    assert unserved_urls(recipe) == ["http://node7:8000/v1 (other) is on another machine: not started"]
     assert [s.port for s in servers_of(recipe, ["six", "other"])] == [8003, 8006]
 
 
-def test_a_local_url_without_an_entry_is_left_alone(tmp_path: Path) -> None:
+def test_a_local_url_without_an_entry_is_unserved_urls(tmp_path: Path) -> None:
     recipe = made(tmp_path, {"judge": at("m", 8001), "attacker": at("b", 8002)}, {"m": {"command": VLLM}})
     assert [s.port for s in servers_of(recipe)] == [8001]
-    assert left_alone(recipe) == ["http://localhost:8002/v1 (b) has no entry in `serve`: left alone"]
+    assert unserved_urls(recipe) == ["http://localhost:8002/v1 (b) has no entry in `serve`: not started"]
 
 
 def test_log_names_are_file_names(tmp_path: Path) -> None:
@@ -206,6 +207,23 @@ def test_a_secret_in_args_is_refused_and_not_shown(tmp_path: Path, args: dict[st
     assert next(iter(args.values())) not in said
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("config.json", '{"model_type": "qwen2_5_vl"}', ""),
+        ("model_index.json", "{}", ""),
+        ("params.json", "{}", ""),
+        ("config.json", "[]", "no config.json that can be read"),
+        ("README.md", "weights", "no config.json that can be read"),
+    ],
+)
+def test_a_folder_of_weights_has_a_configuration(tmp_path: Path, name: str, text: str, problem: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert folder_problem(str(tmp_path)) == problem
+    assert folder_problem(str(tmp_path / "elsewhere")) == "no such folder"
+    assert folder_problem("org/model") == "", "a Hub name"
+
+
 # --- which vLLM, and --dry-run ---------------------------------------------------------------------------------------
 
 
@@ -255,6 +273,6 @@ def test_a_dry_run_shows_the_environment_and_no_secret(tmp_path: Path) -> None:
         "A='two words' CUDA_VISIBLE_DEVICES=1 VLLM_API_KEY=\"$MY_KEY\" /opt/vllm/bin/vllm serve /nowhere/m "
     )
     assert json.loads(shlex.split(done.stdout.splitlines()[0])[-1])["backend"] == "xgrammar"
-    assert done.stderr == "http://node7:80/v1 (far) is another machine's: left alone\n"
+    assert done.stderr == "http://node7:80/v1 (far) is on another machine: not started\n"
     assert "sk-very" not in done.stdout + done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml"]

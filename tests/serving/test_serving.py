@@ -248,7 +248,7 @@ def test_a_guard_kills_what_ignores_it(tmp_path: Path) -> None:
     with subprocess.Popen(server, env=env, start_new_session=True, stdout=subprocess.DEVNULL) as process:
         eventually(lambda: world.events("answers"))
         guard = Guard(0.5)
-        guard.began(process.pid)
+        guard.add(process.pid)
         guard.close()
         assert process.wait() == -signal.SIGKILL
     assert world.events("sigterm")
@@ -311,14 +311,14 @@ def test_a_port_in_use_is_named_before_anything_starts(tmp_path: Path) -> None:
 def test_weights_that_are_not_there(path: str, tmp_path: Path) -> None:
     world = World(tmp_path)
     world.write(path=path)
-    assert f"mend `serve.{NAME}.path`" in refused(world)
+    assert f"correct `serve.{NAME}.path`" in refused(world)
 
 
 def test_a_command_that_is_not_there(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.write()
     written(tmp_path, {"judge": at(NAME, *world.ports)}, {NAME: {"command": "/nowhere/vllm serve"}})
-    assert f"'/nowhere/vllm' is no command here; mend `serve.{NAME}.command`" in refused(world)
+    assert f"no command '/nowhere/vllm' here; correct `serve.{NAME}.command`" in refused(world)
 
 
 def test_a_key_that_is_not_set(tmp_path: Path) -> None:
@@ -328,17 +328,17 @@ def test_a_key_that_is_not_set(tmp_path: Path) -> None:
 
 
 REMEDIES = {
-    "free": "lower `gpu_memory` of what shares it",
-    "cpu": "stop what else is on it",
+    "free": "lower `gpu_memory` of the models that share it",
+    "cpu": "stop what else runs on it",
     "blocks": "lower `max_model_len` or `images`, or raise `gpu_memory` or `tensor_parallel`",
     "cache": "lower `max_model_len` or `images`, or raise `gpu_memory` or `tensor_parallel`",
     "cuda": "or raise `tensor_parallel`",
     "port": "write another one in the cast's URL",
-    "model": "mend the model's name or `path`",
+    "model": "correct the model's name or `path`",
     "gated": "`hf auth login`",
-    "offline": "mend the model's name or `path`",
+    "offline": "correct the model's name or `path`",
     "length": "lower `max_model_len`",
-    "other": "the whole log is ",
+    "other": "the whole log is in ",
 }
 
 
@@ -380,7 +380,7 @@ def test_an_unknown_argument_is_named(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.write(args={"no_such_flag": 3})
     line = failure(world)
-    assert "exit code 2: api_server.py: error: unrecognized arguments: --no-such-flag 3; mend `args`" in line
+    assert "exit code 2: api_server.py: error: unrecognized arguments: --no-such-flag 3; correct `args`" in line
 
 
 def test_one_that_never_answers_is_killed_when_its_time_is_over(tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_one_that_dies_is_started_again_and_given_up_in_the_end(tmp_path: Path, 
         line = command.until("starting it again")
         assert line == (
             f"{NAME} at port {port} ended with exit code 0: vllm.v1.engine.exceptions.EngineDeadError: EngineCore "
-            "encountered an issue. See stack trace (above) for the root cause; the whole log is "
+            "encountered an issue. See stack trace (above) for the root cause; the whole log is in "
             f"outputs/serve-logs/org-tiny-{port}.log; starting it again ({number} of 3)\n"
         )
         command.until(f"{NAME}: answers at http://localhost:{port}/v1")

@@ -13,7 +13,7 @@ from aiohttp import web
 from intersafe.errors import JobRejected
 from intersafe.images.store import ImageStore
 from intersafe.models.cast import JobCast
-from intersafe.models.scripted.chat import PLACEHOLDER
+from intersafe.models.scripted.phrases import PLACEHOLDER
 from intersafe.recipe.sections import RespondSettings
 from intersafe.records import Job, Message, Turn
 from intersafe.stages.responding import respond

@@ -13,7 +13,7 @@ from aiohttp import web
 from intersafe.errors import JobRejected
 from intersafe.gates.rules import check_rules
 from intersafe.images.store import ImageStore
-from intersafe.models.scripted.chat import PLACEHOLDER
+from intersafe.models.scripted.phrases import PLACEHOLDER
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import ConverseSettings
 from intersafe.records import Dialogue, Job

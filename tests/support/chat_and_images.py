@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from intersafe.models.scripted.painter import PROFILES, draw
+from intersafe.models.scripted.painter import PAINTER_PROFILES, draw
 from intersafe.recipe.gates import Gates
 from intersafe.recipe.sections import Images, Recipe, Turns
 from tests.support.runs import demo
@@ -72,7 +72,7 @@ def few(number: int) -> Images:
 
 def picture(description: str, seed: int) -> bytes:
     """A PNG of its own for every description and seed."""
-    return draw(description, seed, (64, 48), PROFILES["flawless"]).data
+    return draw(description, seed, (64, 48), PAINTER_PROFILES["flawless"]).data
 
 
 def as_image(data: bytes) -> Answer:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from intersafe.release.card import CHANGELOG, card_files
-from intersafe.release.manifest import File, Manifest, Shard, sha256_of, write_manifest
+from intersafe.release.manifest import File, ReleaseManifest, Shard, sha256_of, write_manifest
 from tests.support.paths import REPOSITORY
 from tests.support.servers.hub import running_hub
 from tests.support.servers.hub_state import Fault, State
@@ -46,18 +46,18 @@ def make_release(folder: Path, version: str, shards: Sequence[Rows], **changes: 
         size = (release / path).stat().st_size
         described.append(Shard(path, sha256_of(release / path), size, "dialogues", "train", len(content)))
     total = sum(shard.rows for shard in described)
-    manifest = Manifest(
+    manifest = ReleaseManifest(
         version=version, parent_version="", name="demo", generator={"intersafe": "0.1.0"}, recipe="r" * 64,
         seeds="s" * 64, prompts={}, models={"judge": "openai:judge"}, scripted=False, includes_unsafe=False,
         licenses={"CC0-1.0": total}, counts=_counts(total), shards=tuple(described), files=(),
     )  # fmt: skip
-    manifest = Manifest(**{name: getattr(manifest, name) for name in manifest.__struct_fields__} | changes)
+    manifest = ReleaseManifest(**{name: getattr(manifest, name) for name in manifest.__struct_fields__} | changes)
     texts = card_files(manifest, "ORG/NAME") | {CHANGELOG: f"# Changelog\n\n## {version}\n".encode()}
     for path, data in texts.items():
         (release / path).write_bytes(data)
     files = tuple(File(path, sha256_of(release / path), len(data)) for path, data in sorted(texts.items()))
     write_manifest(
-        release, Manifest(**{n: getattr(manifest, n) for n in manifest.__struct_fields__} | {"files": files})
+        release, ReleaseManifest(**{n: getattr(manifest, n) for n in manifest.__struct_fields__} | {"files": files})
     )
     return release
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from intersafe.engines.weights import config_of, is_folder, weights_of
+from intersafe.engines.weights import config_of, folder_problem, is_folder, weights_of
 from intersafe.errors import InputError
 from intersafe.images.store import ImageStore
 from intersafe.models.base import ChatModel, Hooks
@@ -92,9 +92,9 @@ def check_engine(role: str, member: Member, engine: Engine) -> None:
         )
     weights = weights_of(name, engine)
     is_path = is_folder(weights)
-    if is_path and config_of(weights) is None:
+    if problem := folder_problem(weights):
         raise InputError(
-            f"cast.{role}: no model at {weights!r} (no config.json that can be read)",
+            f"cast.{role}: no model at {weights!r} ({problem})",
             remedy="give a folder of weights, or owner/name of one on the Hugging Face Hub",
         )
     if is_path and not any(Path(weights).glob(f"*.{kind}") for kind in ("safetensors", "bin", "pt", "pth", "gguf")):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from intersafe.engines.failures import explain, lines_of
-from intersafe.engines.log import place
+from intersafe.engines.failures import explain, log_lines
+from intersafe.engines.log import stderr_file
 from intersafe.engines.metrics import Sample
 from intersafe.errors import CallFailed, InputError, IntersafeError, JobEnded, ServiceGone
 from intersafe.images.store import ImageStore
@@ -125,7 +125,7 @@ class EngineThread:
         self._library: Library | None = None
         self._ended: IntersafeError | None = None
         self._is_closing = False
-        self._log = place()
+        self._log = stderr_file()
         self._is_loaded, self._is_over = asyncio.Event(), asyncio.Event()
         self._outages[name] = "it loads"
         self._looking: asyncio.Task[None] | None = None
@@ -249,7 +249,7 @@ class EngineThread:
         if self._ended:
             return
         if not isinstance(error, IntersafeError):
-            said = lines_of(*self._log) if self._log else []
+            said = log_lines(*self._log) if self._log else []
             what = explain(said, Path("engines.log"), had_answered=True).what or one_line(error)
             error = ServiceGone(
                 f"the engine of {self.name} died ({what}), engines.log in the run says more; "

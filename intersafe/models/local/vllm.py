@@ -16,8 +16,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from intersafe.engines.arguments import engine_arguments
-from intersafe.engines.failures import explain, lines_of
-from intersafe.engines.log import place
+from intersafe.engines.failures import explain, log_lines
+from intersafe.engines.log import stderr_file
 from intersafe.engines.metrics import Sample, sample_of
 from intersafe.engines.weights import weights_of
 from intersafe.errors import CallFailed, InputError, JobEnded
@@ -49,7 +49,7 @@ class VllmLibrary:
         """`extras` are those of the members that will ask: what no engine knows is an `InputError` here."""
         self._name = name
         _quiet()
-        log = place()
+        log = stderr_file()
         try:
             from vllm import LLM, SamplingParams, exceptions  # type: ignore[import-not-found]
             from vllm.sampling_params import (  # type: ignore[import-not-found]
@@ -188,6 +188,6 @@ def _unloadable(name: str, error: Exception, log: tuple[Path, int] | None) -> In
 
     `log`: the file that its processes write to, and where in it they began.
     """
-    lines = str(error).splitlines() + (lines_of(*log) if log else [])
+    lines = str(error).splitlines() + (log_lines(*log) if log else [])
     failure = explain(lines, log[0] if log else Path("engines.log"), had_answered=False)
     return InputError(f"vllm cannot load {name!r} ({failure.what or one_line(error)})", remedy=failure.remedy)
