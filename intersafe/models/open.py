@@ -34,9 +34,9 @@ def open_models(
     shared: dict[str, ChatModel] = {}
     members = list(cast.members.values())
     if lanes := _lanes(cast, limits, hooks, folder):
-        for member in members:
+        for role, member in cast.members.items():
             if member.batch:
-                shared.setdefault(_same(member), lanes.open(member, images))
+                shared.setdefault(_same(member), lanes.open(role, member, images))
         lanes.begin()
     if any(member.in_process for member in members):  # last: they begin to load
         from intersafe.models.local.open import open_engines

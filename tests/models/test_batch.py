@@ -1,14 +1,19 @@
 """The batch lane against a real provider on 127.0.0.1: the same bytes, paid once, whatever ends early or goes wrong."""
 
+import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +24,17 @@ from msgspec import structs
 from intersafe.errors import BudgetReached, ServiceGone
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.progress import Progress
-from intersafe.models.batch import api, lane
+from intersafe.images.store import ImageStore
+from intersafe.models.base import Call, Hooks, Sampling
+from intersafe.models.batch import lane
+from intersafe.models.batch.api import Pace
+from intersafe.models.batch.lane import Lanes
 from intersafe.models.http.quirks import QUEUE_FULL
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Member, Recipe, Turns
+from intersafe.records import Message
+from intersafe.run.incidents import Incidents
 from intersafe.storage.bundled import bundled
 from tests.support.displays import Recording
 from tests.support.runs import demo, digest, journal_keys, refusal, rows
@@ -31,18 +42,20 @@ from tests.support.servers.batch_server import KEY, Line, Provider, batch_server
 from tests.support.servers.scripted_server import Body, asks_for, scripted_server
 
 N = 6
-PACE = {"QUIET": 0.04}
-API_PACE = {"FIRST_PAUSE": 0.01, "LONGEST_PAUSE": 0.05, "LOOK_AGAIN": 0.05}
+PACE = Pace(quiet=0.04, first_pause=0.01, longest_pause=0.05, list_lag=0.05)
+SetPace = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
-def _pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lane's clocks run faster; nothing else of it is touched."""
+def pace(monkeypatch: pytest.MonkeyPatch) -> SetPace:
+    """A run's lanes get a faster pace; the fixture's value sets another one."""
     monkeypatch.setenv("BATCH_KEY", KEY)
-    for name, value in PACE.items():
-        monkeypatch.setattr(lane, name, value)
-    for name, value in API_PACE.items():
-        monkeypatch.setattr(api, name, value)
+
+    def set_pace(**changes: Any) -> None:
+        monkeypatch.setattr(lane, "Lanes", partial(Lanes, pace=replace(PACE, **changes)))
+
+    set_pace()
+    return set_pace
 
 
 def through(url: str, *, batch: bool = True, limits: Limits | None = None, **member: Any) -> Recipe:
@@ -97,11 +110,14 @@ samples: 6
 turns: {{min: 2, mean: 2, max: 2}}
 limits: {{concurrency: 6, patience: 5}}
 """
-SETTINGS = [f"lane.{name} = {value}" for name, value in PACE.items()]
-SETTINGS += [f"api.{name} = {value}" for name, value in API_PACE.items()]
-MAIN = "; ".join(
-    ["from intersafe.models.batch import api, lane", *SETTINGS, "from intersafe.cli.main import main", "main()"]
-)
+MAIN = f"""
+from functools import partial
+from intersafe.cli.main import main
+from intersafe.models.batch import lane
+from intersafe.models.batch.api import Pace
+lane.Lanes = partial(lane.Lanes, pace={PACE!r})
+main()
+"""
 STEPS = ["upload", "uploaded", "create", "created", "list", "look", "content", "served"]
 
 
@@ -327,10 +343,8 @@ def test_a_file_that_is_too_large_is_sent_in_parts(direct: Path, tmp_path: Path)
     assert max(sizes) <= 20_000
 
 
-def test_full_collections_are_sent_at_once_and_side_by_side(
-    direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lane, "MOST_REQUESTS", 5)
+def test_full_collections_are_sent_at_once_and_side_by_side(direct: Path, tmp_path: Path, pace: SetPace) -> None:
+    pace(most_requests=5)
     with batch_server() as provider:
         generate_dialogues(through(provider.url), run=tmp_path / "run", n=N)
         sizes = [len(provider.requests_of(name)) for name in provider.batches]
@@ -367,7 +381,8 @@ def test_a_wrong_key_ends_the_run_when_patience_does_and_the_right_one_resumes(
         assert "sk-wrong" not in str(gone.value)
         del gone
         gc.collect()
-        assert not caplog.records  # an error for each call, and nobody left to look at it
+        complaints = [record for record in caplog.records if not record.name.startswith("intersafe")]
+        assert not complaints  # an error for each call, and nobody left to look at it
         monkeypatch.setenv("BATCH_KEY", KEY)
         generate_dialogues(recipe, run=tmp_path / "run", n=N)
     assert dialogues(tmp_path / "run") == dialogues(direct)
@@ -523,10 +538,10 @@ def test_a_finished_run_keeps_of_batches_only_what_is_under_way(tmp_path: Path) 
 
 @pytest.mark.parametrize(("status", "code"), [(503, None), (400, QUEUE_FULL)])
 def test_no_batch_is_sent_once_a_limit_is_reached(
-    status: int, code: str | None, direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: int, code: str | None, direct: Path, tmp_path: Path, pace: SetPace
 ) -> None:
     """Every batch but the first is kept from the provider until the replies of the first are in the journal."""
-    monkeypatch.setattr(lane, "MOST_REQUESTS", 3)
+    pace(most_requests=3)
     journal = tmp_path / "run" / "journal" / "main.jsonl"
 
     def closed(step: str, provider: Provider) -> web.Response | None:
@@ -571,9 +586,9 @@ class Watching(Recording):
 
 @pytest.mark.parametrize(("step", "status"), [("upload", 401), ("create", 429), ("look", 503)])
 def test_a_provider_that_is_away_is_shown_for_as_long_as_it_is(
-    step: str, status: int, direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, status: int, direct: Path, tmp_path: Path, pace: SetPace
 ) -> None:
-    monkeypatch.setattr(api, "TELL_AFTER", 0.1)
+    pace(tell_after=0.1)
     display = Watching()
 
     def away(now: str, _: Provider) -> web.Response | None:
@@ -589,9 +604,9 @@ def test_a_provider_that_is_away_is_shown_for_as_long_as_it_is(
 
 
 def test_a_provider_that_takes_no_connection_is_shown_until_it_does(
-    direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    direct: Path, tmp_path: Path, pace: SetPace
 ) -> None:
-    monkeypatch.setattr(api, "TELL_AFTER", 0.1)
+    pace(tell_after=0.1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with ExitStack() as stack:
@@ -609,8 +624,8 @@ def test_a_provider_that_takes_no_connection_is_shown_until_it_does(
     assert dialogues(tmp_path / "run") == dialogues(direct)
 
 
-def test_a_long_retry_after_is_told_before_it_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "TELL_AFTER", 0.5)
+def test_a_long_retry_after_is_told_before_it_is_waited_for(tmp_path: Path, pace: SetPace) -> None:
+    pace(tell_after=0.5)
 
     def busy(step: str, provider: Provider) -> web.Response | None:
         if step != "create" or provider.steps[step] > 1:
@@ -623,3 +638,70 @@ def test_a_long_retry_after_is_told_before_it_is_waited_for(tmp_path: Path, monk
     with batch_server(busy) as provider:
         generate_dialogues(through(provider.url), run=tmp_path / "run", n=N, display=heard)
     assert heard.heard("HTTP 429 later")
+
+
+# --- logged and counted ----------------------------------------------------------------------------------------------
+
+
+def ask_lane(provider: Provider, folder: Path) -> dict[str, Incidents]:
+    """The counts after three calls of the attacker and five of the judge, whose model is one."""
+
+    async def main() -> None:
+        member = Member(model=f"openai:scripted@{provider.url}", key="BATCH_KEY", batch=True)
+        lanes = Lanes(folder / "batches", Limits(patience=5), hooks, replace(PACE, tell_after=0.5))
+        models = {role: lanes.open(role, member, ImageStore(folder)) for role in ("attacker", "judge")}
+        sampling = Sampling(0.0, 1.0, 9, 1)
+        calls = [
+            Call(role, "", (Message("user", f"{role} {number}"),), sampling, None, "job", number)
+            for role, count in (("attacker", 3), ("judge", 5))
+            for number in range(count)
+        ]
+        replies = await asyncio.gather(*(models[call.role].answer(call) for call in calls))
+        assert {reply.text for reply in replies} == {"ok"}
+        await models["judge"].aclose()
+
+    hooks = Hooks()
+    asyncio.run(main())
+    return hooks.incidents
+
+
+def ok(_: Body, before: int) -> Line | str:
+    return {"status_code": 200, "body": {"choices": [{"message": {"content": "ok"}}]}}
+
+
+@pytest.mark.parametrize(
+    ("status", "counts", "line"),
+    [
+        (502, Incidents(retries=1), ("INFO", "attacker: openai:scripted at {url}: try 1 failed (HTTP 502 a fault); ")),
+        (429, Incidents(throttled=1), ("INFO", "attacker: openai:scripted at {url} throttles (HTTP 429 a fault)")),
+        (401, Incidents(outages=1), ("WARNING", "attacker: openai:scripted is away (HTTP 401 a fault; is the key in ")),
+    ],
+)
+def test_a_fault_of_the_batch_endpoint_is_logged_and_counted(
+    status: int, counts: Incidents, line: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "intersafe.models.batch")
+    with batch_server(at("create", 1, status), ok) as provider:
+        assert ask_lane(provider, tmp_path) == {"attacker": counts}
+        first, *others = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "intersafe.models.batch"]
+    assert first[0] == line[0]
+    assert first[1].startswith(line[1].format(url=provider.url))
+    assert [level for level, _ in others] == (["WARNING"] if status == 401 else []), "back again"
+    assert KEY not in caplog.text
+
+
+def test_calls_that_go_into_a_later_batch_count_for_their_own_roles(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "intersafe.models.batch")
+
+    def once_none(body: Body, before: int) -> Line | str:
+        return ok(body, before) if before else "missing"
+
+    with batch_server(line=once_none) as provider:
+        assert ask_lane(provider, tmp_path) == {"attacker": Incidents(retries=3), "judge": Incidents(retries=5)}
+    texts = [r.getMessage() for r in caplog.records if r.name == "intersafe.models.batch"]
+    assert [text.partition(" (")[0] for text in texts] == [
+        "attacker: openai:scripted: 3 calls are asked again",
+        "judge: openai:scripted: 5 calls are asked again",
+    ]
