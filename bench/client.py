@@ -31,7 +31,7 @@ from work import CORES, demo_recipe
 
 from intersafe.generation.generate import generate_dialogues
 from intersafe.images.store import ImageStore
-from intersafe.models.base import Call, Sampling
+from intersafe.models.base import Call, Hooks, Sampling
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.http.chat import EndpointModel
 from intersafe.recipe.load import load_recipe
@@ -77,7 +77,7 @@ async def bare(url: str) -> AsyncIterator[Ask]:
 @contextlib.asynccontextmanager
 async def endpoint(url: str) -> AsyncIterator[Ask]:
     """`EndpointModel.answer`: limiter, retries, typed decoding."""
-    model = EndpointModel(Member(model=f"openai:fixed@{url}"), Limits(), ImageStore(Path("none")), print)
+    model = EndpointModel(Member(model=f"openai:fixed@{url}"), Limits(), ImageStore(Path("none")), Hooks(print))
     try:
         yield lambda number: model.answer(
             Call("judge", "", MESSAGES, Sampling(0.7, 1.0, 512, number), None, f"job-{number}", 0)
@@ -91,7 +91,7 @@ async def cast(url: str) -> AsyncIterator[Ask]:
     """`JobCast.ask`: the same with the call's key, the journal and its fsync."""
     member = Member(model=f"openai:fixed@{url}")
     members = Cast(attacker=member, victims=(member,), judge=member)
-    model = EndpointModel(member, Limits(), ImageStore(Path("none")), print)
+    model = EndpointModel(member, Limits(), ImageStore(Path("none")), Hooks(print))
     prompts = load_prompts(bundled("prompts"), ["decomposition"])
     seed = Seed("s", "query", "privacy", "bench", "CC0-1.0")
     with tempfile.TemporaryDirectory() as folder:

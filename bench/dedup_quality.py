@@ -268,10 +268,12 @@ def similarity_table(bases: list[Dialogue], found: list[Copy]) -> None:
     print(f"{'kind':20} dup  " + "  ".join(f"{name:>16}" for name in names))
     by_kind: dict[str, list[list[float]]] = {}
     settings = [DuplicateSettings(unit=unit, size=size) for unit, size in SHINGLES]  # type: ignore[arg-type]
-    base_sets = {base.id: [shingles(base, s) for s in settings] for base in bases[:300]}
+    base_sets = {
+        base.id: [shingles([turn.user.text for turn in base.turns], s) for s in settings] for base in bases[:300]
+    }
     for copy in found[: 300 * len({c.kind for c in found})]:
         pairs = zip(base_sets[copy.dialogue.id.replace("copy", "base")], settings, strict=True)
-        ours = [(a, shingles(copy.dialogue, s)) for a, s in pairs]
+        ours = [(a, shingles([turn.user.text for turn in copy.dialogue.turns], s)) for a, s in pairs]
         by_kind.setdefault(copy.kind, []).append([len(a & b) / len(a | b) for a, b in ours])
     duplicate = {copy.kind: copy.duplicate for copy in found}
     for kind, rows in by_kind.items():

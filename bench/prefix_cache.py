@@ -23,14 +23,16 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkpoint and the recipe are the tests'
-
 from intersafe.engines.metrics import Sample, parse_metrics
 from intersafe.generation.generate import generate_dialogues
 from intersafe.recipe.load import load_recipe
 from intersafe.serving.plan import servers_of
 from intersafe.serving.supervisor import serving_in_background
-from tests.engines import FIXTURES, put_up, write_recipe
+from tests.support.paths import FIXTURES
+from tests.support.tiny_engines import serve_entry, write_recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkpoint and the recipe are the tests'
+
 
 BLOCK = 32
 """Tokens of a block of the KV cache: the minimum on a CPU. The default of 128 is longer than many turns here."""
@@ -53,7 +55,7 @@ def recipe_at(folder: Path, name: str, urls: Sequence[str], n: int) -> Path:
     return write_recipe(
         folder / f"{name}.json",
         f"vllm:tiny-cast@{','.join(urls)}",
-        put_up(args={"skip_mm_profiling": True, "block_size": BLOCK}, env=ENGINE),
+        serve_entry(args={"skip_mm_profiling": True, "block_size": BLOCK}, env=ENGINE),
         samples=max(2, n // 8),
         turns={"min": 4, "mean": 5, "max": 6},
         limits={"concurrency": 8, "patience": 120},

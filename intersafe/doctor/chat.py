@@ -15,7 +15,7 @@ from intersafe.doctor.client import SEED, ChatProbeClient, ProbeClient, colour_p
 from intersafe.doctor.findings import Finding, Status
 from intersafe.errors import CallFailed
 from intersafe.models.base import Reply
-from intersafe.models.http.faults import UNREADABLE, Away, Fault, Overloaded, Passing, TooSlow, remedy_for
+from intersafe.models.http.faults import UNREADABLE, Away, Fault, Overloaded, TooSlow, Transient, remedy_for
 from intersafe.records import Message
 from intersafe.replies import Answer
 from intersafe.wording import nearest
@@ -140,7 +140,7 @@ def no_answer(client: ProbeClient, error: Fault | CallFailed, names: list[str] |
         remedy = "if it is still loading, allow more time with --timeout; else restart it"
     elif isinstance(error, Away) and not status:
         remedy = "start the server, or correct its URL"
-    elif isinstance(error, Passing) and not status:
+    elif isinstance(error, Transient) and not status:
         remedy = "check that an OpenAI-compatible server answers at this URL"
     else:
         remedy = remedy_for(error, client.model)
@@ -246,7 +246,7 @@ async def _n(client: ChatProbeClient) -> Finding:
     try:
         count = len(msgspec.json.decode(data, type=_Choices).choices)
     except UNREADABLE as error:
-        raise Passing(f"unreadable answer: {error}") from None
+        raise Transient(f"unreadable answer: {error}") from None
     if count == 2:
         return Finding("info", "n", "n=2 gives two answers; intersafe asks for one at a time")
     return Finding("info", "n", f"n ignored: n=2 gives {count}; intersafe asks for one at a time")

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import functools
 import io
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,13 +12,12 @@ from msgspec import structs
 
 from intersafe.errors import CallFailed
 from intersafe.models.base import Call, Reply, Sampling
-from intersafe.models.http.chat import Part, chat_body, read_reply
-from intersafe.models.http.faults import Away, Overloaded, Passing, TooSlow, error_of, raise_for
-from intersafe.models.http.replicas import open_replica
+from intersafe.models.http.completions import Part, chat_body, read_reply
+from intersafe.models.http.faults import Overloaded, TooSlow, Transient, error_of, raise_for
+from intersafe.models.http.transport import Account, Address, fault_of, read_body
 from intersafe.recipe.sections import Member, Model
 from intersafe.records import Message
 from intersafe.replies import Answer, schema_of
-from intersafe.wording import printable
 
 IN_FLIGHT = 4
 """Most requests in flight to one replica."""
@@ -36,7 +34,7 @@ class ProbeClient:
         """`timeout` is the seconds for one answer."""
         self.model, self.url, self.timeout = model, url, timeout
         self._session, self._gate = session, asyncio.Semaphore(IN_FLIGHT)
-        self._key = os.environ.get(model.key, "").strip() if model.key else ""
+        self._account = Account(model)
 
     async def send(self, route: str, body: bytes | None = None) -> bytes:
         """The body of an answer with status 200; without a `body` it is a GET. A passing fault is retried once.
@@ -46,32 +44,29 @@ class ProbeClient:
         async with self._gate:
             try:
                 return await self._once(route, body)
-            except (Passing, Overloaded) as error:
+            except (Transient, Overloaded) as error:
                 if isinstance(error, TooSlow):
                     raise
             await asyncio.sleep(RETRY_PAUSE)
             return await self._once(route, body)
 
     async def _once(self, route: str, body: bytes | None) -> bytes:
-        replica = open_replica(self.url, route, 1, 0.0)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        address, headers = Address.of(self.url, route), self._account.headers
         try:
             async with self._session.request(
                 "GET" if body is None else "POST",
-                replica.address,
+                address.target,
                 data=body,
                 headers=headers if body is None else headers | {"Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=self.timeout),
                 allow_redirects=False,
-                **replica.proxy,
+                **address.proxy,
             ) as response:
-                data, status, heads = await _whole(response), response.status, response.headers
-        except aiohttp.ClientConnectorError as error:
-            raise Away(f"no connection ({self.clean(error.os_error.strerror or 'unknown host')})") from None
-        except TimeoutError:
-            raise TooSlow(f"no answer within {self.timeout:g} s") from None
+                data, status, heads = await read_body(response, MAX_ANSWER_BYTES), response.status, response.headers
         except (aiohttp.ClientError, OSError) as error:
-            raise Passing(self.clean(f"{type(error).__name__} {error}".strip())) from None
+            raise fault_of(error, self._account, self.timeout) from None
+        if data is None:
+            raise Transient(f"answer over {MAX_ANSWER_BYTES // 2**20} MiB")
         return data if status == 200 else self._refused(status, heads, data)
 
     def _refused(self, status: int, heads: Mapping[str, str], data: bytes) -> bytes:
@@ -86,7 +81,7 @@ class ProbeClient:
 
     def clean(self, text: str) -> str:
         """The text as one printable line of at most 200 characters, without the key."""
-        return printable(text, secret=self._key)[:200]
+        return self._account.clean(text, 200)
 
 
 class ChatProbeClient(ProbeClient):
@@ -119,15 +114,6 @@ class ChatProbeClient(ProbeClient):
     async def ask(self, *messages: Message, **options: Any) -> Reply:
         """The answer, parsed as a run parses it; arguments and errors are those of `ask_raw`."""
         return read_reply(await self.ask_raw(*messages, **options))
-
-
-async def _whole(response: aiohttp.ClientResponse) -> bytes:
-    data = bytearray()
-    async for chunk in response.content.iter_any():
-        data += chunk
-        if len(data) > MAX_ANSWER_BYTES:
-            raise Passing(f"answer over {MAX_ANSWER_BYTES // 2**20} MiB")
-    return bytes(data)
 
 
 @functools.cache

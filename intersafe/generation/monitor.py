@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from intersafe.engines.metrics import Figures, Sample, parse_metrics
 from intersafe.models.base import ChatModel
-from intersafe.models.http.service import read_body
+from intersafe.models.http.transport import read_body
 from intersafe.recipe.sections import Recipe
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from intersafe.storage.files import write_whole
 MAX_PIXELS = 40_000_000
 MAX_BYTES = 20 * 2**20
 MAX_EDGE = 2048
-REMEMBERED = 65_536
+REMEMBERED_HASHES = 65_536
 """Perceptual hashes kept in memory."""
 
 _NAMES = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
@@ -222,7 +222,7 @@ class ImageStore:
         """The `dhash` of a reference, found here or by another process."""
         with self._lock:
             self._hashes[ref] = found
-            if len(self._hashes) > REMEMBERED:
+            if len(self._hashes) > REMEMBERED_HASHES:
                 del self._hashes[next(iter(self._hashes))]
 
 

@@ -12,7 +12,7 @@ from intersafe.recipe.sections import Member, Recipe
 from intersafe.wording import nearest
 
 
-def check_recipe(recipe: Recipe, at: object = None, lines: Mapping[str, int] | None = None) -> Recipe:
+def validate_recipe(recipe: Recipe, at: object = None, lines: Mapping[str, int] | None = None) -> Recipe:
     """The recipe, 1 made 1.0 where a float is meant; `InputError` where values do not fit or contradict each other."""
     lines = lines or {}
     try:
@@ -112,7 +112,7 @@ def _serve_contradictions(recipe: Recipe) -> Iterator[tuple[str, InputError]]:
             yield where, InputError(what, remedy=f"drop them, or serve it: vllm:{name}@http://localhost:8000/v1")
 
 
-def check_served(recipe: Recipe, at: object, lines: Mapping[str, int]) -> None:
+def validate_served(recipe: Recipe, at: object, lines: Mapping[str, int]) -> None:
     """`InputError` for an entry of `serve` that is no model of the cast."""
     known = sorted({model.spec.model for model in recipe.cast.models.values() if model.spec.backend != "scripted"})
     for name in recipe.serve:

@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from intersafe.errors import InputError
-from intersafe.recipe.checks import check_recipe, check_served
+from intersafe.recipe.checks import validate_recipe, validate_served
 from intersafe.recipe.misfits import dict_values, misfit, section_in
 from intersafe.recipe.sections import Recipe
 from intersafe.storage.yaml import read_yaml
@@ -22,7 +22,7 @@ from intersafe.wording import nearest
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file, its paths made absolute; `InputError` names file, line and remedy."""
     path = Path(path)
-    node, raw = read_yaml(path)
+    node, raw = read_yaml(path, "recipe")
     if not isinstance(node, yaml.MappingNode):
         raise InputError("a recipe is a mapping of keys", at=path, line=1, remedy="start from `intersafe init DIR`")
     lines: dict[str, int] = {}
@@ -34,8 +34,8 @@ def load_recipe(path: str | Path) -> Recipe:
         recipe = msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
         raise misfit(error, path, lines, raw) from None
-    recipe = check_recipe(_with_paths(recipe, path.resolve().parent), path, lines)
-    check_served(recipe, path, lines)
+    recipe = validate_recipe(_with_paths(recipe, path.resolve().parent), path, lines)
+    validate_served(recipe, path, lines)
     return recipe
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from intersafe.errors import InputError
-from intersafe.recipe.checks import check_recipe
+from intersafe.recipe.checks import validate_recipe
 from intersafe.recipe.sections import Cast, Member, Model, Painter, Price, Recipe
 from intersafe.recipe.specs import BACKENDS, OPENAI_URL, PAINTERS, parse_spec
 
@@ -29,7 +29,7 @@ def override(recipe: Recipe, **changes: Any) -> Recipe:
     cast = _priced(cast, changes.pop("prices", None) or {})
     limits = {name: changes.pop(name) for name in _LIMITS if changes.get(name) is not None}
     kept = {name: value for name, value in changes.items() if value not in (None, (), [])}
-    return check_recipe(
+    return validate_recipe(
         msgspec.structs.replace(recipe, cast=cast, limits=msgspec.structs.replace(recipe.limits, **limits), **kept)
     )
 
@@ -44,7 +44,7 @@ def _priced(cast: Cast, prices: Mapping[str, Price]) -> Cast:
     roles = sorted({name for role in cast.models for name in (role, role.partition(":")[0])})
     for role in prices:
         if role not in roles:
-            raise InputError(f"no role {role!r} in the cast", at="--price", remedy=f"roles: {', '.join(roles)}")
+            raise InputError(f"no role {role!r} in the cast", at="prices", remedy=f"roles: {', '.join(roles)}")
 
     def priced(role: str, model: M) -> M:
         price = prices.get(role) or prices.get(role.partition(":")[0])

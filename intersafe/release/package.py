@@ -6,7 +6,6 @@ bytes. A release that follows another one reuses every shard whose rows did not 
 
 import contextlib
 import importlib.metadata
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -108,15 +107,6 @@ def set_repository(folder: Path, repo_id: str, kept: str | None = None) -> Relea
     kept = _kept(folder / CARD) if kept is None else kept
     files = card_files(manifest, repo_id, kept) | {CHANGELOG: _text(folder / CHANGELOG).encode()}
     return _write_texts(folder, manifest, files)
-
-
-def parse_size(text: str, at: object = "--max-shard-size") -> int:
-    """The bytes that `300MB`, `1.5GB` or `5000000` means; `InputError` if malformed, below 1 MB or above 5 GB."""
-    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) ?([kKMG]?)B?", text)
-    size = int(float(found[1]) * {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]]) if found else 0
-    if not 10**6 <= size <= 5 * 10**9:
-        raise InputError(f"{text!r} is not a size of a shard", at=at, remedy="write 1MB to 5GB, for example 300MB")
-    return size
 
 
 # --- one release -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 from intersafe.errors import ServiceGone
 
-CLOSING = 5.0
+SIGNAL_GRACE = 5.0
 """Seconds that a run has to close in before a further signal counts."""
 
 
@@ -60,7 +60,7 @@ def stopped_by_signals() -> Iterator[None]:
 
     def stop() -> None:
         # A second one at once, from a shell and from its user say, would break off what the first one closes.
-        if not stopped or loop.time() - stopped[-1] > CLOSING:
+        if not stopped or loop.time() - stopped[-1] > SIGNAL_GRACE:
             stopped.append(loop.time())
             task.cancel()
 
