@@ -28,8 +28,9 @@ from intersafe.run.directory import Run
 from intersafe.stages.judging import check_dialogue
 from intersafe.storage.bundled import bundled
 from intersafe.templates.load import lint_prompts, load_prompts
-from tests.casting import conversation_of, dialogue_of, job_of, turn_of, with_cast
-from tests.makers import REPOSITORY, demo
+from tests.support.jobs import conversation_of, dialogue_of, job_of, turn_of, with_cast
+from tests.support.paths import REPOSITORY
+from tests.support.runs import demo
 
 BLOCK = re.compile(r"^```\w+ (\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS: dict[str, str] = dict(BLOCK.findall((REPOSITORY / "docs" / "extending.md").read_text()))
@@ -58,7 +59,7 @@ def generated(tmp_path: Path, **changes: Any) -> Run:
 
 
 def test_every_block_of_the_page_is_used_here() -> None:
-    text = Path(__file__).read_text()
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_extending*.py"))
     assert all(f'"{path}"' in text or f'"{path.removeprefix("prompts/")}"' in text for path in BLOCKS)
 
 
