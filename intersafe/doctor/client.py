@@ -37,7 +37,7 @@ class ProbeClient:
         self._account = Account(model)
 
     async def send(self, route: str, body: bytes | None = None) -> bytes:
-        """The body of an answer with status 200; without a `body` it is a GET. A passing fault is retried once.
+        """The body of an answer with status 200; without a `body` it is a GET. A transient fault is retried once.
 
         `Fault` for a server that does not answer, `CallFailed` for one that refuses the request.
         """

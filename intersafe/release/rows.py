@@ -27,16 +27,20 @@ class Column(NamedTuple):
     about: str
 
 
+_ID = Column("id", "string", "stable name of the row")
 _ORIGIN = (
     Column("seed_id", "string", "the seed that the row was grown from; all rows of a seed are in one split"),
     Column("seed_source", "string", "where the seed comes from"),
     Column("source_license", "string", "licence of the seed"),
 )
-_PROVENANCE = Column("provenance", "string", "JSON: models, prompts by sha256, sampling, recipe, versions, images")
-_DIALOGUE = (
-    Column("id", "string", "stable name of the row"),
+_CATEGORIES = (
     Column("category", "string", "one of 14 safety categories"),
     Column("source_category", "string", "the label that the seed's source gives"),
+)
+_PROVENANCE = Column("provenance", "string", "JSON: models, prompts by sha256, sampling, recipe, versions, images")
+_DIALOGUE = (
+    _ID,
+    *_CATEGORIES,
     Column("strategy", "string", "how the attacker leads the user's side"),
     Column("n_turns", "int32", "user messages, each with its reply"),
     Column("messages", "messages", "the conversation; each image part stands for the next of `images`"),
@@ -51,10 +55,9 @@ _DIALOGUE = (
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "dialogues": _DIALOGUE,
     "refusal_vqa": (
-        Column("id", "string", "stable name of the row"),
+        _ID,
         Column("group", "string", "general, health or finance"),
-        Column("category", "string", "one of 14 safety categories"),
-        Column("source_category", "string", "the label that the seed's source gives"),
+        *_CATEGORIES,
         Column("question", "string", "what the user asks"),
         Column("answer", "string", "a refusal that names the harm, or says which professional to ask"),
         Column("image", "image", "the question's image, named <sha256>.<ext>; null if there is none"),

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from intersafe.errors import InputError
 from intersafe.models.base import Call, Painted
 from intersafe.models.scripted.phrases import STOP_WORDS
-from intersafe.wording import nearest
+from intersafe.models.scripted.profiles import check_name
 
 LONGEST_EDGE = 96
 """Pixels; a larger picture is scaled down to this edge."""
@@ -49,11 +48,7 @@ PAINTER_PROFILES: dict[str, PainterProfile] = {
 
 def check_painter_name(name: str) -> None:
     """`InputError` if there is no such scripted painter."""
-    if name not in PAINTER_PROFILES:
-        raise InputError(
-            f"no scripted painter {name!r}" + nearest(name, list(PAINTER_PROFILES)),
-            remedy=f"one of {', '.join(PAINTER_PROFILES)}",
-        )
+    check_name(name, "painter", PAINTER_PROFILES)
 
 
 class ScriptedPainter:

@@ -1,5 +1,6 @@
 """The profiles of the scripted chat models: how often each one refuses, complies, or makes a mistake."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from intersafe.errors import InputError
@@ -54,9 +55,8 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-def check_name(name: str) -> None:
-    """`InputError` if there is no such scripted model."""
-    if name not in PROFILES:
-        raise InputError(
-            f"no scripted model {name!r}" + nearest(name, list(PROFILES)), remedy=f"one of {', '.join(PROFILES)}"
-        )
+def check_name(name: str, what: str = "model", known: Collection[str] = PROFILES) -> None:
+    """`InputError` if no scripted model has this name; `what` and `known` are for scripted models of another kind."""
+    if name not in known:
+        problem = f"no scripted {what} {name!r}" + nearest(name, list(known))
+        raise InputError(problem, remedy=f"one of {', '.join(known)}")
