@@ -445,9 +445,9 @@ def test_pure_python_and_numpy_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_numpy_the_vendi_score_of_a_large_sample_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    talks = [judged(i, SAFE) for i in range(PURE_PYTHON + 1)]
+    dialogues = [judged(i, SAFE) for i in range(PURE_PYTHON + 1)]
     vectors = Embedder("e", lambda texts: [[1.0 + i % 7, 1.0] for i, _ in enumerate(texts)])
-    run = lay(tmp_path / "r", *talks)
+    run = lay(tmp_path / "r", *dialogues)
     exact = stats_of(run, sample=500, embedder=vectors).diversity.dispersion
     monkeypatch.setitem(sys.modules, "numpy", None)
     found = stats_of(run, sample=500, embedder=vectors)
