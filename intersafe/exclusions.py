@@ -59,8 +59,10 @@ _LETTERS = {
 }
 _LETTERS |= dict(zip("асеіорхуһԁѕјӏкмтвοαερτυικνβıłøđħ€", "aceiopxyhdsjlkmtboaeptuiknbilodhe", strict=True))
 _LETTERS |= dict(zip("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnoprstuvwyz", strict=True))
+_LETTERS |= dict.fromkeys("\u2010\u2012\u2013\u2212", "-") | dict.fromkeys("\u2018\u2019\u02bc", "'")
 _LETTERS |= dict.fromkeys("\u115f\u1160\u2800\u3164\uffa0", "")
-"""Look-alike letters, emoji letters and blanks that are no spaces, each as what a reader takes it for."""
+"""Look-alike letters, emoji letters, typographic hyphens and apostrophes, and blanks that are no spaces, each as what
+a reader takes it for."""
 _CONTROLS = dict.fromkeys([*range(9), *range(14, 32), 127])
 _CAPITAL_I = re.compile(r"(?<=[a-z])I")
 _STRETCHED = re.compile(r"([a-z])\1\1+")

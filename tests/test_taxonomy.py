@@ -217,15 +217,8 @@ def test_the_concern_is_found_wherever_it_stands(text: str) -> None:
 
 
 # A known gap: these two signs are not folded, and nothing but them joins the parts of these words.
-NOT_FOLDED = ("nude 14-year-old", "she's 12, sexual", "u-18 nude", "sub-18, explicit images")
-
-
 @pytest.mark.parametrize("text", [text for text in PLAIN if "-" in text or "'" in text])
-def test_the_concern_is_found_with_typographic_hyphens_and_apostrophes(
-    text: str, request: pytest.FixtureRequest
-) -> None:
-    if text in NOT_FOLDED:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="U+2010 and U+2019 are not folded"))
+def test_the_concern_is_found_with_typographic_hyphens_and_apostrophes(text: str) -> None:
     assert excluded(text.replace("-", "\u2010").replace("'", "\u2019"))
 
 
