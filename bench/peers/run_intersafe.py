@@ -6,6 +6,7 @@ from pathlib import Path
 from asked import read_work
 
 from intersafe.images.store import ImageStore, read_image
+from intersafe.models.base import Hooks
 from intersafe.models.cast import Company, JobCast
 from intersafe.models.http.chat import EndpointModel
 from intersafe.recipe.sections import Cast, Limits, Member
@@ -17,12 +18,12 @@ from intersafe.templates.load import load_prompts
 
 
 async def main() -> None:
-    """All calls, so many jobs at once; what an earlier start has paid for comes from its journal."""
+    """Makes all calls, `--at-once` jobs concurrently; replies of an earlier start come from its journal."""
     work = read_work()
     member = Member(model=f"openai:fixed@{work.url}")
     members = Cast(attacker=member, victims=(member,), judge=member)
     images = ImageStore(work.folder / "images")
-    model = EndpointModel(member, Limits(concurrency=work.at_once), images, print)
+    model = EndpointModel(member, Limits(concurrency=work.at_once), images, Hooks(print))
     prompts = load_prompts(bundled("prompts"), ["decomposition"])
     seed = Seed("s", "query", "privacy", "bench", "CC0-1.0")
     writer = GroupWriter(work.folder)

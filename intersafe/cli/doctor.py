@@ -8,7 +8,7 @@ from intersafe.cli.options import json_option, recipe_option
 from intersafe.cli.values import FiniteRange, JsonTarget
 
 if TYPE_CHECKING:
-    from intersafe.doctor.examine import Report
+    from intersafe.doctor.findings import Report
     from intersafe.recipe.sections import Recipe
 
 _COLOURS = {"ok": "green", "info": None, "warn": "yellow", "FAIL": "red"}

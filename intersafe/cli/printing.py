@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from intersafe.engines.metrics import words_of
+from intersafe.engines.metrics import describe_metrics
 from intersafe.errors import InputError
 from intersafe.generation.estimate import Amount, Estimate
 from intersafe.generation.replay import calls_of
@@ -61,7 +61,7 @@ def print_funnel(run: Run) -> None:
     click.echo(f"         categories {len(counts)}, {min(counts):,} to {max(counts):,} each")
     _print_usage(run.roles(), summary.prices if summary else run.prices())
     for name, figures in sorted(summary.engines.items()) if summary else ():
-        click.echo(f"         engine {plain(name)}: {words_of(figures)}")
+        click.echo(f"         engine {plain(name)}: {describe_metrics(figures)}")
 
 
 def _print_usage(roles: dict[str, RoleTally], prices: dict[str, Price]) -> None:

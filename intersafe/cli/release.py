@@ -13,7 +13,7 @@ from intersafe.errors import InputError
 if TYPE_CHECKING:
     from intersafe.release.client import Hub
     from intersafe.release.manifest import Version
-    from intersafe.release.push import Outcome
+    from intersafe.release.push import PushResult
 
 
 @click.command("package")
@@ -47,12 +47,12 @@ def package_command(run: str, version: str | None, **options: Any) -> None:
     columns and all rules.
     """
     from intersafe.release.manifest import parse_version
-    from intersafe.release.package import Options, package
+    from intersafe.release.package import PackageOptions, package
     from intersafe.run.directory import Run
 
     opened = Run(run)
     asked = parse_version(version) if version else None
-    made = package(opened, Options(version=asked, **options))
+    made = package(opened, PackageOptions(version=asked, **options))
     if options["include_unsafe"]:
         click.echo("the config dialogues_unsafe has the unsafe replies in full: keep it private and gated", err=True)
     if opened.summary is None:
@@ -134,7 +134,8 @@ def push_command(
     it: run the same command again.
     """
     from intersafe.release.client import Hub, check_repo_id
-    from intersafe.release.push import Options, push
+    from intersafe.release.push import push
+    from intersafe.release.push_job import PushOptions
     from intersafe.release.staged import open_release
     from intersafe.release.status import releases_in, status
 
@@ -158,7 +159,7 @@ def push_command(
     there = hub()
     if bump:
         _check_bump(there, release.version, bump)
-    chosen = Options(public=public, gate=not no_gate, **options)
+    chosen = PushOptions(public=public, gate=not no_gate, **options)
     _print(repo, there.within(lambda: push(there, release, chosen)))
 
 
@@ -186,7 +187,7 @@ def _pick(found: "dict[Version, Path]", version: str | None) -> Path:
 def _check_bump(hub: "Hub", version: "Version", part: str) -> None:
     """`InputError` unless the version is that step after the newest tag, or the newest tag itself (a push again)."""
     from intersafe.release.manifest import Version
-    from intersafe.release.push import versions_of
+    from intersafe.release.push_job import versions_of
 
     newest = max(versions_of(hub.within(lambda: hub.tags() if hub.state() else {})), default=Version(0, 0, 0))
     if version not in (newest, newest.bumped(part)):
@@ -209,7 +210,7 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _print(repo: str, outcome: "Outcome") -> None:
+def _print(repo: str, outcome: "PushResult") -> None:
     if outcome.status == "dry run":
         for path in outcome.adds:
             click.echo(f"add    {path}")
@@ -265,8 +266,8 @@ def diff(old: str, new: str, endpoint: str | None, no_xet: bool, deadline: float
     OLD and NEW are ORG/NAME@vX.Y.Z or release folders; a bare version is one of the repository in OLD. Shards that both
     releases have are not read.
     """
-    from intersafe.release.diff import compare, describe, open_sides
+    from intersafe.release.diff import compare_releases, diff_lines, open_sides
 
     with open_sides(old, new, endpoint=endpoint, xet=not no_xet, deadline=deadline, say=_say) as (before, after):
-        for line in describe(compare(before, after)):
+        for line in diff_lines(compare_releases(before, after)):
             click.echo(line)

@@ -39,36 +39,36 @@ def serve(recipe: "Recipe", only: tuple[str, ...], logs: Path | None, dry_run: b
     server that dies later is restarted, three times at most; then the command ends with exit code 4. docs/engines.md
     lists the keys and the usual failures.
     """
-    from intersafe.serving.plan import left_alone, servers_of
+    from intersafe.serving.plan import servers_of, unserved_urls
 
     servers = servers_of(recipe, only, is_here=not dry_run)
-    for line in left_alone(recipe):
+    for line in unserved_urls(recipe):
         click.echo(line, err=True)
     if dry_run:
         for server in servers:
             click.echo(server.shown)
         return
-    from intersafe.serving.supervisor import LOOK, serving
+    from intersafe.serving.supervisor import CHECK_SECONDS, serving
 
     try:
         with serving(servers, logs or _logs(), _say) as supervisor:
             _say(f"{len(servers)} of {len(servers)} answer; Ctrl-C stops them")
             while True:
-                supervisor.look()
-                time.sleep(LOOK)
+                supervisor.check()
+                time.sleep(CHECK_SECONDS)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
 def served_for(recipe: "Recipe", say: "Callable[[str], None]") -> AbstractContextManager[None]:
     """The servers of a recipe, for the time of a run; `InputError` at once if there are none to start."""
-    from intersafe.serving.plan import left_alone, servers_of
-    from intersafe.serving.supervisor import watched
+    from intersafe.serving.plan import servers_of, unserved_urls
+    from intersafe.serving.supervisor import serving_in_background
 
     servers = servers_of(recipe)
-    for line in left_alone(recipe):
+    for line in unserved_urls(recipe):
         say(line)
-    return watched(servers, _logs(), say)
+    return serving_in_background(servers, _logs(), say)
 
 
 def _logs() -> Path:

@@ -64,9 +64,10 @@ def stats(
 
 
 def _embedder(spec: str, key: str) -> "Embedder":
+    from intersafe.models.base import Hooks
     from intersafe.models.http.embeddings import open_embedder
 
-    return open_embedder(spec, key, lambda text: click.echo(text, err=True))
+    return open_embedder(spec, key, Hooks(lambda text: click.echo(text, err=True)))
 
 
 def _print(found: "Stats") -> None:

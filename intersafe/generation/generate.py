@@ -31,7 +31,7 @@ from intersafe.generation.workers.ray_cluster import Cluster, check_recipe, join
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Hooks
 from intersafe.models.cast import Company
-from intersafe.models.http.waits import LOOK as WAITS_LOOK
+from intersafe.models.http.pending import CHECK_EVERY
 from intersafe.models.open import clear_batches, open_models, open_painter
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue, Ended
@@ -362,9 +362,9 @@ class _Session:
             return
         why = ""
         while not why:
-            await asyncio.sleep(WAITS_LOOK)
+            await asyncio.sleep(CHECK_EVERY)
             why = grower.budget.reached()
-        await asyncio.sleep(2 * WAITS_LOOK)  # by then the calls have ended that only waited
+        await asyncio.sleep(2 * CHECK_EVERY)  # by then the calls have ended that only waited
         if flying := sum(grower.in_flight.values()):
             calls = "1 call in flight is ending" if flying == 1 else f"{flying} calls in flight are ending"
             self.display.say(f"limit reached ({why.partition(';')[0]}), {calls}")

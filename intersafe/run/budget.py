@@ -36,8 +36,6 @@ class Budget:
     ) -> None:
         """`roles` is the tally that the journal keeps; `began` is when the command did, on the monotonic clock."""
         self.limits = limits
-        self.elsewhere = Spent()
-        """What other processes have used that work on the same run and are not in `roles`."""
         self._roles, self._grace = roles, grace
         self._began = time.monotonic() if began is None else began
         self.stopped = ""
@@ -46,7 +44,7 @@ class Budget:
     @property
     def spent(self) -> Spent:
         """Tokens and USD of the whole run so far."""
-        tokens, usd = self.elsewhere
+        tokens, usd = 0, 0.0
         for tally in self._roles.values():
             tokens += tally.prompt_tokens + tally.completion_tokens
             usd += tally.cost
