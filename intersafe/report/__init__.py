@@ -1,1 +1,1 @@
-"""Reports: the figures of a run, counted from its files and set beside the published ones; never written into it."""
+"""Reports: the figures of a run, counted from its files and compared with the published ones."""

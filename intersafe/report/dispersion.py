@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PURE_PYTHON = 200
 """Most vectors of a Vendi score without NumPy: about 2 seconds, growing with the cube of their number."""
 _HALVINGS = 50
-"""Of the interval [0, 1], for an eigenvalue: the error is below 1e-15."""
+"""Halvings of the interval [0, 1] for one eigenvalue: the error is below 1e-15."""
 
 Vector = Sequence[float]
 Matrix = Sequence[Sequence[float]]
@@ -82,7 +82,7 @@ def _dot(one: Vector, other: Vector) -> float:
 
 
 def _eigenvalues(matrix: Matrix) -> list[float]:
-    """Of a symmetric matrix whose eigenvalues lie in [0, 1], rising: by bisection on Sturm's count."""
+    """The eigenvalues of a symmetric matrix, all in [0, 1], in ascending order: by bisection on Sturm's count."""
     diagonal, squares = _tridiagonal(matrix)
     found = []
     for place in range(len(diagonal)):
@@ -98,7 +98,7 @@ def _eigenvalues(matrix: Matrix) -> list[float]:
 
 
 def _below(x: float, diagonal: Sequence[float], squares: Sequence[float]) -> int:
-    """How many eigenvalues are less than `x`."""
+    """The number of eigenvalues below `x`."""
     count, pivot = 0, 1.0
     for value, square in zip(diagonal, (0.0, *squares), strict=True):
         pivot = value - x - square / pivot
@@ -108,7 +108,7 @@ def _below(x: float, diagonal: Sequence[float], squares: Sequence[float]) -> int
 
 
 def _tridiagonal(matrix: Matrix) -> tuple[list[float], list[float]]:
-    """The diagonal, and the squares beside it, of a tridiagonal matrix with the same eigenvalues (Householder)."""
+    """Diagonal and squared off-diagonal of a tridiagonal matrix with the same eigenvalues (Householder)."""
     rows: Matrix = matrix
     diagonal, squares = [], []
     while len(rows) > 1:

@@ -15,7 +15,7 @@ import msgspec
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _TOKEN = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:['\u2019][^\W{_CJK}]+)*|[^\w\s]")
 _NO_MATCH = 0.1
-"""Stands for zero matching n-grams: "method 1" of Chen & Cherry (2014), as in Texygen."""
+"""Replaces zero matching n-grams: "method 1" of Chen & Cherry (2014), as in Texygen."""
 
 
 def tokens_of(text: str) -> list[str]:
@@ -27,7 +27,7 @@ def tokens_of(text: str) -> list[str]:
 
 
 class Distinct(msgspec.Struct, frozen=True):
-    """distinct-n (Li et al. 2016): different n-grams / tokens; None where there are no tokens."""
+    """distinct-n (Li et al. 2016): different n-grams / tokens; None without tokens."""
 
     tokens: int
     distinct_1: float | None
@@ -35,7 +35,7 @@ class Distinct(msgspec.Struct, frozen=True):
 
 
 class NgramCounter:
-    """The different words and pairs of words of all texts so far: some 100 bytes for each different pair."""
+    """Counts the different words and pairs of words of texts; about 100 bytes for each different pair."""
 
     def __init__(self, texts: Iterable[Sequence[str]] = ()) -> None:
         self.tokens = 0
@@ -45,14 +45,14 @@ class NgramCounter:
             self.add(text)
 
     def add(self, tokens: Sequence[str]) -> None:
-        """Takes in one text; a pair never spans two texts."""
+        """Counts one text; no pair spans two texts."""
         self.tokens += len(tokens)
         numbers = [self._numbers.setdefault(token, len(self._numbers)) for token in tokens]
         self._pairs.update([one << 32 | other for one, other in pairwise(numbers)])
 
     @property
     def distinct(self) -> Distinct:
-        """Where the count stands."""
+        """The counts of all texts so far."""
         if not self.tokens:
             return Distinct(0, None, None)
         return Distinct(self.tokens, len(self._numbers) / self.tokens, len(self._pairs) / self.tokens)

@@ -1,6 +1,6 @@
 """The figures of a run as a tree of frozen values: what `intersafe stats` writes as JSON.
 
-A mean or a share is None where there is nothing to divide by. `docs/stats.md` says how each figure is defined.
+A mean or a share is None if there is nothing to divide by. `docs/stats.md` defines each figure.
 """
 
 from collections import Counter
@@ -25,19 +25,19 @@ class Proportion(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, count: int, total: int) -> "Proportion":
-        """The share, None where the total is 0."""
+        """The proportion; its share is None if the total is 0."""
         return cls(count, total, count / total if total else None)
 
 
 class Histogram(msgspec.Struct, frozen=True):
-    """How many dialogues have how many of something, and the mean."""
+    """Dialogues by number of something (turns, images), and the mean."""
 
     counts: dict[int, int]
     mean: float | None
 
     @classmethod
     def of(cls, counts: Mapping[int, int]) -> "Histogram":
-        """The histogram of counts by value."""
+        """The histogram with these counts by value."""
         size = sum(counts.values())
         total = sum(value * count for value, count in counts.items())
         return cls(dict(sorted(counts.items())), total / size if size else None)
@@ -52,14 +52,14 @@ class About(msgspec.Struct, frozen=True):
     digest: str
     state: RunState
     short: tuple[str, ...]
-    """What stayed below its quota in a run whose jobs were used up."""
+    """What stayed below its quota in a run that used up its jobs."""
     scripted: tuple[str, ...]
-    """Roles that a script played: what they say is no model's output."""
+    """Roles with scripted models: their texts are not model output."""
     versions: dict[str, str]
 
 
 class Sizes(msgspec.Struct, frozen=True):
-    """How many there are of everything."""
+    """Numbers of dialogues, samples, twins and seeds."""
 
     dialogues: int
     refusals: int
@@ -67,14 +67,14 @@ class Sizes(msgspec.Struct, frozen=True):
     """Dialogues and refusal samples, as the paper counts."""
     twins: int
     seeds: int
-    """Different seeds behind the dialogues."""
+    """Different seeds of the dialogues."""
     refusal_groups: dict[str, int]
     refusals_with_image: Proportion
     refusals_answered_by: dict[str, int]
 
 
 class ImageFigures(msgspec.Struct, frozen=True):
-    """Images of the dialogues; one shown in two turns counts twice."""
+    """Images of the dialogues; an image in two turns counts twice."""
 
     all: Histogram
     seed: Histogram
@@ -88,18 +88,18 @@ class CurvePoint(msgspec.Struct, frozen=True):
 
     turn: int
     at_risk: int
-    """Dialogues that have this turn and no unsafe one before it."""
+    """Dialogues that have this turn and no unsafe turn before it."""
     unsafe: int
     """Of these, unsafe in this turn."""
     censored: int
-    """Of these, safe here and without a further turn."""
+    """Of these, safe in this turn and without a further one."""
     hazard: float
     survival: float
-    """Proportion still without an unsafe turn, were no dialogue shorter than this."""
+    """Estimated share without an unsafe turn up to here, if no dialogue were shorter."""
 
 
 class SafetyFigures(msgspec.Struct, frozen=True):
-    """What the victims did, by the judge."""
+    """Safety and refusals of the victims, by the judge."""
 
     verdicts: dict[str, int]
     """Turns by safety."""
@@ -124,19 +124,19 @@ class AlignedFigures(msgspec.Struct, frozen=True):
 
 
 class TwinFigures(msgspec.Struct, frozen=True):
-    """What the victims did with the benign twins."""
+    """How the victims answered the benign twins."""
 
     turns: int
     over_refusal: Proportion
-    """Twins with a turn that was refused in full."""
+    """Twins with a full refusal."""
     refused_turns: Proportion
     unsafe: Proportion
-    """Twins with an unsafe turn; a benign talk should have none."""
+    """Twins with an unsafe turn; a benign conversation should have none."""
     refusals: dict[str, int]
 
 
 class EndedCount(msgspec.Struct, frozen=True):
-    """Jobs of one line (dialogues, refusals, twins) that ended alike."""
+    """Jobs of one kind (dialogues, refusals, twins) that ended for the same reason."""
 
     line: str
     kind: str
@@ -146,23 +146,23 @@ class EndedCount(msgspec.Struct, frozen=True):
 
 
 class Losses(msgspec.Struct, frozen=True):
-    """What did not become a dialogue, a sample or a twin."""
+    """Jobs without an accepted dialogue, sample or twin, and removed images."""
 
     ended: tuple[EndedCount, ...]
     yielded: Proportion
-    """Dialogues kept of the jobs decided."""
+    """Accepted dialogues of the decided jobs."""
     near_duplicates: dict[str, int]
-    """Rejected by line."""
+    """Rejected near-duplicates by job kind."""
     similar_images: int
-    """Dialogues rejected for them."""
+    """Dialogues rejected for similar images."""
     images_removed: dict[str, int]
-    """Taken out of dialogues that were kept, by where they came from."""
+    """Removed from accepted dialogues, by source."""
     seeds_excluded: int
-    """Refused at the door, by rule."""
+    """Seeds excluded by rule."""
 
 
 class Dispersion(msgspec.Struct, frozen=True):
-    """How far apart the sample's embeddings lie."""
+    """How far apart the embeddings of the sample are."""
 
     embedder: str
     dimensions: int
@@ -172,7 +172,7 @@ class Dispersion(msgspec.Struct, frozen=True):
 
 
 class Diversity(msgspec.Struct, frozen=True):
-    """How varied the users' sides are: over all dialogues, and on a sample of fixed size."""
+    """How varied the user messages are: over all dialogues, and on a sample of fixed size."""
 
     all: Distinct
     sample: int

@@ -1,4 +1,4 @@
-"""The published figures of InterSafe-V (AM3Safety, arXiv 2601.04736), to be set beside those of a run."""
+"""The published figures of InterSafe-V (AM3Safety, arXiv 2601.04736), for comparison with those of a run."""
 
 import msgspec
 
@@ -15,11 +15,11 @@ PUBLISHED: dict[str, float] = {
     "mean turns": 4,
     "mean images": 1.53,
 }
-"""The mean of the turns is printed as "4", so the true one may lie anywhere from 3.5 to 4.5."""
+"""The paper prints the mean of the turns as "4", so the exact mean is between 3.5 and 4.5."""
 
 
 class Compared(msgspec.Struct, frozen=True):
-    """One figure of the run beside the published one; `difference` is ours less theirs, None where ours is."""
+    """One figure of the run and the published one; `difference` is ours - theirs, None if ours is None."""
 
     figure: str
     ours: float | None
@@ -28,7 +28,7 @@ class Compared(msgspec.Struct, frozen=True):
 
 
 def compare(ours: dict[str, float | None]) -> tuple[Compared, ...]:
-    """Every published figure beside the run's; `ours` must hold them all."""
+    """Every published figure with the figure of the run; `ours` must have all of them."""
     return tuple(_compared(figure, ours[figure], theirs) for figure, theirs in PUBLISHED.items())
 
 

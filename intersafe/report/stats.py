@@ -1,7 +1,7 @@
 """Counts the figures of a run in one pass over each of its files.
 
-Memory holds counts, the sample's texts and the different pairs of words, never the dialogues. No figure depends on the
-order of the rows: sums are of whole numbers, and the sample is chosen by the dialogues' ids.
+Only counts, the texts of the sample and the different pairs of words are in memory, never the dialogues. No figure
+depends on the order of the rows: sums are of integers, and the ids of the dialogues decide the sample.
 """
 
 import hashlib
@@ -47,15 +47,15 @@ SAMPLE = 200
 def stats_of(
     run: Run, *, sample: int = SAMPLE, prices: Mapping[str, Price] | None = None, embedder: "Embedder | None" = None
 ) -> Stats:
-    """The figures of a run, complete or not; `InputError` for a damaged row or the price of an unknown role.
+    """The figures of a run, complete or not; `InputError` for a damaged row or a price of an unknown role.
 
-    `sample` is how many dialogues self-BLEU and the embeddings are computed on.
+    `sample` is the number of dialogues for self-BLEU and the embeddings.
     """
     roles = run.roles()
     check_roles(prices or {}, [*run.manifest.recipe.get("cast", {}), *roles])
-    talks, samples, twins = _Talks(_Sample(sample)), _Refusals(), _Twins()
+    dialogues, samples, twins = _Dialogues(_Sample(sample)), _Refusals(), _Twins()
     for dialogue in run.dialogues():
-        talks.add(dialogue)
+        dialogues.add(dialogue)
     for refusal in run.refusals():
         samples.add(refusal)
     for twin in run.twins():
@@ -65,23 +65,23 @@ def stats_of(
         for line in LINES
         for outcome in run.ended(line)
     )
-    sizes = samples.sizes(len(talks.seeds), talks.count, twins.count)
+    sizes = samples.sizes(len(dialogues.seeds), dialogues.count, twins.count)
     return Stats(
         about=_about(run),
-        published=_published(sizes, talks),
+        published=_published(sizes, dialogues),
         sizes=sizes,
-        turns=Histogram.of(talks.turns),
-        images=talks.image_figures(),
-        categories=ranked(talks.categories),
-        strategies=ranked(talks.strategies),
-        victims=ranked(talks.victims),
-        sources=_nested(talks.sources),
-        safety=talks.safety(),
-        aligned=talks.aligned_figures(),
+        turns=Histogram.of(dialogues.turns),
+        images=dialogues.image_figures(),
+        categories=ranked(dialogues.categories),
+        strategies=ranked(dialogues.strategies),
+        victims=ranked(dialogues.victims),
+        sources=_nested(dialogues.sources),
+        safety=dialogues.safety(),
+        aligned=dialogues.aligned_figures(),
         twins=twins.figures(),
-        losses=_losses(ended, talks, len(run.manifest.excluded)),
-        diversity=talks.sample.diversity(talks.ngrams, embedder),
-        costs=costs_of(roles, prices or {}, talks.count),
+        losses=_losses(ended, dialogues, len(run.manifest.excluded)),
+        diversity=dialogues.sample.diversity(dialogues.ngrams, embedder),
+        costs=costs_of(roles, prices or {}, dialogues.count),
     )
 
 
@@ -100,30 +100,30 @@ def _about(run: Run) -> About:
     )
 
 
-def _published(sizes: Sizes, talks: "_Talks") -> tuple[Compared, ...]:
+def _published(sizes: Sizes, dialogues: "_Dialogues") -> tuple[Compared, ...]:
     return compare(
         {
             "dialogues": sizes.dialogues,
             "refusal samples": sizes.refusals,
             **{f"refusal samples, {g}": sizes.refusal_groups.get(g, 0) for g in ("general", "health", "finance")},
             "rows": sizes.rows,
-            "categories": len(talks.categories),
-            "mean turns": Histogram.of(talks.turns).mean,
-            "mean images": Histogram.of(talks.images).mean,
+            "categories": len(dialogues.categories),
+            "mean turns": Histogram.of(dialogues.turns).mean,
+            "mean images": Histogram.of(dialogues.images).mean,
         }
     )
 
 
-def _losses(ended: Counter[tuple[str, str, str, str]], talks: "_Talks", seeds_excluded: int) -> Losses:
+def _losses(ended: Counter[tuple[str, str, str, str]], dialogues: "_Dialogues", seeds_excluded: int) -> Losses:
     order = sorted(ended.items(), key=lambda item: (item[0][:3], -item[1], item[0]))
     lost = sum(count for (line, *_), count in ended.items() if line == "dialogues")
     found = Counter((line, reason) for line, _, _, reason in ended.elements())
     return Losses(
         ended=tuple(EndedCount(*place, count) for place, count in order),
-        yielded=Proportion.of(talks.count, talks.count + lost),
+        yielded=Proportion.of(dialogues.count, dialogues.count + lost),
         near_duplicates={line: found[line, "near_duplicate"] for line in ("dialogues", "refusals", "twins")},
         similar_images=found["dialogues", "similar_images"],
-        images_removed=ranked(talks.removed),
+        images_removed=ranked(dialogues.removed),
         seeds_excluded=seeds_excluded,
     )
 
@@ -132,7 +132,7 @@ def _losses(ended: Counter[tuple[str, str, str, str]], talks: "_Talks", seeds_ex
 
 
 @dataclass
-class _Talks:
+class _Dialogues:
     """Counts over the dialogues."""
 
     sample: "_Sample"
@@ -197,7 +197,7 @@ class _Talks:
         )
 
     def safety(self) -> SafetyFigures:
-        """Attack success, when it comes, and how the victims refuse."""
+        """Attack success, its first turn, and the refusals of the victims."""
         by_turns: Counter[int] = Counter()
         by_victim: Counter[str] = Counter()
         by_first: Counter[int] = Counter()
@@ -318,7 +318,7 @@ class _Twins:
         self.kinds.update(kinds)
 
     def figures(self) -> TwinFigures:
-        """How often harmless talks were refused."""
+        """How often harmless conversations were refused."""
         turns = self.kinds.total()
         return TwinFigures(
             turns=turns,
@@ -333,14 +333,14 @@ class _Twins:
 
 
 class _Sample:
-    """The users' sides of the dialogues whose ids have the smallest hashes: the same for rows in any order."""
+    """The user messages of the dialogues whose ids have the smallest hashes: the same for rows in any order."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._heap: list[tuple[int, str, tuple[str, ...]]] = []
 
     def add(self, dialogue: Dialogue) -> None:
-        """Takes the dialogue in, and the one with the largest hash out."""
+        """Adds the dialogue and drops the one with the largest hash if the sample is full."""
         digest = hashlib.blake2b(dialogue.id.encode(), digest_size=8).digest()
         item = (-int.from_bytes(digest, "big"), dialogue.id, tuple(turn.user.text for turn in dialogue.turns))
         if len(self._heap) < self._size:
@@ -349,7 +349,7 @@ class _Sample:
             heapq.heappushpop(self._heap, item)
 
     def diversity(self, ngrams: NgramCounter, embedder: "Embedder | None") -> Diversity:
-        """The measures on the sample, beside those of `ngrams` on all."""
+        """The measures on the sample, and those of `ngrams` on all dialogues."""
         sides = [side for _, _, side in sorted(self._heap, reverse=True)]
         tokens = [[tokens_of(text) for text in side] for side in sides]
         dispersion = None

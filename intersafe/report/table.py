@@ -1,4 +1,4 @@
-"""The figures as plain aligned text: titled sections, each a few lines, at most some 100 characters wide."""
+"""The figures as aligned plain text: sections with a title and a few lines, about 100 characters wide."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -20,13 +20,13 @@ class TableSection(NamedTuple):
 
 
 def sections(stats: Stats) -> list[TableSection]:
-    """The whole table, in the order in which a paper would use it."""
+    """All sections, in the order in which a paper would use them."""
     return [
         _head(stats),
-        TableSection(f"beside {SOURCE}", _published(stats)),
+        TableSection(f"compared with {SOURCE}", _published(stats)),
         TableSection("sizes", _sizes(stats.sizes)),
-        TableSection("turns a dialogue", [_histogram(stats.turns)]),
-        TableSection("images a dialogue", _images(stats.images)),
+        TableSection("turns per dialogue", [_histogram(stats.turns)]),
+        TableSection("images per dialogue", _images(stats.images)),
         TableSection("categories", _categories(stats.categories)),
         TableSection("strategies", _counted(stats.strategies, stats.sizes.dialogues)),
         TableSection("victims", _counted(stats.victims, stats.sizes.dialogues)),
@@ -37,12 +37,12 @@ def sections(stats: Stats) -> list[TableSection]:
         TableSection("aligned answers", _aligned(stats)),
         TableSection("benign twins", _twins(stats)),
         TableSection("rejected and failed", _losses(stats.losses)),
-        TableSection("diversity of the users' sides", _diversity(stats.diversity)),
+        TableSection("diversity of the user messages", _diversity(stats.diversity)),
         TableSection("tokens and cost", _costs(stats.costs)),
     ]
 
 
-# --- pieces ----------------------------------------------------------------------------------------------------------
+# --- cells ----------------------------------------------------------------------------------------------------------
 
 
 def _grid(rows: Iterable[Sequence[str]]) -> list[str]:
@@ -93,9 +93,9 @@ def _head(stats: Stats) -> TableSection:
     if about.scripted:
         lines.append(f"SCRIPTED ({', '.join(about.scripted)}): not real model output; no figure here is a finding")
     if about.state == "incomplete":
-        lines.append("NOT COMPLETE: the run is still going on or was stopped; these are the figures so far")
+        lines.append("NOT COMPLETE: the run is in progress or was stopped; these are the figures so far")
     if about.state == "jobs_exhausted":
-        lines.append("THE JOBS WERE USED UP before all that was asked for was kept")
+        lines.append("THE JOBS WERE USED UP before the run had all it was asked for")
     lines += [f"  short: {cell}" for cell in about.short]
     return TableSection(f"run {about.run}   recipe {about.recipe} {about.digest[:12]}", lines)
 
@@ -206,10 +206,10 @@ def _twins(stats: Stats) -> list[str]:
 def _losses(losses: Losses) -> list[str]:
     removed = ", ".join(f"{source} {count:,}" for source, count in losses.images_removed.items()) or "0"
     return [
-        f"dialogues kept of the jobs decided: {_of(losses.yielded)}; seeds excluded by rule: {losses.seeds_excluded:,}",
+        f"dialogues accepted of the decided jobs: {_of(losses.yielded)}; excluded seeds: {losses.seeds_excluded:,}",
         *_grid((f"{e.line}: {e.kind} {e.stage} {e.reason}", f"{e.count:,}") for e in losses.ended),
         f"near-duplicates rejected: {', '.join(f'{line} {n:,}' for line, n in losses.near_duplicates.items())}",
-        f"similar images: {losses.similar_images:,} dialogues rejected; taken out of those that were kept: {removed}",
+        f"similar images: {losses.similar_images:,} dialogues rejected; images removed from accepted ones: {removed}",
     ]
 
 
@@ -237,7 +237,7 @@ def _costs(costs: Costs) -> list[str]:
     ]
     if costs.usd is None:
         return [*_grid(rows), "no prices; pass --price ROLE=IN,OUT in USD per million tokens"]
-    each = "" if costs.usd_per_dialogue is None else f", {costs.usd_per_dialogue:,.4f} a dialogue kept"
+    each = "" if costs.usd_per_dialogue is None else f", {costs.usd_per_dialogue:,.4f} per accepted dialogue"
     missing = f"; without a price: {', '.join(costs.unpriced)}" if costs.unpriced else ""
     return [*_grid(rows), f"total {_usd(costs.usd)} USD{each}{missing}"]
 
