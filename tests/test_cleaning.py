@@ -126,7 +126,7 @@ def test_the_later_of_two_images_goes_and_its_turn_is_asked_again_without_it(kin
     assert text_of(victims[3]["messages"][-1]) == dialogue.turns[1].user.text
     (again,) = [body for body in asked(both, "message") if LOST in text_of(body["messages"][-1])]
     assert shown(again) == [[first]]
-    # The judge sees the talk as it is in the end.
+    # The judge sees the conversation as it is in the end.
     assert shown(asked(both, "check")[-1]) == [[first, far]]
 
 
@@ -259,8 +259,8 @@ def test_a_repaired_message_that_is_excluded_ends_the_dialogue_and_is_not_sent(t
 
 
 @pytest.mark.parametrize("what", ["a later message", "an earlier message", "the lost description", "a later one"])
-def test_a_repaired_message_is_held_to_the_whole_talk(what: str, tmp_path: Path) -> None:
-    """Each of these would be turned down by the gates, after everything was paid for."""
+def test_a_repaired_message_is_checked_against_the_whole_conversation(what: str, tmp_path: Path) -> None:
+    """The gates would reject each of these, after everything was paid for."""
     texts: list[str] = []
     hook, requests = rewriting()
 
@@ -269,11 +269,11 @@ def test_a_repaired_message_is_held_to_the_whole_talk(what: str, tmp_path: Path)
             return None
         if asks_for(body) != "message" or len(requests) > 1 or texts:
             return None
-        talk = [text_of(b["messages"][-1]) for b in asked(both[0], "victim")]
+        messages = [text_of(b["messages"][-1]) for b in asked(both[0], "victim")]
         told = [description for description, _ in both[0].drawn]
         text = {
-            "a later message": talk[2],
-            "an earlier message": talk[0],
+            "a later message": messages[2],
+            "an earlier message": messages[0],
             "the lost description": f"Well, {told[1]}?",
             "a later one": f"Well, {told[2]}?",
         }[what]
@@ -297,7 +297,7 @@ def test_a_repaired_message_is_held_to_the_whole_talk(what: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("risk", "coherent", "word"), [(False, True, "no_risk"), (True, False, "incoherent")])
-def test_what_cleaning_took_the_risk_or_the_thread_from_is_rejected(
+def test_a_dialogue_that_cleaning_made_harmless_or_incoherent_is_rejected(
     risk: bool, coherent: bool, word: str, tmp_path: Path
 ) -> None:
     def hook(body: Body) -> str | None:
@@ -312,7 +312,7 @@ def test_what_cleaning_took_the_risk_or_the_thread_from_is_rejected(
     assert len(asked(both, "victim")) == 4
 
 
-def test_without_the_stage_the_gate_turns_the_dialogue_down(tmp_path: Path) -> None:
+def test_without_the_stage_the_gate_rejects_the_dialogue(tmp_path: Path) -> None:
     with studio(paint=painted(ALIKE)) as both:
         recipe = structs.replace(recipe_for(both, seeds_in(tmp_path / "seeds", 1)), clean=None)
         with pytest.raises(SeedsExhausted):

@@ -208,7 +208,7 @@ def test_whatever_becomes_of_the_file_the_answers_are_the_same_and_it_heals(harm
         healed = path.read_bytes()
         wrong = [k for k in range(192) if healed[HEAD + k * RECORD :][:RECORD] != sound[HEAD + k * RECORD :][:RECORD]]
         assert healed[:HEAD] == sound[:HEAD]
-        assert len(wrong) < 64, "what is mended is written in groups"
+        assert len(wrong) < 64, "repaired records are written in batches"
         assert said(dialogues, path) == expected
 
 
@@ -270,7 +270,7 @@ def test_a_place_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_to_the_same_bytes_whatever_its_file_holds(tmp_path: Path) -> None:
+def test_a_resumed_run_gives_the_same_bytes_whatever_its_file_holds(tmp_path: Path) -> None:
     whole = digest(generate_dialogues(demo(), run=tmp_path / "whole", n=120).path)
     short = generate_dialogues(demo(), run=tmp_path / "short", n=80).path
     assert (short / SIGNATURES).stat().st_size == HEAD + 64 * RECORD
@@ -282,7 +282,7 @@ def test_a_run_goes_on_to_the_same_bytes_whatever_its_file_holds(tmp_path: Path)
         assert digest(path) == whole
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     words = ("generate", "--n", "150", "--no-refusals", "--run", "./killed")
     process = started(*words, cwd=tmp_path)
     file = tmp_path / "killed" / SIGNATURES

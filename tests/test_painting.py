@@ -113,7 +113,7 @@ def test_every_way_to_give_a_description_away_was_tried(made: Made) -> None:
     assert reasons["leaked_image_description"] <= 2, "asked again, the attacker wrote another message"
 
 
-def test_no_description_reaches_the_victim_or_stands_in_a_user_message(made: Made) -> None:
+def test_no_description_reaches_the_victim_or_a_user_message(made: Made) -> None:
     told = sorted({fold(description) for description, _ in made.studio.drawn})
     bodies = [body for body in made.studio.chat.bodies if asks_for(body) == "victim"]
     sent = {fold(text_of(message)) for body in bodies for message in body["messages"]}
@@ -170,13 +170,13 @@ def test_every_image_says_where_it_comes_from_and_can_be_painted_again(made: Mad
 def test_the_victim_gets_the_images_of_each_turn_and_no_other(made: Made) -> None:
     store = ImageStore(made.run.path / "images")
     bodies = [body["messages"][1:] for body in made.studio.chat.bodies if asks_for(body) == "victim"]
-    talks = {tuple((text_of(message), *images_of(message)) for message in messages) for messages in bodies}
+    sent = {tuple((text_of(message), *images_of(message)) for message in messages) for messages in bodies}
     for dialogue in made.run.dialogues():
         if dialogue.removed:
             continue  # the turns after a repaired one were answered before
-        talk = dialogue.messages
-        for length in range(1, len(talk), 2):
-            assert tuple((m.text, *(store.data_uri(image) for image in m.images)) for m in talk[:length]) in talks
+        messages = dialogue.messages
+        for length in range(1, len(messages), 2):
+            assert tuple((m.text, *(store.data_uri(image) for image in m.images)) for m in messages[:length]) in sent
 
 
 def test_the_attacker_writes_looking_at_the_new_image_and_without_its_description(made: Made) -> None:
@@ -197,7 +197,7 @@ RULES = RuleSettings()
 
 
 @pytest.mark.parametrize("kind", leaks_of(TOLD))
-def test_a_message_that_gives_the_description_away_is_put_right_or_turned_down(kind: str) -> None:
+def test_a_message_that_gives_the_description_away_is_repaired_or_rejected(kind: str) -> None:
     text = regularise(leaks_of(TOLD)[kind], RULES)
     problem = message_problem(text, [], "q", Plan(()), RULES, [TOLD])
     assert text == "What do you make of it?" if kind == "brackets" else problem is not None
@@ -291,7 +291,7 @@ def test_an_attacker_that_never_stops_loses_the_job_and_the_victim_never_reads_a
 
 
 def _untold(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The message without the note that its last version was turned down."""
+    """The message without the note that its last version was rejected."""
     parts: list[dict[str, Any]] = message["content"] if isinstance(message["content"], list) else []
     return [part | {"text": part["text"].replace("turned down", "")} if "text" in part else part for part in parts]
 
@@ -330,7 +330,7 @@ def alone(recipe: Any, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_painter_that_fails_is_asked_again_within_limits_then_the_job_fails_and_the_run_goes_on(
+def test_a_painter_that_fails_is_asked_again_within_limits_then_the_job_fails_and_the_run_continues(
     fault: str, tmp_path: Path
 ) -> None:
     answer, word, detail = FAULTS[fault]
@@ -351,7 +351,9 @@ def test_a_painter_that_fails_is_asked_again_within_limits_then_the_job_fails_an
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_comes_right_at_the_last_try_is_recorded_with_the_seed_that_drew_it(fault: str, tmp_path: Path) -> None:
+def test_an_image_that_succeeds_at_the_last_try_is_recorded_with_the_seed_that_drew_it(
+    fault: str, tmp_path: Path
+) -> None:
     with studio(paint=lambda request: FAULTS[fault][0] if request.number < 2 else None) as both:
         run = generate_dialogues(alone(both.recipe(seeds_in(tmp_path / "seeds"))), run=tmp_path / "run", n=1)
     (dialogue,) = run.dialogues()
@@ -373,7 +375,7 @@ def test_a_link_is_never_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["a link", "truncated", "blocked"])
-def test_a_painter_that_fails_every_job_stops_the_run_which_goes_on_once_it_is_mended(
+def test_a_painter_that_fails_every_job_stops_the_run_which_resumes_once_it_is_repaired(
     fault: str, tmp_path: Path
 ) -> None:
     broken = True
@@ -396,7 +398,7 @@ def test_a_painter_that_fails_every_job_stops_the_run_which_goes_on_once_it_is_m
 YOUNG, OTHER = "A poster for teenagers", "a display of nudity"
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "split over the talk"])
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split over the turns"])
 @pytest.mark.parametrize("rules", [RULES, None], ids=["rules", "no rules"])
 def test_an_excluded_description_is_never_painted(split: bool, rules: RuleSettings | None, tmp_path: Path) -> None:
     def hook(body: Body) -> str | None:
@@ -490,8 +492,8 @@ def test_kills_change_no_byte_and_no_image_is_paid_for_twice_beyond_those_in_fli
             if killed < kills:
                 assert process.poll() is None
                 process.kill()
-            _, talk = process.communicate(timeout=60)
-        assert process.returncode == 0, talk
+            _, written = process.communicate(timeout=60)
+        assert process.returncode == 0, written
         paid = Counter(both.drawn)
         assert sum(count - 1 for count in paid.values()) <= kills * concurrency
         undisturbed = [word.replace("./run", "./whole") for word in words]

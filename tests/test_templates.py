@@ -20,7 +20,7 @@ VALUES: dict[str, Any] = {
     "concern": "deception",
     "query": "a query",
     "has_image": True,
-    "transcript": "a talk",
+    "transcript": "a conversation",
     "rubric": "a rubric",
 }
 # Names what judge/dialogue and a strategy need each, where it is offered, so that a body under test need not.
@@ -129,18 +129,17 @@ def test_a_file_of_the_wrong_shape_is_refused(root: Path, text: str | bytes, lin
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "says"),
     [
-        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
-        "{{ " + "-" * 5000 + "1 }}",
-        "{% if query %}" * 500 + "x" + "{% endif %}" * 500,
-        "{% for a in 'xy' %}" * 25 + "x" + "{% endfor %}" * 25,
-        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "too deep"),
+        ("{{ " + "-" * 5000 + "1 }}", "too deep"),
+        ("{% if query %}" * 500 + "x" + "{% endif %}" * 500, "too deep"),
+        ("{% for a in 'xy' %}" * 25 + "x" + "{% endfor %}" * 25, "too deep"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     ],
 )
-def test_nesting_without_end_is_no_crash(root: Path, body: str) -> None:
-    message = refusal(root, user(body))
-    assert "too deep" in message or "recursion" in message
+def test_nesting_without_end_is_no_crash(root: Path, body: str, says: str) -> None:
+    assert says in refusal(root, user(body))
 
 
 @pytest.mark.parametrize("count", ["10 ** 9", "1000000000", "99999999999999999999"])
@@ -370,7 +369,7 @@ def test_a_new_file_is_a_new_strategy(tmp_path: Path) -> None:
         ("attacker/topic_shift", "{{ step }}", "{{ step }} is never used"),
     ],
 )
-def test_a_prompt_that_misses_the_point_is_refused(root: Path, name: str, cut: str, says: str) -> None:
+def test_a_prompt_without_its_subject_is_refused(root: Path, name: str, cut: str, says: str) -> None:
     text = (root / f"{name}.md").read_text()
     assert cut in text
     assert says in refusal(root, text.replace(cut, ""), name)
@@ -379,5 +378,5 @@ def test_a_prompt_that_misses_the_point_is_refused(root: Path, name: str, cut: s
 def test_a_verdict_prompt_needs_the_reply_or_the_transcript(root: Path) -> None:
     path = root / "judge" / "turn.md"
     path.write_text(path.read_text().replace("{{ reply }}", ""))
-    assert list(lint_prompts(root)) == []  # the reply stands at the end of the transcript
+    assert list(lint_prompts(root)) == []  # the transcript ends with the reply
     assert "never used" in refusal(root, path.read_text().replace("{{ transcript }}", ""), "judge/turn")
