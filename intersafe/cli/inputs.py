@@ -81,7 +81,7 @@ def seeds_import_figstep(path: Path, out: Path) -> None:
 
     done = import_figstep(path, out)
     images = f"{done.with_images} with an image" + (f", {done.missing_images} missing" if done.missing_images else "")
-    click.echo(f"{out / 'seeds.jsonl'}: {done.written} seeds, {images}, {done.excluded} excluded by rule")
+    click.echo(f"{done.out / 'seeds.jsonl'}: {done.written} seeds, {images}, {done.excluded} excluded by rule")
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

@@ -271,7 +271,7 @@ def test_turn_counts_are_numbers_in_yaml(tmp_path: Path) -> None:
         ("{category: {frauds: 1.0}}", "did you mean 'fraud'"),
         ("{turns: {2: 0.5, 7: 0.5}}", "no job has '7', known: 2, 3, 4, 5, 6"),
         ("{turns: {2.0: 1.0}}", "2.0"),
-        ("{turns: {2: 0.5, '2': 0.5}}", "stands twice"),
+        ("{turns: {2: 0.5, '2': 0.5}}", "appears twice"),
         ("{strategy: {role_play: 0.5, decomposition: 0.4}}", "the shares sum to 0.9"),
         ("{strategy: {role_play: 1.5}}", "strategy"),
         ("{strategy: {}}", "the shares sum to 0"),

@@ -116,7 +116,7 @@ def test_a_missing_member_of_the_cast_is_named(tmp_path: Path, name: str, line: 
     ],
 )
 def test_a_doubled_key_is_never_the_last_one_that_wins(tmp_path: Path, text: str, line: int, key: str) -> None:
-    assert f"r.yaml:{line}: key {key!r} stands twice" in refusal(tmp_path, text)
+    assert f"r.yaml:{line}: key {key!r} appears twice" in refusal(tmp_path, text)
 
 
 @pytest.mark.parametrize(
@@ -293,11 +293,11 @@ def test_whatever_is_cut_off_or_swapped_is_refused_or_read(tmp_path: Path) -> No
         ("gpt-4o", "known: scripted, openai"),
         ("", "unknown backend"),
         (":m", "unknown backend"),
-        ("openai:", "no model's name"),
-        ("openai:@http://h:1/v1", "no model's name"),
-        ("openai:http://h:1/v1", "no model's name"),
-        ("openai:a b", "no model's name"),
-        ("openai:a\nb", "no model's name"),
+        ("openai:", "is not a model's name"),
+        ("openai:@http://h:1/v1", "is not a model's name"),
+        ("openai:http://h:1/v1", "is not a model's name"),
+        ("openai:a b", "is not a model's name"),
+        ("openai:a\nb", "is not a model's name"),
         ("openai:m@http://", "is not a URL"),
         ("openai:m@https://", "is not a URL"),
         ("openai:m@http:///v1", "is not a URL"),
@@ -350,8 +350,8 @@ def test_a_spec_comes_apart() -> None:
 @pytest.mark.parametrize(
     ("where", "value", "says"),
     [
-        ("cast.victims", ["scripted:demo", "scripted:demo"], "cast.victims: 'scripted:demo' stands twice"),
-        ("cast.victims", ["openai:m@http://a/v1", "openai:m@http://b/v1"], "'openai:m' stands twice"),
+        ("cast.victims", ["scripted:demo", "scripted:demo"], "cast.victims: 'scripted:demo' appears twice"),
+        ("cast.victims", ["openai:m@http://a/v1", "openai:m@http://b/v1"], "'openai:m' appears twice"),
         ("cast.victims", [], "cast.victims"),
         ("cast.victims", "scripted:demo", "cast.victims"),
         ("cast.victims", [None], "cast.victims[0]"),
@@ -361,7 +361,7 @@ def test_a_spec_comes_apart() -> None:
         ("cast.attacker", 3, "cast.attacker"),
         ("cast.attacker", None, "cast.attacker"),
         ("cast.second_judge", 3, "cast.second_judge"),
-        ("strategies", ["a", "b", "a"], "strategies: 'a' stands twice"),
+        ("strategies", ["a", "b", "a"], "strategies: 'a' appears twice"),
         ("strategies", [], "strategies"),
         ("strategies", "role_play", "strategies"),
         ("strategies", [3], "strategies[0]"),

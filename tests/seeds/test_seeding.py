@@ -167,16 +167,16 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         (b'{"id": "\xff\xfe"}', "not UTF-8"),
         (json.dumps(row(9)).encode("utf-16"), "not UTF-8"),
         (row(9, query=None), "field `query` is missing"),
-        (row(9, licence="MIT"), "unknown field `licence`; did you mean `license`?"),
-        (row(9, license=None, lisense="MIT"), "unknown field `lisense`; did you mean `license`?"),
-        (row(9, zzz=1), "unknown field `zzz`; known are id, query"),
+        (row(9, licence="MIT"), "unknown field 'licence', did you mean 'license'?; correct or remove it"),
+        (row(9, license=None, lisense="MIT"), "unknown field 'lisense', did you mean 'license'?; correct or remove it"),
+        (row(9, zzz=1), "unknown field 'zzz', known: id, query"),
         (row(9, query=5), "field `query`: expected str, got int"),
         (row(9, image=["a.png"]), "field `image`: expected str | null, got array"),
         (row(9, query=" \n\t\u3000"), "query is empty"),
         (row(9, query="é" * 4001), "4,001 characters"),
-        (row(9, category="frod"), "unknown category 'frod'; did you mean `fraud`?"),
-        (row(9, category="Fraud"), "did you mean `fraud`?"),
-        (row(9, category="zzzz"), "known are animal_abuse, "),
+        (row(9, category="frod"), "unknown category 'frod', did you mean 'fraud'?; correct it"),
+        (row(9, category="Fraud"), "did you mean 'fraud'?"),
+        (row(9, category="zzzz"), "known: animal_abuse, "),
         (row(9, id=""), "id ''"),
         (row(9, id="a" * 81), "id 'aaa"),
         (row(9, id="a/b"), "id 'a/b'"),
@@ -322,7 +322,7 @@ def test_half_of_the_images_missing_is_too_many(tmp_path: Path, without: int, pa
         ([], COLUMNS, 0, "no usable row"),
         ([], [], 1, "column `dataset` is missing"),
         ([task(1)], [*COLUMNS[:3], "topic", *COLUMNS[4:]], 1, "column `category_name` is missing"),
-        ([task(1, question="a"), task(2, question="b", category_name="Froud")], COLUMNS, 3, "did you mean `Fraud`?"),
+        ([task(1, question="a"), task(2, question="b", category_name="Froud")], COLUMNS, 3, "did you mean 'Fraud'?"),
         ([task(1, question="a"), task(1, question="b")], COLUMNS, 3, "line 2"),
         ([task(1, question=" ")], COLUMNS, 2, "query is empty"),
         ([task(1, question="x" * 4001)], COLUMNS, 2, "4,001"),
@@ -346,7 +346,7 @@ def test_a_bad_table_is_refused_whole(tmp_path: Path, rows: list[Cells], columns
 @pytest.mark.parametrize("data", [b"\xff\xfe\x00", HEAD + b'F,5,1,Fraud,"a,b', HEAD + b'F,5,1,Fraud,"a"b,c'])
 def test_what_is_no_table_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.csv").write_bytes(data)
-    assert "not a csv file" in refusal(lambda: import_figstep(tmp_path / "x.csv", tmp_path / "out"))
+    assert "not a CSV file" in refusal(lambda: import_figstep(tmp_path / "x.csv", tmp_path / "out"))
 
 
 def test_a_byte_order_mark_before_the_table_is_fine(tmp_path: Path) -> None:
@@ -357,11 +357,11 @@ def test_a_byte_order_mark_before_the_table_is_fine(tmp_path: Path) -> None:
 
 
 def test_a_source_without_one_table_is_refused(tmp_path: Path) -> None:
-    assert "no csv" in refusal(lambda: import_figstep(tmp_path, tmp_path / "out"))
+    assert "no CSV" in refusal(lambda: import_figstep(tmp_path, tmp_path / "out"))
     refusal(lambda: import_figstep(tmp_path / "none", tmp_path / "out"))
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("x")
-    assert "2 csv" in refusal(lambda: import_figstep(tmp_path, tmp_path / "out"))
+    assert "2 CSV" in refusal(lambda: import_figstep(tmp_path, tmp_path / "out"))
 
 
 def test_one_broken_image_stops_the_import_before_anything_is_written(tmp_path: Path) -> None:

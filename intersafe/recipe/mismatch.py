@@ -1,4 +1,4 @@
-"""A value of a recipe that does not fit its type: which line holds it, and what to write instead."""
+"""Errors for values of a recipe that do not match their type: the line of the value, and what to write instead."""
 
 import re
 from collections.abc import Mapping
@@ -15,17 +15,20 @@ _HINTS = {
     "^([A-Za-z_]": "write the NAME of an environment variable, never the key",
     "^[A-Za-z0-9][A-Za-z0-9._-]": "write letters, digits, dots, - and _, at most 60",
 }
-"""What a pattern asks for, by its beginning."""
+"""What to write for a pattern, by the beginning of the pattern."""
 
 
-def misfit(error: msgspec.ValidationError, at: object, lines: Mapping[str, int], raw: Any = None) -> InputError:
-    """A value of the wrong type or size, with its line."""
+def mismatch(error: msgspec.ValidationError, at: object, lines: Mapping[str, int], raw: Any = None) -> InputError:
+    """The error for a value of the wrong type or size, with its line.
+
+    `lines` has the line of each place (`$.cast.judge`), `raw` the values as they were read.
+    """
     what, _, where = str(error).partition(" - at `")
     where = _named(where.rstrip("`"), raw)
     name = where.removeprefix("$.") or "recipe"
     remedy = next((hint for start, hint in _HINTS.items() if start in what), "docs/recipes.md lists the keys")
     if remedy in _HINTS.values():
-        what = "not of the right form"
+        what = "not in the right format"
     if what.startswith(("Expected `int", "Expected `float")) and what.endswith("got `str`"):
         remedy = "write a plain number: no unit, no exponent, no quotes"
     options = _options_at(where)
@@ -35,7 +38,7 @@ def misfit(error: msgspec.ValidationError, at: object, lines: Mapping[str, int],
 
 
 def _named(where: str, raw: Any) -> str:
-    """The place with the key that msgspec leaves out of a mapping (`groups[...]`): the first that does not fit."""
+    """The place with the key that msgspec leaves out of a mapping (`groups[...]`): the first wrong one."""
     place, dots, _ = where.partition("[...]")
     if not dots or raw is None:
         return where
@@ -56,7 +59,7 @@ def _named(where: str, raw: Any) -> str:
 
 
 def _options_at(where: str) -> tuple[Any, ...]:
-    """The words that a place allows, where it takes one of a few."""
+    """The words that a place allows, if it takes one of a fixed set."""
     kind: Any = Recipe
     for key in re.sub(r"\[\d+\]", "", where).removeprefix("$.").split("."):
         section = section_in(kind)
@@ -75,21 +78,21 @@ def _literals(kind: Any) -> tuple[Any, ...]:
 
 
 def dict_values(kind: Any) -> Any:
-    """The type of the values where the annotation is a mapping, else None."""
+    """The type of the values if the annotation is a mapping, else None."""
     if get_origin(kind) is dict:
         return get_args(kind)[1]
     return next((found for inner in get_args(kind) if (found := dict_values(inner)) is not None), None)
 
 
 def section_in(kind: Any) -> type[Section] | None:
-    """The Section inside an annotation such as `Annotated[tuple[Member, ...], ...]` or `Gates | None`."""
+    """The `Section` inside an annotation such as `Annotated[tuple[Member, ...], ...]` or `Gates | None`."""
     if isinstance(kind, type) and issubclass(kind, Section):
         return kind
     return next((found for inner in get_args(kind) if (found := section_in(inner))), None)
 
 
 def line_of(where: str, lines: Mapping[str, int]) -> int | None:
-    """The line of the longest known place that begins `where`."""
+    """The line of `where`, or of the nearest place around it that has one."""
     while where and where not in lines:
-        where = where[: max(where.rfind("."), where.rfind("["))] if max(where.rfind("."), where.rfind("[")) > 0 else ""
+        where = where[: max(where.rfind("."), where.rfind("["), 0)]
     return lines.get(where)
