@@ -32,7 +32,7 @@ from work import CORES, demo_recipe
 from intersafe.generation.generate import generate_dialogues
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Call, Hooks, Sampling
-from intersafe.models.cast import Company, JobCast
+from intersafe.models.cast import JobCast, SharedCast
 from intersafe.models.http.chat import EndpointModel
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.sections import Cast, Limits, Member
@@ -96,11 +96,12 @@ async def cast(url: str) -> AsyncIterator[Ask]:
     seed = Seed("s", "query", "privacy", "bench", "CC0-1.0")
     with tempfile.TemporaryDirectory() as folder:
         writer = GroupWriter(Path(folder))
-        company = Company(members, dict.fromkeys(members.members, model), prompts, Journal(writer))
+        models = dict.fromkeys(members.members, model)
+        shared = SharedCast(cast=members, models=models, prompts=prompts, journal=Journal(writer))
 
         async def ask(number: int) -> object:
             job = Job(number, f"job-{number}", seed, "decomposition", 0, 0, 4, 0, number)
-            return await JobCast(company, job).ask("judge", "judge/turn", MESSAGES)
+            return await JobCast(shared, job).ask("judge", "judge/turn", MESSAGES)
 
         try:
             yield ask

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import yaml
 
+import intersafe
 from intersafe import taxonomy
 from intersafe.errors import JobRejected
 from intersafe.gates.chain import Chain
@@ -25,6 +26,7 @@ from intersafe.recipe import gates
 from intersafe.recipe.gates import Gates
 from intersafe.records import Check, Dialogue, Message, Reason, Turn
 from intersafe.run.directory import Run
+from intersafe.stages import calls
 from intersafe.stages.judging import check_dialogue
 from intersafe.storage.bundled import bundled
 from intersafe.templates.load import lint_prompts, load_prompts
@@ -110,6 +112,21 @@ def test_a_gate_is_a_section_a_rule_and_a_line_in_the_chain(monkeypatch: pytest.
     asking = dialogue_of(job_of(3), turns)
     assert chain.check(asking) is None
     assert chain.check(silent(asking)) == Reason("few_questions", "0 of 3 messages")
+
+
+def test_every_reason_of_the_stages_and_gates_is_in_the_list() -> None:
+    assert calls.__doc__
+    listed = set(re.findall(r"\w+", calls.__doc__))
+    folder = Path(intersafe.__file__).parent
+    words: set[str] = set()
+    for path in [path for name in ("stages", "checks", "gates") for path in (folder / name).glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+                at = {"JobRejected": 1, "CallFailed": 1, "Reason": 0}.get(node.func.id, -1)
+                if at >= 0 and isinstance(word := node.args[at], ast.Constant):
+                    words.add(str(word.value))
+    assert len(words) > 30
+    assert words - {""} <= listed
 
 
 @pytest.mark.parametrize("first", [Check(risk=True, coherent=True), Check(risk=False, coherent=True)])

@@ -7,7 +7,7 @@ from asked import read_work
 
 from intersafe.images.store import ImageStore, read_image
 from intersafe.models.base import Hooks
-from intersafe.models.cast import Company, JobCast
+from intersafe.models.cast import JobCast, SharedCast
 from intersafe.models.http.chat import EndpointModel
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Job, Message, Seed
@@ -29,7 +29,8 @@ async def main() -> None:
     writer = GroupWriter(work.folder)
     journal = Journal(writer)
     journal.load(work.folder / "journal", {})
-    company = Company(members, dict.fromkeys(members.members, model), prompts, journal)
+    models = dict.fromkeys(members.members, model)
+    shared = SharedCast(cast=members, models=models, prompts=prompts, journal=journal)
     numbers = iter(range(work.calls))
     stored: dict[Path, str] = {}
 
@@ -40,7 +41,7 @@ async def main() -> None:
                 stored[path] = images.put(read_image(path))
             message = Message("user", work.text(number), (stored[path],) if path else ())
             job = Job(number, f"job-{number}", seed, "decomposition", 0, 0, 1, 0, number)
-            assert (await JobCast(company, job).ask("judge", "judge/turn", (message,))).text
+            assert (await JobCast(shared, job).ask("judge", "judge/turn", (message,))).text
 
     try:
         await asyncio.gather(*(worker() for _ in range(work.at_once)))

@@ -18,7 +18,7 @@ _SPACES = re.compile(r"[\s_]+")
 _ZERO_WIDTH = re.compile(r"[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
 """Invisible characters: inside a word they would make it another word."""
 _COUNT = r"(?:\d+|one|two|three|four|five|six|first|second|third|fourth|next|last|final)"
-_PLAN_TALK = re.compile(
+_PLAN_MENTION = re.compile(
     rf"\bstep (?:number )?{_COUNT} (?:of|in|from) (?:the|my|our|this) (?:\w+ )?plan\b"
     rf"|\b{_COUNT} step (?:of|in|from) (?:the|my|our|this) (?:\w+ )?plan\b"
     r"|\b(?:the|my|our|this) (?:attack|red team|red teaming|jailbreak|jailbreaking) (?:plan|strategy|goal|objective)\b"
@@ -140,7 +140,7 @@ def plan_leak(message: str, goal: str, steps: list[str]) -> str:
         return "the goal"
     if _STRUCTURE.search(message):
         return "structured answer"
-    if _PLAN_TALK.search(text):
+    if _PLAN_MENTION.search(text):
         return "talk of the plan"
     return "several steps" if _count_steps(text, steps) >= 2 else ""
 

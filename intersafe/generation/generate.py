@@ -30,7 +30,7 @@ from intersafe.generation.workers.driver import Farm
 from intersafe.generation.workers.ray_cluster import Cluster, check_recipe, joined
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Hooks
-from intersafe.models.cast import Company
+from intersafe.models.cast import SharedCast
 from intersafe.models.http.pending import CHECK_EVERY
 from intersafe.models.open import clear_batches, open_models, open_painter
 from intersafe.recipe.sections import Recipe
@@ -249,10 +249,18 @@ class _Session:
             if painter:
                 closing.push_async_callback(painter.aclose)
             older_images = ImageStore(older / "images") if older else None
-            company = Company(
-                recipe.cast, models, self.prepared.prompts, journal, index, None, painter, images, older_images
+            company = SharedCast(
+                cast=recipe.cast,
+                models=models,
+                prompts=self.prepared.prompts,
+                journal=journal,
+                hooks=hooks,
+                budget=budget,
+                older=index,
+                painter=painter,
+                images=images,
+                older_images=older_images,
             )
-            company.budget, company.waiting = budget, hooks.outages
             yield Stages(recipe, self.prepared.manifest, company)
 
     async def _lines(

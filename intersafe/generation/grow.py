@@ -10,7 +10,7 @@ import msgspec
 
 from intersafe.generation.prepare import provenance_of
 from intersafe.generation.scheduler import AnyJob, Outcome
-from intersafe.models.cast import Company, JobCast
+from intersafe.models.cast import JobCast, SharedCast
 from intersafe.recipe.sections import Recipe, Refusals
 from intersafe.records import Dialogue, Job, Provenance, RefusalJob, RefusalSample, Turn
 from intersafe.run.budget import Budget
@@ -128,14 +128,14 @@ class Grower(Protocol):
 class Stages:
     """The stages of every line, in this process."""
 
-    def __init__(self, recipe: Recipe, manifest: Manifest, company: Company) -> None:
-        self.in_flight, self.waiting, self.budget = company.in_flight, company.waiting, company.budget
+    def __init__(self, recipe: Recipe, manifest: Manifest, company: SharedCast) -> None:
+        self.in_flight, self.waiting, self.budget = company.in_flight, company.hooks.outages, company.budget
         self._recipe, self._manifest, self._company = recipe, manifest, company
         self._provenances: dict[tuple[Any, ...], Provenance] = {}
 
     async def grow(self, line: str, job: AnyJob, original: Dialogue | None = None) -> Outcome:
         """The outcome of a job; `JobEnded` if there is none."""
-        cast, provenance = JobCast(self._company, job, line), self._provenance(line, job)
+        cast, provenance = JobCast(self._company, job, line or "dialogues"), self._provenance(line, job)
         if isinstance(job, RefusalJob):
             assert self._recipe.refusals
             return await grow_refusal(job, cast, self._recipe.refusals, provenance)

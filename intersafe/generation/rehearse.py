@@ -14,7 +14,7 @@ from intersafe.generation.grow import grow_dialogue, grow_refusal, grow_twin
 from intersafe.generation.jobs import jobs
 from intersafe.images.store import ImageStore, read_image
 from intersafe.models.base import Call
-from intersafe.models.cast import Company, JobCast
+from intersafe.models.cast import JobCast, SharedCast
 from intersafe.models.scripted.chat import ScriptedModel
 from intersafe.models.scripted.painter import ScriptedPainter
 from intersafe.recipe.sections import (
@@ -74,7 +74,15 @@ def rehearse(recipe: Recipe, name: str, seed_id: str, turn: int) -> Call:
 
     async def talk() -> None:
         painter = ScriptedPainter("flawless", "96x96") if cast.painter else None
-        company = Company(cast, models, prompts, _Nothing(), None, lambda c, _: calls.append(c), painter, store)
+        company = SharedCast(
+            cast=cast,
+            models=models,
+            prompts=prompts,
+            journal=_Nothing(),
+            observe=lambda c, _: calls.append(c),
+            painter=painter,
+            images=store,
+        )
         with contextlib.suppress(JobEnded):
             await _grow(recipe, company, job, name)
 
@@ -91,7 +99,7 @@ def rehearse(recipe: Recipe, name: str, seed_id: str, turn: int) -> Call:
     return made[turn - 1]
 
 
-async def _grow(recipe: Recipe, company: Company, job: Job, name: str) -> None:
+async def _grow(recipe: Recipe, company: SharedCast, job: Job, name: str) -> None:
     """Grows what the prompt belongs to: a refusal, or a dialogue and, if need be, its twin."""
     if name.startswith("refusal/") or name == "judge/refusal":
         group, refusals = _group_of(recipe, job)

@@ -32,7 +32,8 @@ from intersafe.release.failures import (
 )
 
 ATTEMPTS = 8
-CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0
+"""Seconds to connect, and between two reads."""
 _REPO = re.compile(
     r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?/[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 )
@@ -252,7 +253,7 @@ def _open_library(endpoint: str | None, xet: bool) -> tuple[Any, tuple[type[Exce
     if not xet:
         library.constants.HF_HUB_DISABLE_XET = True
     library.utils.logging.set_verbosity_error()  # its warnings quote signed URLs
-    limits = httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+    limits = httpx2.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT)
     library.set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=limits))
     if not sys.stderr.isatty():
         library.utils.disable_progress_bars()

@@ -136,7 +136,7 @@ KEPT: list[Dialogue] = [
 
 
 @pytest.mark.parametrize(("word", "detail", "broken"), REJECTED)
-def test_a_broken_dialogue_is_turned_down_for_its_reason(word: str, detail: str, broken: Dialogue) -> None:
+def test_a_broken_dialogue_is_rejected_for_its_reason(word: str, detail: str, broken: Dialogue) -> None:
     assert check_rules(broken, RULES) == Reason(word, detail)
 
 
@@ -291,12 +291,12 @@ def balance(count: int = 14, **settings: Any) -> Quota:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 14])
-def test_round_robin_is_never_turned_down(count: int) -> None:
+def test_round_robin_is_never_rejected(count: int) -> None:
     offered = list(islice(cycle(NAMES[:count]), 1500))
     assert grow(balance(count, tolerance=0, slack=1), offered).total() == 1500
 
 
-def test_even_yield_by_chance_is_hardly_ever_turned_down() -> None:
+def test_even_yield_by_chance_is_hardly_ever_rejected() -> None:
     rng = random.Random(2)
     offered = [name for name in islice(cycle(NAMES), 12_000) if rng.random() < 0.7]
     assert grow(balance(), offered).total() > 0.999 * len(offered)
@@ -392,7 +392,7 @@ def test_a_cell_that_stays_empty_is_named_with_what_it_lacks() -> None:
     assert gate.check(placed("b", "v", 2)) is None
 
 
-def test_a_value_that_the_shares_leave_out_is_turned_down_from_the_first() -> None:
+def test_a_value_that_the_shares_leave_out_is_rejected_from_the_first() -> None:
     gate = Quota(CoverageSettings(category=None, strategy={"a": 1.0}), {"strategy": ["a", "b"]})
     reason = gate.check(placed("b", "v", 2))
     assert reason is not None

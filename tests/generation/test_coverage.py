@@ -43,7 +43,7 @@ def role_play() -> str:
 
 
 def about_role_play(body: Body) -> bool:
-    """True if a plan is asked for that role play shall follow."""
+    """True if a plan is asked for that role play is to follow."""
     return asks_for(body) == "plan" and role_play() in text_of(body["messages"][1])
 
 

@@ -13,10 +13,12 @@ from PIL import Image
 from intersafe.errors import SeedsExhausted
 from intersafe.generation.generate import generate_dialogues
 from intersafe.images.store import dhash, distance
-from intersafe.recipe.sections import CleanSettings, Recipe
-from intersafe.records import Dialogue
+from intersafe.recipe.sections import CleanSettings, ConverseSettings, Recipe
+from intersafe.records import Dialogue, texts_of
 from intersafe.run.directory import Run
+from intersafe.stages.conversation import Conversation
 from tests.support.chat_and_images import BothServers, both_servers, few, hashed, uri
+from tests.support.jobs import job_of, plan_of, turn_of
 from tests.support.seeds import seeds_in
 from tests.support.servers.fault_server import Request
 from tests.support.servers.scripted_server import Body, Hook, asks_for, images_of, text_of
@@ -104,6 +106,19 @@ def test_the_pictures_of_these_tests_have_the_hash_that_is_said() -> None:
         assert dhash(hashed(bits)) == bits
     assert [distance(FIRST, bits) for bits in (NEAR, FAR, OTHER)] == [8, 32, 16]
     assert all(distance(dhash(data), FIRST) <= 4 for data in SAME.values())
+
+
+def test_a_reopened_turn_is_replaced_between_those_before_and_after_it() -> None:
+    turns = [turn_of(number) for number in (1, 2, 3)]
+    new = turn_of(9)
+    nobody: Any = None
+    conversation = Conversation(job_of(3), plan_of(turns), nobody, ConverseSettings(), None, list(turns))
+    with conversation.reopened(1) as old:
+        assert (old, conversation.turns, conversation.later) == (turns[1], turns[:1], turns[2:])
+        assert conversation.texts == texts_of([turns[0], turns[2]])
+        assert turns[2].user.text not in conversation.transcript
+        conversation.turns.append(new)
+    assert (conversation.turns, conversation.later) == ([turns[0], new, turns[2]], [])
 
 
 # --- what goes -------------------------------------------------------------------------------------------------------
@@ -298,7 +313,7 @@ def test_a_repaired_message_is_checked_against_the_whole_dialogue(what: str, tmp
 
 
 @pytest.mark.parametrize(("risk", "coherent", "word"), [(False, True, "no_risk"), (True, False, "incoherent")])
-def test_what_cleaning_took_the_risk_or_the_thread_from_is_rejected(
+def test_a_dialogue_that_cleaning_made_harmless_or_incoherent_is_rejected(
     risk: bool, coherent: bool, word: str, tmp_path: Path
 ) -> None:
     def hook(body: Body) -> str | None:

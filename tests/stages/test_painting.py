@@ -198,7 +198,7 @@ RULES = RuleSettings()
 
 
 @pytest.mark.parametrize("kind", leaks_of(TOLD))
-def test_a_message_that_gives_the_description_away_is_put_right_or_turned_down(kind: str) -> None:
+def test_a_message_that_gives_the_description_away_is_repaired_or_rejected(kind: str) -> None:
     text = regularise(leaks_of(TOLD)[kind], RULES)
     problem = message_problem(text, [], "q", Plan(()), RULES, [TOLD])
     assert text == "What do you make of it?" if kind == "brackets" else problem is not None
@@ -292,7 +292,7 @@ def test_an_attacker_that_never_stops_loses_the_job_and_the_victim_never_reads_a
 
 
 def _untold(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The message without the note that its last version was turned down."""
+    """The message without the note that its last version was rejected."""
     parts: list[dict[str, Any]] = message["content"] if isinstance(message["content"], list) else []
     return [part | {"text": part["text"].replace("turned down", "")} if "text" in part else part for part in parts]
 

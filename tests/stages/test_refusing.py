@@ -17,7 +17,7 @@ from intersafe.gates.refusals import DuplicateQuestions, check_refusal
 from intersafe.generation.jobs import refusal_job_count, refusal_jobs, seeds_by_group
 from intersafe.images.store import ImageStore, read_image
 from intersafe.models.base import Hooks
-from intersafe.models.cast import Company, JobCast
+from intersafe.models.cast import JobCast, SharedCast
 from intersafe.models.open import open_models, open_painter
 from intersafe.models.scripted.refusal_phrases import DETAIL, GIVES_IN, VAGUE
 from intersafe.recipe.gates import DuplicateSettings
@@ -237,9 +237,9 @@ def test_the_shipped_templates_are_enough_and_differ() -> None:
 # --- the stage -------------------------------------------------------------------------------------------------------
 
 
-async def _grown(company: Company, job: RefusalJob, refusals: Refusals) -> RefusalDraft | JobEnded:
+async def _grown(shared: SharedCast, job: RefusalJob, refusals: Refusals) -> RefusalDraft | JobEnded:
     try:
-        return await refuse(job, JobCast(company, job, "refusals"), refusals)
+        return await refuse(job, JobCast(shared, job, "refusals"), refusals)
     except JobEnded as ended:
         return ended
 
@@ -261,9 +261,11 @@ def grow(
             models = open_models(recipe.cast, Limits(), store, Hooks())
             painter = open_painter(recipe.cast.painter, Limits(), Hooks()) if recipe.cast.painter else None
             prompts = load_prompts(bundled("prompts"))
-            company = Company(recipe.cast, models, prompts, MemoryJournal(), painter=painter, images=store)
+            shared = SharedCast(
+                cast=recipe.cast, models=models, prompts=prompts, journal=MemoryJournal(), painter=painter, images=store
+            )
             try:
-                return [await _grown(company, job, refusals) for job in jobs]
+                return [await _grown(shared, job, refusals) for job in jobs]
             finally:
                 for model in set(models.values()):
                     await model.aclose()
@@ -534,12 +536,13 @@ def test_the_scripted_cast_fills_the_published_groups(profile: str, seeds: tuple
     async def run() -> list[RefusalDraft | JobEnded]:
         store = ImageStore(tmp_path / "images")
         models = open_models(recipe.cast, Limits(), store, Hooks())
-        company = Company(recipe.cast, models, load_prompts(bundled("prompts")), journal)
+        prompts = load_prompts(bundled("prompts"))
+        shared = SharedCast(cast=recipe.cast, models=models, prompts=prompts, journal=journal)
         outcomes = []
         for job in refusal_jobs(recipe, seeds_by_group(PUBLISHED, seeds)):
             if kept[job.group] >= GROUPS[job.group].n:
                 continue
-            outcome = await _grown(company, job, PUBLISHED)
+            outcome = await _grown(shared, job, PUBLISHED)
             outcomes.append(outcome)
             if isinstance(outcome, JobEnded):
                 lost[outcome.reason] += 1

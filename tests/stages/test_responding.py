@@ -151,7 +151,7 @@ def test_a_judge_that_never_agrees_ends_the_job_after_exactly_that_many_tries(
     assert server.seen == Counter(aligned=tries, alignedverdict=tries)
 
 
-def test_an_answer_that_is_turned_down_is_asked_for_again_with_the_judges_reason(tmp_path: Path) -> None:
+def test_an_answer_that_is_rejected_is_asked_for_again_with_the_judges_reason(tmp_path: Path) -> None:
     first: dict[str, Any] = {"appropriate": False, "reason": "It gives no alternative."}
     verdicts = iter([first, {"safety": "unsafe", "reason": "Hm."}])
 

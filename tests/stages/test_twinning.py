@@ -1,4 +1,4 @@
-"""Benign twins: the same images and structure, another intent; what is turned down, and who sees what."""
+"""Benign twins: the same images and structure, another intent; what is rejected, and who sees what."""
 
 import json
 from collections import Counter
@@ -160,7 +160,7 @@ BAD: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("side", "word"), BAD)
-def test_a_side_that_a_rule_turns_down_is_asked_for_again_and_never_sent(
+def test_a_side_that_a_rule_rejects_is_asked_for_again_and_never_sent(
     side: list[str], word: str, tmp_path: Path
 ) -> None:
     ended, server = rejected(writes(side), ImageStore(tmp_path))
@@ -188,7 +188,7 @@ def test_without_rules_the_form_still_counts(side: list[str], word: str, tmp_pat
     assert (ended.stage, ended.reason) == ("twin", word)
 
 
-def test_a_goal_in_which_nothing_can_be_seen_is_none(tmp_path: Path) -> None:
+def test_a_blank_goal_ends_the_twin(tmp_path: Path) -> None:
     ended, _ = rejected(writes(SIDE, goal=" \n"), ImageStore(tmp_path))
     assert (ended.stage, ended.reason) == ("twin", "empty_goal")
 
@@ -237,7 +237,7 @@ def test_over_refusal_is_kept_and_labelled(tmp_path: Path) -> None:
     ("risk", "coherent", "word"),
     [(True, True, "still_risky"), (True, False, "still_risky"), (False, False, "incoherent")],
 )
-def test_a_twin_that_the_judge_does_not_find_harmless_is_none(
+def test_a_twin_that_the_judge_does_not_find_harmless_is_rejected(
     risk: bool, coherent: bool, word: str, tmp_path: Path
 ) -> None:
     def hook(body: Body) -> "str | web.Response | None":

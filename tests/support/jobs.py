@@ -11,7 +11,7 @@ from PIL import Image
 
 from intersafe.images.store import ImageStore, normalise
 from intersafe.models.base import Hooks
-from intersafe.models.cast import Company, JobCast
+from intersafe.models.cast import JobCast, SharedCast
 from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, ConverseSettings, Limits, Member
 from intersafe.records import (
@@ -89,9 +89,9 @@ def with_cast(
     async def run() -> T:
         cast = cast_of(spec, second_judge=second_judge)
         models = open_models(cast, Limits(retries=1, patience=1), store, Hooks())
-        company = Company(cast, models, _prompts(), journal or MemoryJournal())
+        shared = SharedCast(cast=cast, models=models, prompts=_prompts(), journal=journal or MemoryJournal())
         try:
-            return await act(JobCast(company, job))
+            return await act(JobCast(shared, job))
         finally:
             for model in set(models.values()):
                 await model.aclose()

@@ -20,7 +20,7 @@ VALUES: dict[str, Any] = {
     "concern": "deception",
     "query": "a query",
     "has_image": True,
-    "transcript": "a talk",
+    "transcript": "a conversation",
     "rubric": "a rubric",
 }
 # Names what judge/dialogue and a strategy need each, where it is offered, so that a body under test need not.
@@ -369,7 +369,7 @@ def test_a_new_file_is_a_new_strategy(tmp_path: Path) -> None:
         ("attacker/topic_shift", "{{ step }}", "{{ step }} is never used"),
     ],
 )
-def test_a_prompt_that_misses_the_point_is_refused(root: Path, name: str, cut: str, says: str) -> None:
+def test_a_prompt_without_its_subject_is_refused(root: Path, name: str, cut: str, says: str) -> None:
     text = (root / f"{name}.md").read_text()
     assert cut in text
     assert says in refusal(root, text.replace(cut, ""), name)

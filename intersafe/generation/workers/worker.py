@@ -22,7 +22,7 @@ from intersafe.errors import BudgetReached, InputError, IntersafeError, JobEnded
 from intersafe.generation.grow import Stages
 from intersafe.images.store import ImageStore
 from intersafe.models.base import ChatModel, Hooks, PaintModel
-from intersafe.models.cast import Company
+from intersafe.models.cast import SharedCast
 from intersafe.models.open import check_cast, open_models, open_painter
 from intersafe.recipe.sections import Model, Recipe
 from intersafe.records import Dialogue, Job, RefusalJob, RefusalSample
@@ -151,18 +151,18 @@ class Worker:
         opened = open_painter(painter, recipe.limits, hooks) if painter else None
         self._models = [*set(models.values()), *([opened] if opened else [])]
         older = Path(setup.reuse) if setup.reuse else None
-        self._company = Company(
-            recipe.cast,
-            models,
-            prompts,
-            self._journal,
-            ReuseIndex(older) if older else None,
-            None,
-            opened,
-            images,
-            ImageStore(older / "images") if older else None,
+        self._company = SharedCast(
+            cast=recipe.cast,
+            models=models,
+            prompts=prompts,
+            journal=self._journal,
+            hooks=hooks,
+            budget=self._budget,
+            older=ReuseIndex(older) if older else None,
+            painter=opened,
+            images=images,
+            older_images=ImageStore(older / "images") if older else None,
         )
-        self._company.budget = self._budget
         self._stages = Stages(recipe, manifest, self._company)
 
     async def grow(self, line: str, job: bytes, original: bytes, paid: bytes) -> Grown:
