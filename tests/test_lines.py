@@ -326,7 +326,7 @@ def test_jobs_that_were_skipped_do_not_hide_that_all_others_fail(tmp_path: Path)
 
 
 def test_show_finds_what_is_there_and_names_what_is_not(reference: Path, tmp_path: Path) -> None:
-    twin, sample = next(Run(reference).twins()), next(iter(Run(reference).kept("refusals")))
+    twin, sample = next(Run(reference).twins()), next(iter(Run(reference).accepted("refusals")))
     assert isinstance(twin, Dialogue)
     for words, text in (
         (("--refusal", "1"), sample.id),

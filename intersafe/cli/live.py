@@ -44,7 +44,7 @@ class PlainLines(Display):
         """Says where the run stands."""
         self._progress, self._began = progress, time.monotonic()
         again = f", going on from {progress.before:,}" if progress.funnel.jobs else ""
-        beside = "".join(f" and {wanted:,} {line}" for line, (_, wanted) in progress.beside.items())
+        beside = "".join(f" and {wanted:,} {line}" for line, (_, wanted) in progress.others.items())
         self.say(
             f"growing {counted(progress.n, 'dialogue')}{beside} from at most {counted(progress.jobs, 'job')}{again}"
         )
@@ -67,9 +67,9 @@ def line_of(progress: Progress, seconds: float) -> str:
     calls = sum(tally.calls for tally in progress.journal.roles.values())
     flying = sum(progress.in_flight.values())
     rate, left = _rate(progress, seconds)
-    beside = "".join(f"{f.accepted:,}/{wanted:,} {line}  " for line, (f, wanted) in progress.beside.items())
+    beside = "".join(f"{f.accepted:,}/{wanted:,} {line}  " for line, (f, wanted) in progress.others.items())
     lost = Counter(funnel.ended)
-    for other, _ in progress.beside.values():
+    for other, _ in progress.others.values():
         lost.update(other.ended)
     most = f", most by {lost.most_common(1)[0][0]}" if lost.total() >= 100 else ""
     used = "".join(f"  {word}" for word in used_of(progress))
@@ -144,7 +144,7 @@ def _rate(progress: Progress, seconds: float) -> tuple[float, str]:
     rate = (progress.funnel.accepted - progress.before) / max(seconds, 0.001)
     if rate <= 0:
         return 0.0, "?"
-    if progress.funnel.accepted >= progress.n and any(f.accepted < wanted for f, wanted in progress.beside.values()):
+    if progress.funnel.accepted >= progress.n and any(f.accepted < wanted for f, wanted in progress.others.values()):
         return rate, "?"
     return rate, clock((progress.n - progress.funnel.accepted) / rate)
 
@@ -213,7 +213,7 @@ class LivePanel(Display):
             rate_of(rate),
             f"{left} left",
         )
-        for line, (other, wanted) in progress.beside.items():
+        for line, (other, wanted) in progress.others.items():
             bar = ProgressBar(total=wanted, completed=other.accepted, width=40)
             panel.add_row(line, f"{other.accepted:,}/{wanted:,}", bar)
         for place, number in sorted(funnel.ended.items(), key=lambda item: -item[1])[:8]:

@@ -199,9 +199,9 @@ async def _replica(
 
 async def _gauges(session: "aiohttp.ClientSession", url: str) -> Finding:
     """Whether the server tells how busy it is, as a run shows it."""
-    from intersafe.generation.monitor import ask_gauges
+    from intersafe.generation.monitor import sample_server
 
-    sample = await ask_gauges(session, url)
+    sample = await sample_server(session, url)
     if sample is None:
         return Finding("info", "metrics", "none of vLLM's at /metrics: a run cannot show how busy it is")
     says = f"{sample.running:.0f} running, {sample.waiting:.0f} waiting, KV cache {sample.kv_usage:.0%} full"

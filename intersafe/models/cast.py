@@ -8,6 +8,7 @@ stored before the journal names it.
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,9 +95,9 @@ class Unpainted(Exception):
 class JobCast:
     """The cast of one job."""
 
-    def __init__(self, company: Company, job: Job | RefusalJob, line: str = "") -> None:
-        """Calls are numbered from 0 in the order in which the job asks; `line` is the journal's name for its kind."""
-        self._company, self._job, self._line, self._ordinal = company, job, line, 0
+    def __init__(self, company: Company, job: Job | RefusalJob, kind: str = "dialogues") -> None:
+        """Calls are numbered from 0 in the order in which the job asks; `kind` is the name of its job kind."""
+        self._company, self._job, self._kind, self._ordinal = company, job, sys.intern(kind), 0
         self.prompts = company.prompts
         self.victim = f"victim:{job.victim}" if isinstance(job, Job) else ""
         self.has_second_judge = company.cast.second_judge is not None
@@ -187,11 +188,11 @@ class JobCast:
     def _older(self, key: str) -> Entry | None:
         """The entry of that call in the run that this one takes over from."""
         older = self._company.older.take(key) if self._company.older else None
-        return structs.replace(older, job=self._job.index, line=self._line) if older else None
+        return structs.replace(older, job=self._job.index, kind=self._kind) if older else None
 
     def _entry(self, call: Call, key: str, began: float, **fields: Any) -> Entry:
         ms = round((time.perf_counter() - began) * 1000)
-        return Entry(job=self._job.index, key=key, role=call.role, ms=ms, line=self._line, **fields)
+        return Entry(job=self._job.index, key=key, role=call.role, ms=ms, kind=self._kind, **fields)
 
     @contextlib.contextmanager
     def _in_flight(self, call: Call) -> Iterator[float]:

@@ -30,7 +30,7 @@ from intersafe.release.rows import (
 )
 from intersafe.release.shards import read_rows
 from intersafe.run.directory import Run
-from intersafe.run.outcomes import files_of
+from intersafe.run.kinds import RECORDS
 from intersafe.storage.jsonl import lines_of
 
 SHARD_ROWS = 5_000
@@ -64,8 +64,8 @@ class Changes(NamedTuple):
 
 
 class _Source(NamedTuple):
-    line: str
-    kind: type[Any]
+    kind: str
+    record: type[Any]
     row: Callable[[Any], Row]
 
 
@@ -74,10 +74,10 @@ def _full_row(dialogue: Dialogue) -> Row:
 
 
 _SOURCES: dict[str, _Source] = {
-    "dialogues": _Source("", Dialogue, dialogue_row),
+    "dialogues": _Source("dialogues", Dialogue, dialogue_row),
     "refusal_vqa": _Source("refusals", RefusalSample, refusal_row),
     "twins": _Source("twins", Dialogue, twin_row),
-    UNSAFE: _Source("", Dialogue, _full_row),
+    UNSAFE: _Source("dialogues", Dialogue, _full_row),
 }
 
 Found = dict[str, dict[str, Place]]
@@ -90,10 +90,10 @@ Found = dict[str, dict[str, Place]]
 def survey(run: Run, config: str, test_share: float, tally: Tally) -> Found:
     """Every row of a config, counted; `InputError` for a damaged row or a missing image."""
     source, store = _SOURCES[config], ImageStore(run.path / "images")
-    file = run.path / files_of(source.line)[0]
+    file = run.path / RECORDS[source.kind].accepted
     found: Found = {TRAIN: {}, TEST: {}}
     sizes: dict[str, int] = {}
-    for (offset, _), record in zip(lines_of(file), run.kept(source.line), strict=False):
+    for (offset, _), record in zip(lines_of(file), run.accepted(source.kind), strict=False):
         row = source.row(record)
         if config == UNSAFE and isinstance(record, Dialogue) and row == dialogue_row(record):
             continue  # nothing is withheld from it
@@ -113,11 +113,11 @@ def survey(run: Run, config: str, test_share: float, tally: Tally) -> Found:
 def rows_at(run: Run, config: str, places: Sequence[Place]) -> Iterator[Row]:
     """The rows of these places, read again; `InputError` if the run is no longer what was surveyed."""
     source = _SOURCES[config]
-    path = run.path / files_of(source.line)[0]
+    path = run.path / RECORDS[source.kind].accepted
     with path.open("rb") as file:
         for place in places:
             file.seek(place.offset)
-            row = source.row(from_row(msgspec.json.decode(file.readline(), type=dict[str, Any]), source.kind))
+            row = source.row(from_row(msgspec.json.decode(file.readline(), type=dict[str, Any]), source.record))
             if fingerprint(row) != place.fingerprint:
                 raise InputError("changed while it was read", at=path, remedy="package the run again")
             yield row

@@ -35,7 +35,7 @@ from intersafe.report.figures import (
 )
 from intersafe.report.published import Compared, compare
 from intersafe.run.directory import Run
-from intersafe.run.outcomes import LINES
+from intersafe.run.kinds import RECORDS
 
 SAMPLE = 200
 
@@ -57,9 +57,7 @@ def stats_of(
     for twin in run.twins():
         twins.add(twin)
     ended: Counter[tuple[str, str, str, str]] = Counter(
-        (line or "dialogues", outcome.kind, outcome.stage, outcome.reason)
-        for line in LINES
-        for outcome in run.ended(line)
+        (kind, outcome.kind, outcome.stage, outcome.reason) for kind in RECORDS for outcome in run.ended(kind)
     )
     sizes = samples.sizes(len(talks.seeds), talks.count, twins.count)
     return Stats(
@@ -78,6 +76,7 @@ def stats_of(
         losses=_losses(ended, talks, len(run.manifest.excluded)),
         diversity=talks.sample.diversity(talks.ngrams, embedder),
         costs=costs_of(roles, prices or {}, talks.count),
+        incidents=run.incidents(),
     )
 
 
@@ -117,7 +116,7 @@ def _losses(ended: Counter[tuple[str, str, str, str]], talks: "_Talks", seeds_ex
     return Losses(
         ended=tuple(EndedCount(*place, count) for place, count in order),
         yielded=Share.of(talks.count, talks.count + lost),
-        near_duplicates={line: found[line, "near_duplicate"] for line in ("dialogues", "refusals", "twins")},
+        near_duplicates={kind: found[kind, "near_duplicate"] for kind in RECORDS},
         similar_images=found["dialogues", "similar_images"],
         images_removed=ranked(talks.removed),
         seeds_excluded=seeds_excluded,

@@ -38,6 +38,7 @@ def sections(stats: Stats) -> list[Section]:
         Section("rejected and failed", _losses(stats.losses)),
         Section("diversity of the users' sides", _diversity(stats.diversity)),
         Section("tokens and cost", _costs(stats.costs)),
+        Section("retries and outages", _incidents(stats)),
     ]
 
 
@@ -233,6 +234,10 @@ def _costs(costs: Costs) -> list[str]:
     each = "" if costs.usd_per_dialogue is None else f", {costs.usd_per_dialogue:,.4f} a dialogue kept"
     missing = f"; without a price: {', '.join(costs.unpriced)}" if costs.unpriced else ""
     return [*_grid(rows), f"total {_usd(costs.usd)} USD{each}{missing}"]
+
+
+def _incidents(stats: Stats) -> list[str]:
+    return _grid((role, incidents.words) for role, incidents in stats.incidents.items()) or ["none"]
 
 
 def _usd(amount: float | None) -> str:
