@@ -156,7 +156,9 @@ def test_an_estimate_gives_up_soon_where_no_sample_is_kept(tmp_path: Path) -> No
     with scripted_server(lambda body: "no plan" if asks_for(body) == "plan" else None) as server:
         spec = f"openai:scripted@{server.url}"
         recipe = demo(attacker=spec, judge=spec, victims=[spec])
-        with pytest.raises(SeedsExhausted, match=r"none of 20 sample jobs for dialogues was accepted.*plan unparseable"):
+        with pytest.raises(
+            SeedsExhausted, match=r"none of 20 sample jobs for dialogues was accepted.*plan unparseable"
+        ):
             estimate_run(recipe, n=50, samples=2, run=tmp_path / "run")
         paid = server.requests
         assert paid == len(journal_keys(tmp_path / "run"))

@@ -96,11 +96,13 @@ def test_an_outcome_leaves_a_worker_when_its_replies_are_written(tmp_path: Path)
         worker = Worker(encode(setup))
         await worker.open()
         for job in islice(jobs(prepared.recipe, prepared.seeds.seeds), 3):
-            await worker.grow("dialogues", encode(job), encode([]))
+            await worker.grow("".join(["dia", "logues"]), encode(job), encode([]))
             written = len(journal_keys(tmp_path / "run"))
             assert written == sum(tally.calls for tally in (await worker.report()).roles.values()) > 0
         _, problem = await worker.close()
         assert not problem
+        journal = (tmp_path / "run" / "journal" / "w-1.jsonl").read_bytes()
+        assert b'"line"' not in journal, "the kind of a dialogue is left out, wherever its name came from"
 
     asyncio.run(act())
 

@@ -11,6 +11,7 @@ from intersafe.cli.inputs import pipeline_option, recipe_of
 from intersafe.errors import InputError
 
 if TYPE_CHECKING:
+    from intersafe.generation.progress import Display
     from intersafe.recipe.sections import Recipe
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -53,6 +54,25 @@ def _recipe_options(command: F) -> F:
     return command
 
 
+def _log_options(command: F) -> F:
+    """The flags for the log of a command."""
+    to_file = click.option(
+        "--log-file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Append retries, outages, failed jobs and messages to this file, with time stamps.",
+    )
+    verbose = click.option("--verbose", is_flag=True, help="Show all log lines on stderr, not only warnings.")
+    return to_file(verbose(command))
+
+
+def _log(recipe: "Recipe", log_file: Path | None, verbose: bool, display: "Display") -> None:
+    """Starts the log of a command."""
+    from intersafe.cli.logs import configure_logging
+
+    keys = [model.key for model in recipe.cast.models.values() if model.key]
+    configure_logging(log_file, verbose, display.say, keys)
+
+
 def _changed(recipe: "Recipe", changes: dict[str, Any]) -> "Recipe":
     """The recipe with what the flags of `_recipe_options` say."""
     from intersafe.cli.values import limits_of, parse_prices
@@ -82,6 +102,7 @@ def _changed(recipe: "Recipe", changes: dict[str, Any]) -> "Recipe":
     "--serve", is_flag=True, help="Start the servers of the recipe's `serve` section first, and stop them at the end."
 )
 @click.option("--ray-workers", type=click.IntRange(1, 100_000), help="How many. Default: one for each core.")
+@_log_options
 def generate(
     pipeline: Path | None,
     n: int | None,
@@ -90,6 +111,8 @@ def generate(
     ray: str | None,
     ray_workers: int | None,
     serve: bool,
+    log_file: Path | None,
+    verbose: bool,
     **changes: Any,
 ) -> None:
     """Grow dialogues until N passed every gate, or go on with a run that was stopped.
@@ -125,6 +148,7 @@ def generate(
 
         cluster = Cluster(ray, ray_workers)
     display, servers = display_for(own_stderr()), None
+    _log(recipe, log_file, verbose, display)
     if serve:
         from intersafe.cli.serve import served_for
 
@@ -150,6 +174,7 @@ def generate(
 )
 @click.option("--run", metavar="NAME|PATH", help="Where the samples go. Default: the recipe's name and `-estimate`.")
 @_recipe_options
+@_log_options
 def estimate(
     recipe_file: Path | None,
     pipeline: Path | None,
@@ -157,6 +182,8 @@ def estimate(
     samples: int,
     run: str | None,
     reuse: str | None,
+    log_file: Path | None,
+    verbose: bool,
     **changes: Any,
 ) -> None:
     """Say what a run of N dialogues will take: calls, tokens, cost and time by role.
@@ -178,7 +205,9 @@ def estimate(
     from intersafe.engines.log import own_stderr
     from intersafe.generation.estimate import estimate_run
 
-    found = estimate_run(recipe, n=n, samples=samples, run=run, reuse=reuse, display=display_for(own_stderr()))
+    display = display_for(own_stderr())
+    _log(recipe, log_file, verbose, display)
+    found = estimate_run(recipe, n=n, samples=samples, run=run, reuse=reuse, display=display)
     print_estimate(found)
 
 

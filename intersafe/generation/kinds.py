@@ -3,6 +3,7 @@
 from intersafe.generation import dialogues, refusals, twins
 from intersafe.generation.grow import grow_dialogue, grow_refusal, grow_twin
 from intersafe.generation.job_kind import JobKind
+from intersafe.generation.shortfall import all_tried
 from intersafe.run.kinds import RECORDS
 
 KINDS: dict[str, JobKind] = {
@@ -44,7 +45,7 @@ KINDS: dict[str, JobKind] = {
         grow=grow_twin,
         gates=twins.TwinGates,
         met=twins.met,
-        shortfall=twins.shortfall,
+        shortfall=all_tried,
         rehearsed=twins.rehearsed,
         follows_dialogues=True,
         may_fall_short=True,

@@ -5,8 +5,10 @@ A count alone does not help. Each message names the reasons that cost most and t
 
 from collections.abc import Mapping
 
+from intersafe.generation.job_kind import KindRun, Shortfall
 from intersafe.generation.progress import Progress
 from intersafe.records import Ended
+from intersafe.run.directory import Run
 
 CONTEXT_REMEDY = "raise `max_model_len` in `serve` or lower `turns.max`"
 """What helps if most jobs were lost since they did not fit a model's context."""
@@ -16,6 +18,14 @@ def how_far(progress: Progress) -> str:
     """What every kind has of what it wants."""
     others = "".join(f", {f.accepted:,} of {wanted:,} {kind}" for kind, (f, wanted) in progress.others.items())
     return f"{progress.funnel.accepted:,} of {progress.n:,} dialogues{others}"
+
+
+def all_tried(kind: KindRun, run: Run) -> Shortfall:
+    """The shortfall of a kind that may fall short: how many outcomes it has, and what was lost."""
+    if kind.filled:
+        return Shortfall()
+    have = f"{kind.funnel.accepted} of {kind.wanted} {kind.kind.name}"
+    return Shortfall(f"{have}: every job was tried ({losses(kind.funnel.ended)})")
 
 
 def losses(ended: Mapping[str, int]) -> str:

@@ -6,12 +6,10 @@ import msgspec
 
 from intersafe.gates.rules import check_excluded, check_rules
 from intersafe.generation.dialogues import conversation_met
-from intersafe.generation.job_kind import GateInputs, JobInputs, KindRun, Met, Shortfall
+from intersafe.generation.job_kind import GateInputs, JobInputs, Met
 from intersafe.generation.jobs import jobs
-from intersafe.generation.shortfall import losses
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue, Job, Reason
-from intersafe.run.directory import Run
 from intersafe.run.kinds import TwinJob
 
 
@@ -67,11 +65,3 @@ def met(recipe: Recipe, job: Job) -> Met:
 def rehearsed(recipe: Recipe, job: Job, dialogue: Dialogue | None) -> tuple[Recipe, Job]:
     """The twin of the dialogue, or the dialogue's own job while it is not grown."""
     return recipe, twin_job(job, dialogue, 0) if dialogue else job
-
-
-def shortfall(twins: KindRun, run: Run) -> Shortfall:
-    """How many there are, and what was lost."""
-    if twins.filled:
-        return Shortfall()
-    have = f"{twins.funnel.accepted} of {twins.wanted} twins"
-    return Shortfall(f"{have}: every dialogue was tried ({losses(twins.funnel.ended)})")

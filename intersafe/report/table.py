@@ -237,7 +237,7 @@ def _costs(costs: Costs) -> list[str]:
 
 
 def _incidents(stats: Stats) -> list[str]:
-    return _grid((role, incidents.words) for role, incidents in stats.incidents.items()) or ["none"]
+    return [f"{role}: {incidents.words}" for role, incidents in stats.incidents.items()] or ["none"]
 
 
 def _usd(amount: float | None) -> str:

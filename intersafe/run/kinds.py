@@ -37,7 +37,8 @@ class KindRecords(NamedTuple):
         return self.accepted, self.rejected, self.failed
 
 
-def _records(name: str, noun: str, job: type[AnyJob], outcome: type[Outcome]) -> KindRecords:
+def records_of(name: str, noun: str, job: type[AnyJob], outcome: type[Outcome]) -> KindRecords:
+    """The records of a kind whose files have its name."""
     return KindRecords(name, noun, job, outcome, f"{name}.jsonl", f"{name}-rejected.jsonl", f"{name}-failed.jsonl")
 
 
@@ -45,7 +46,7 @@ RECORDS: dict[str, KindRecords] = {
     "dialogues": KindRecords(
         "dialogues", "dialogue", Job, Dialogue, "dialogues.jsonl", "rejected.jsonl", "failed.jsonl"
     ),
-    "refusals": _records("refusals", "refusal sample", RefusalJob, RefusalSample),
-    "twins": _records("twins", "twin", TwinJob, Dialogue),
+    "refusals": records_of("refusals", "refusal sample", RefusalJob, RefusalSample),
+    "twins": records_of("twins", "twin", TwinJob, Dialogue),
 }
 """By name, in the order in which a run decides them."""
