@@ -99,7 +99,9 @@ def print_estimate(found: Estimate) -> None:
     for number, (what, seconds) in enumerate(sorted(found.times.items(), key=lambda item: -item[1])[:3]):
         click.echo(f"{'' if number else 'time':<10}{clock(seconds)}  {what}")
     for kind, sampled in found.sampled.items():
-        click.echo(f"{kind}: {sampled.kept} of {sampled.tried} samples kept, so about {counted(sampled.jobs, 'job')}")
+        click.echo(
+            f"{kind}: {sampled.accepted} of {sampled.tried} samples accepted, so about {counted(sampled.jobs, 'job')}"
+        )
     _print_doubts(found)
 
 

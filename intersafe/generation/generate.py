@@ -40,7 +40,7 @@ def generate_dialogues(
 
     Raises `InputError`, `SeedsExhausted`, `ServiceGone`, `BudgetReached` or `StorageError`. All but the first leave a
     run that the same call resumes, as does Ctrl-C (`KeyboardInterrupt`). Works inside a notebook's event loop.
-    `tries` limits each kind to so many jobs per wanted outcome. `servers` are entered while models are asked, and not
+    `tries` limits the jobs of each kind per wanted outcome. `servers` are entered while models are asked, and not
     at all if the input is wrong or the run is complete. `purpose` marks the samples of an estimate.
     """
     check_prices(recipe)

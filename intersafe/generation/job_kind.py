@@ -99,7 +99,7 @@ class JobKind:
     records: KindRecords
     """The types of its jobs and outcomes, and its files."""
     wanted: Callable[[Recipe, int], Mapping[str, int]]
-    """Outcomes that a run of so many dialogues wants, by group, or under "" without groups; empty if there are none."""
+    """Outcomes that a run of n dialogues wants, by group, or under "" without groups; empty if there are none."""
     job_count: Callable[[JobInputs], int]
     jobs: Callable[[JobInputs, int], Iterator[AnyJob]]
     """Its jobs in order, from a given place on."""
@@ -119,7 +119,7 @@ class JobKind:
     follows_dialogues: bool = False
     """True if its jobs belong to accepted dialogues, and so are grown after all dialogues."""
     divisor: int = 1
-    """One job at once for so many of `limits.concurrency`."""
+    """Its concurrency is `limits.concurrency` divided by this, and at least 1."""
     may_fall_short: bool = False
     """True if a run is complete once every job was tried, however few outcomes there are."""
     stops_if_all_fail: bool = False
@@ -133,7 +133,7 @@ class JobKind:
         return self.records.name
 
     def concurrency(self, limit: int) -> int:
-        """Jobs grown at once where the recipe allows so many dialogues."""
+        """Jobs grown at once, if `limit` dialogues are."""
         return max(1, limit // self.divisor)
 
 

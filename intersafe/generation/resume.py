@@ -13,7 +13,7 @@ FEWEST_TRIES = 20
 
 
 def resume_kind(kind: JobKind, context: RunContext, dialogues: int) -> KindRun:
-    """The kind in this run, for so many dialogues: those to grow, or the accepted ones for a kind that follows them."""
+    """The kind in this run. `dialogues` is the number to grow, or of accepted ones for a kind that follows them."""
     recipe, run = context.recipe, Run(context.path)
     gates = kind.gates(GateInputs(recipe, context.prepared.values, context.images.perceptual_hash, context.path))
     funnel, streak = recall(run, kind, gates)

@@ -40,8 +40,7 @@ class Sampled(msgspec.Struct, frozen=True):
     """The samples of one stratum."""
 
     tried: int
-    kept: int
-    """Of them, accepted."""
+    accepted: int
     wanted: int
     """Outcomes that the run needs."""
     jobs: float

@@ -12,7 +12,7 @@ summary.json        the funnels, tokens and time by role    written last: it mea
 """
 
 import contextlib
-import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,13 +65,13 @@ class _Images(msgspec.Struct):
         return of_turns + [origin.image for origin in self.origins]
 
 
-def _has_bytes(path: Path) -> bool:
-    return bool((_size_and_time(path) or (0, 0))[0])
+def _has_bytes(path: str) -> bool:
+    return (_size_and_time(path) or (0, 0))[0] > 0
 
 
-def _size_and_time(path: Path) -> tuple[int, int] | None:
+def _size_and_time(path: str | Path) -> tuple[int, int] | None:
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116  thousands of images: a `Path` each would take longer than the disk
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns
@@ -203,15 +203,14 @@ class Run:
 
     def lost_images(self) -> list[str]:
         """References that the records name and whose files are missing or empty."""
-        folder, have = self.path / "images", functools.lru_cache(65_536)(_has_bytes)
-        lost: dict[str, None] = {}
         decoder = msgspec.json.Decoder(_Images)
+        named: dict[str, None] = {}
         for records in RECORDS.values():
             for _, line in lines_of(self.path / records.accepted):
                 with contextlib.suppress(msgspec.DecodeError):  # reported by whoever reads the row itself
-                    images = decoder.decode(line).references
-                    lost.update(dict.fromkeys(image for image in images if not have(folder / image[:2] / image)))
-        return list(lost)
+                    named.update(dict.fromkeys(decoder.decode(line).references))
+        folder = str(self.path / "images")
+        return [reference for reference in named if not _has_bytes(f"{folder}/{reference[:2]}/{reference}")]
 
     def image(self, reference: str) -> bytes:
         """The bytes of an image of this run; checked against its name."""

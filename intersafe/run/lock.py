@@ -109,19 +109,19 @@ def lock(root: Path, *, beat: float = BEAT) -> Lease:
             owner = myself(root, nonce, beat, flocked(file, fcntl.LOCK_EX) is True)
             data = msgspec.json.encode(owner) + b"\n"
             _fill(file, data)
-            kept, news = _take(root, temporary, owner, file, data)
+            held, news = _take(root, temporary, owner, file, data)
         except BaseException:
             os.close(file)
             raise
         finally:
             temporary.unlink(missing_ok=True)
-        if kept != file:
+        if held != file:
             os.close(file)
     except OSError as error:
         where = root if error.filename in (None, str(temporary)) else error.filename
         raise StorageError(f"{where}: cannot be written ({error.strerror}); fix it, or name another --run") from None
-    _tidy(root, nonce, os.fstat(kept).st_mtime)
-    return Lease(root, owner, data, kept, news)
+    _tidy(root, nonce, os.fstat(held).st_mtime)
+    return Lease(root, owner, data, held, news)
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ def versions_here() -> dict[str, str]:
 
 
 def share_of(recipe: Recipe, workers: int) -> Recipe:
-    """The recipe of one of so many workers: its part of every limit, and at least one call."""
+    """The recipe of one of the workers: its part of every limit, and at least one call."""
 
     def part(model: Any) -> Any:
         fields: dict[str, Any] = {"concurrency": ceil(model.concurrency / workers)}
