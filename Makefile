@@ -51,7 +51,7 @@ $(T2I)/ready: pyproject.toml
 	touch $@
 
 test-t2i: $(T2I)/ready
-	$(T2I)/bin/python -m pytest -m t2i tests/test_t2i.py
+	$(T2I)/bin/python -m pytest -m t2i tests/models/test_t2i.py
 
 # An environment of its own too: Ray is large, and most runs want none.
 RAY := .venv-ray
@@ -62,13 +62,13 @@ $(RAY)/ready: pyproject.toml
 	touch $@
 
 test-ray: $(RAY)/ready
-	$(RAY)/bin/python -m pytest tests/test_ray.py
+	$(RAY)/bin/python -m pytest tests/system/test_ray.py
 
 # Real engines on the CPU. torch goes first, so that its CPU build is taken; torchaudio and torchcodec, which come along, are
 # builds for CUDA that stop the import of transformers, and triton, 1 GB of it, is of no use without a GPU.
 VLLM := .venv-vllm
 CPU_ENGINE := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_HOST_IP=127.0.0.1 \
-  TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/servers/torchvision_shim
+  TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/support/torchvision_shim
 $(VLLM)/ready: pyproject.toml
 	mkdir -p $(VLLM) && echo '*' > $(VLLM)/.gitignore
 	$(PYTHON) -m venv $(VLLM)
@@ -78,7 +78,7 @@ $(VLLM)/ready: pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM)/ready
-	$(CPU_ENGINE) $(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py
+	$(CPU_ENGINE) $(VLLM)/bin/python -m pytest -m vllm tests/models/test_vllm.py
 
 TRANSFORMERS := .venv-transformers
 $(TRANSFORMERS)/ready: pyproject.toml
@@ -90,7 +90,7 @@ $(TRANSFORMERS)/ready: pyproject.toml
 	touch $@
 
 test-transformers: $(TRANSFORMERS)/ready
-	$(CPU_ENGINE) $(TRANSFORMERS)/bin/python -m pytest -m transformers tests/test_transformers.py
+	$(CPU_ENGINE) $(TRANSFORMERS)/bin/python -m pytest -m transformers tests/models/test_transformers.py
 
 # A release must load where its readers are: each library in an environment of its own, as their versions exclude each other.
 LOADS := datasets-3.6 datasets-4.0 datasets-4 datasets-5 pandas polars duckdb
@@ -108,7 +108,7 @@ READS_duckdb := duckdb
 	touch $@
 
 test-loads: .venv/ready-test $(LOADS:%=.venv-loads/%/ready)
-	$(BIN)/python -m pytest -m loads tests/test_loads_everywhere.py
+	$(BIN)/python -m pytest -m loads tests/release/test_loads_everywhere.py
 
 # The environments of the lanes above, which `.ci/run` builds while other lanes run.
 environments: $(VLLM)/ready $(TRANSFORMERS)/ready $(T2I)/ready $(RAY)/ready $(LOADS:%=.venv-loads/%/ready)

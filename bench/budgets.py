@@ -1,9 +1,9 @@
-"""The budgets of the design in one table: ours, the ratio to a bare loop, other libraries, kept or NOT.
+"""The budgets of the design in one table: our figure, the ratio to a bare loop, other libraries, met or NOT.
 
-    python bench/budgets.py [--quick] [--no-libraries]        (`make bench`; the whole takes about 20 minutes)
+    python bench/budgets.py [--quick] [--no-libraries]        (`make bench`; all of it takes about 20 minutes)
 
-Everything is run as a user would run it, as processes of their own on one core, against a server model on another one
-(`bench/server.py`). Who is compared takes turns round by round. Exits with 1 if a budget is not kept.
+Everything runs as a user would run it: in processes of their own on one core, against a model server on another core
+(`bench/server.py`). What is compared takes turns, round by round. Exits with 1 if a budget is not met.
 """
 
 import argparse
@@ -28,19 +28,19 @@ AT_ONCE = (64, 96, 128)
 
 
 class Size(NamedTuple):
-    """How much of everything."""
+    """The size of each measurement."""
 
     rounds: int
     dialogues: int
-    """Of a run without latency."""
+    """Dialogues of a run without latency."""
     bare_calls: int
     slow_dialogues: int
-    """Of a run at 100 ms; 1,000 take half a minute."""
+    """Dialogues of a run with 100 ms latency; 1,000 take half a minute."""
     slow_rounds: int
     kills: int
     main_job: int
     calls: int
-    """For each library and case."""
+    """Calls for each library and case."""
     library_rounds: int
 
 
@@ -48,20 +48,20 @@ WHOLE = Size(3, 600, 12_000, 2_000, 1, 5, MAIN_JOB, 1_500, 2)
 QUICK = Size(2, 200, 4_000, 400, 1, 2, 300, 400, 1)
 
 
-class Line(NamedTuple):
-    """One budget, as it came out."""
+class Row(NamedTuple):
+    """The result for one budget."""
 
     what: str
     budget: str
     ours: str
     ratio: str
-    kept: bool
+    is_met: bool
     libraries: str = ""
     notes: tuple[str, ...] = ()
 
 
 def generate(recipe: Path, folder: Path, n: int, at_once: int = SLOTS) -> list[str]:
-    """The words of a run in `folder`."""
+    """The command of a run in `folder`."""
     words = ["generate", "--pipeline", str(recipe), "--run", str(folder / "run"), "--n", str(n)]
     return [*INTERSAFE, *words, "--concurrency", str(at_once)]
 
@@ -94,8 +94,8 @@ def _spread(values: list[float], form: str) -> str:
 # --- the budgets -----------------------------------------------------------------------------------------------------
 
 
-def cpu(size: Size, found: Comparison | None) -> Line:
-    """CPU per text call with everything on."""
+def cpu(size: Size, found: Comparison | None) -> Row:
+    """CPU time per text call, everything included."""
     ours, ratios, painted = [], [], []
     with serving() as server:
         for number in range(size.rounds):
@@ -110,23 +110,23 @@ def cpu(size: Size, found: Comparison | None) -> Line:
             if number == 0:
                 painted.append(grow(server, size.dialogues, painter=True).ms)
             _say(f"CPU: round {number + 1} of {size.rounds}")
-    kept = statistics.median(ours) <= 0.6
+    is_met = statistics.median(ours) <= 0.6
     note = (
         f"CPU: `generate` with {size.dialogues:,} dialogues, start-up, journal, rendering, verdicts and all gates; no "
-        f"painter. With the demo's, which draws in our own process, {painted[0]:.2f} ms for each call over HTTP."
+        f"painter. With the painter of the demo, which draws in this process, {painted[0]:.2f} ms per call over HTTP."
     )
-    return Line(
+    return Row(
         "CPU per text call, everything included",
         "<= 0.6 ms",
         f"{_spread(ours, '.3f')} ms",
         f"{statistics.median(ratios):.1f}",
-        kept,
+        is_met,
         _libraries(found, lambda c: c.fast, lambda done: done.ms, ".2f"),
         (note,),
     )
 
 
-def share(size: Size, found: Comparison | None) -> Line:
+def share(size: Size, found: Comparison | None) -> Row:
     """Share of a server's ceiling."""
     ceiling, best, ratios = SLOTS / LATENCY, {}, {}
     whole: dict[int, list[float]] = {at_once: [] for at_once in AT_ONCE}
@@ -145,16 +145,16 @@ def share(size: Size, found: Comparison | None) -> Line:
                 of_bare.append(done[our_run][0] / done[bare_run][0])
                 _say(f"share with {at_once} at once: round {number + 1} of {size.slow_rounds}")
         best[at_once], ratios[at_once] = statistics.median(steady), statistics.median(of_bare)
-    told = ", ".join(f"{at_once}: {value:.3f}" for at_once, value in best.items())
+    shares = ", ".join(f"{at_once}: {value:.3f}" for at_once, value in best.items())
     both = ", ".join(f"{at_once}: {statistics.median(values):.3f}" for at_once, values in whole.items())
     note = (
         f"Share: runs of {size.slow_dialogues:,} dialogues; steady between 5 % and 95 % of the calls. From the first "
         f"call to the last answer, start and tail included: {both}. The ratio is that of the steady rates."
     )
-    return Line(
+    return Row(
         f"share of a server's ceiling ({ceiling:.0f} calls/s), by dialogues at once",
         ">= 0.95",
-        told,
+        shares,
         ", ".join(f"{value:.2f}" for value in ratios.values()),
         max(best.values()) >= 0.95,
         _libraries(found, lambda c: c.slow, lambda done: done.rate / ceiling, ".2f"),
@@ -163,7 +163,7 @@ def share(size: Size, found: Comparison | None) -> Line:
 
 
 def _our_share(server: Server, size: Size, at_once: int) -> tuple[float, float]:
-    """Calls a second: steady, and from the first call to the last answer."""
+    """Calls per second: in the steady part, and from the first call to the last answer."""
     done = grow(server, size.slow_dialogues, at_once)
     return done.rate, server.seen().whole
 
@@ -177,8 +177,8 @@ def _bare_share(server: Server, calls: int, at_once: int) -> tuple[float, float]
     return seen.steady, seen.whole
 
 
-def paid_again(size: Size, found: Comparison | None) -> Line:
-    """Calls paid again after SIGKILL, one run killed several times."""
+def paid_again(size: Size, found: Comparison | None) -> Row:
+    """Calls that are paid again after a SIGKILL, in one run that is killed several times."""
     allowed, again = [], []
     n = 100 * (size.kills + 1)
     with serving(LATENCY) as server, tempfile.TemporaryDirectory() as name:
@@ -197,10 +197,10 @@ def paid_again(size: Size, found: Comparison | None) -> Line:
         again.append(server.seen().again)
     total, limit = sum(again), sum(allowed)
     note = (
-        f"Paid again: {size.kills} SIGKILLs at every 2,000 calls, 64 dialogues at once; {total} calls came a second "
-        f"time, {limit} is what was in flight plus {GROUP_LINES} replies for each kill."
+        f"Paid again: {size.kills} SIGKILLs at every 2,000 calls, 64 dialogues at once; {total} calls came "
+        f"twice; the limit of {limit} is the calls in flight plus {GROUP_LINES} replies for each kill."
     )
-    return Line(
+    return Row(
         "calls paid again for each SIGKILL",
         f"<= {limit / size.kills:.0f} (in flight + one group)",
         f"{total / size.kills:.1f}",
@@ -211,8 +211,8 @@ def paid_again(size: Size, found: Comparison | None) -> Line:
     )
 
 
-def main_job(size: Size, found: Comparison | None) -> list[Line]:
-    """Memory, journal and reopening of the run with large images."""
+def main_job(size: Size, found: Comparison | None) -> list[Row]:
+    """Memory, journal and reopening of a run with large images."""
     with serving() as server, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _say(f"main job: {size.main_job:,} dialogues with 100 KB images")
@@ -222,7 +222,7 @@ def main_job(size: Size, found: Comparison | None) -> list[Line]:
         _check(usage)
         journal = _journal(folder / "run")
         reopened = [seconds_of(command, folder) for _ in range(5)]
-    memory = Line(
+    memory = Row(
         f"peak RSS, {size.main_job:,} dialogues with 100 KB images",
         "<= 300 MB",
         f"{usage.peak:.0f} MB",
@@ -230,24 +230,24 @@ def main_job(size: Size, found: Comparison | None) -> list[Line]:
         usage.peak <= 300,
         _libraries(found, lambda c: c.shown, lambda done: done.usage.peak, ",.0f"),
         (
-            f"Peak RSS: every seed has a JPEG of 100 KB that attacker, victim and judge are sent over HTTP, beside "
-            f"the painter's small ones; {usage.wall:.0f} s. Libraries: {size.calls:,} single calls, one image each.",
+            f"Peak RSS: attacker, victim and judge get a JPEG of 100 KB for every seed over HTTP, and the painter's "
+            f"small images; {usage.wall:.0f} s. Libraries: {size.calls:,} single calls, one image each.",
         ),
     )
-    reopening = Line(
+    reopening = Row(
         f"reopening a finished run of {size.main_job:,}",
         "<= 2 s",
         f"{statistics.median(reopened):.2f} s",
         "-",
         statistics.median(reopened) <= 2,
         "",
-        ("Reopening: the same command once more, median of 5; it reads and checks the 308 images of the seeds too.",),
+        ("Reopening: the same command again, median of 5; it also reads and checks the 308 images of the seeds.",),
     )
     return [memory, journal, reopening]
 
 
-def _journal(path: Path) -> Line:
-    """Bytes of the journal beyond the texts, for each turn that a victim answered."""
+def _journal(path: Path) -> Row:
+    """Bytes of the journal beyond the texts, per turn that a victim answered."""
     files = sorted((path / "journal").glob("*.jsonl"))
     size = sum(file.stat().st_size for file in files)
     texts = turns = 0
@@ -259,7 +259,7 @@ def _journal(path: Path) -> Line:
     note = (
         f"Journal: {size:,} bytes for {turns:,} turns, {texts / turns:,.0f} bytes of text each; images by their hash."
     )
-    return Line(
+    return Row(
         "journal per turn beyond the texts",
         "<= 5 KB",
         f"{beyond / 1000:.2f} KB",
@@ -270,15 +270,15 @@ def _journal(path: Path) -> Line:
     )
 
 
-def show_help() -> Line:
-    """`intersafe --help`, and the bare interpreter beside it."""
+def show_help() -> Row:
+    """The time of `intersafe --help`, and of the bare interpreter."""
     ours, bare = [], []
     with tempfile.TemporaryDirectory() as name:
         for _ in range(11):
             bare.append(seconds_of([sys.executable, "-c", "pass"], Path(name)))
             ours.append(seconds_of([*INTERSAFE, "--help"], Path(name)))
     note = "`--help`: wall time of `python -m intersafe --help`, median of 11; the ratio is to `python -c pass`."
-    return Line(
+    return Row(
         "`intersafe --help`",
         "<= 0.15 s",
         f"{_spread(ours, '.3f')} s",
@@ -289,7 +289,7 @@ def show_help() -> Line:
     )
 
 
-# --- telling ---------------------------------------------------------------------------------------------------------
+# --- printing --------------------------------------------------------------------------------------------------------
 
 
 def _libraries(
@@ -299,41 +299,43 @@ def _libraries(
     if found is None:
         return ""
     results = case(found)
-    told = []
+    cells = []
     for one in LIBRARIES:
         value = median(results, one.name, what)
         if one.name in results:
-            told.append(f"{one.name} {problem(results, one.name) if value is None else format(value, form)}")
-    return ", ".join(told)
+            cells.append(f"{one.name} {problem(results, one.name) if value is None else format(value, form)}")
+    return ", ".join(cells)
 
 
-def print_lines(lines: list[Line]) -> None:
-    """The table and what is to be known of it."""
+def print_rows(rows: list[Row]) -> None:
+    """Prints the table and the notes on it."""
     print("\n| what | budget | ours | ratio to the bare loop | | libraries, in the same run |")
     print("|---|---|---|---|---|---|")
-    for line in lines:
-        kept = "ok" if line.kept else "**NOT**"
-        print(f"| {line.what} | {line.budget} | {line.ours} | {line.ratio} | {kept} | {line.libraries} |")
+    for row in rows:
+        met = "ok" if row.is_met else "**NOT**"
+        print(f"| {row.what} | {row.budget} | {row.ours} | {row.ratio} | {met} | {row.libraries} |")
     print()
-    for note in (note for line in lines for note in line.notes):
+    for note in (note for row in rows for note in row.notes):
         print(f"- {note}")
 
 
 def main() -> None:
-    """Exits with 1 if a budget is not kept."""
+    """Exits with 1 if a budget is not met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few minutes; short runs, whose start-up and tail show")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few minutes: short runs, in which start-up and tail count more"
+    )
     parser.add_argument("--no-libraries", action="store_true", help="leave the other libraries out")
     options = parser.parse_args()
     size = QUICK if options.quick else WHOLE
     print(describe_machine())
     found = None if options.no_libraries else compare(size.calls, size.library_rounds, size.calls)
-    os.sched_setaffinity(0, {CORES[-1]})  # out of the way of what is measured
-    lines = [cpu(size, found), share(size, found), paid_again(size, found), *main_job(size, found), show_help()]
-    print_lines(lines)
+    os.sched_setaffinity(0, {CORES[-1]})  # not the core of what is measured
+    rows = [cpu(size, found), share(size, found), paid_again(size, found), *main_job(size, found), show_help()]
+    print_rows(rows)
     if found:
         print_comparison(found, size.calls, size.calls, size.library_rounds)
-    sys.exit(0 if all(line.kept for line in lines) else 1)
+    sys.exit(0 if all(row.is_met for row in rows) else 1)
 
 
 if __name__ == "__main__":

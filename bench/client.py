@@ -1,9 +1,9 @@
-"""What a call costs on our side: CPU time and share of a server's ceiling, as ratios to a bare aiohttp loop.
+"""The cost of a call on our side: CPU time and share of a server's ceiling, as ratios to a bare aiohttp loop.
 
     python bench/client.py [--calls 4000] [--rounds 5] [--profile]
 
-The server is a process of its own, pinned to another core (`bench/server.py`). All paths take turns in one run, so what
-disturbs the machine disturbs all of them; the tables show medians. Rows of the openai SDK and of uvloop need the extra
+The server is a process of its own on another core (`bench/server.py`). All paths take turns in one run, so a load on
+the machine affects all of them; the tables show medians. The rows of the openai SDK and of uvloop need the extra
 `bench`.
 """
 
@@ -31,8 +31,8 @@ from work import CORES, demo_recipe
 
 from intersafe.generation.generate import generate_dialogues
 from intersafe.images.store import ImageStore
-from intersafe.models.base import Call, Sampling
-from intersafe.models.cast import Company, JobCast
+from intersafe.models.base import Call, Hooks, Sampling
+from intersafe.models.cast import JobCast, SharedCast
 from intersafe.models.http.chat import EndpointModel
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.sections import Cast, Limits, Member
@@ -63,7 +63,7 @@ def _body(number: int) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def bare(url: str) -> AsyncIterator[Ask]:
-    """The least that one can do: encode, POST, decode."""
+    """The minimum: encode, POST, decode."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def ask(number: int) -> object:
@@ -77,7 +77,7 @@ async def bare(url: str) -> AsyncIterator[Ask]:
 @contextlib.asynccontextmanager
 async def endpoint(url: str) -> AsyncIterator[Ask]:
     """`EndpointModel.answer`: limiter, retries, typed decoding."""
-    model = EndpointModel(Member(model=f"openai:fixed@{url}"), Limits(), ImageStore(Path("none")), print)
+    model = EndpointModel(Member(model=f"openai:fixed@{url}"), Limits(), ImageStore(Path("none")), Hooks(print))
     try:
         yield lambda number: model.answer(
             Call("judge", "", MESSAGES, Sampling(0.7, 1.0, 512, number), None, f"job-{number}", 0)
@@ -91,16 +91,17 @@ async def cast(url: str) -> AsyncIterator[Ask]:
     """`JobCast.ask`: the same with the call's key, the journal and its fsync."""
     member = Member(model=f"openai:fixed@{url}")
     members = Cast(attacker=member, victims=(member,), judge=member)
-    model = EndpointModel(member, Limits(), ImageStore(Path("none")), print)
+    model = EndpointModel(member, Limits(), ImageStore(Path("none")), Hooks(print))
     prompts = load_prompts(bundled("prompts"), ["decomposition"])
     seed = Seed("s", "query", "privacy", "bench", "CC0-1.0")
     with tempfile.TemporaryDirectory() as folder:
         writer = GroupWriter(Path(folder))
-        company = Company(members, dict.fromkeys(members.members, model), prompts, Journal(writer))
+        models = dict.fromkeys(members.members, model)
+        shared = SharedCast(cast=members, models=models, prompts=prompts, journal=Journal(writer))
 
         async def ask(number: int) -> object:
             job = Job(number, f"job-{number}", seed, "decomposition", 0, 0, 4, 0, number)
-            return await JobCast(company, job).ask("judge", "judge/turn", MESSAGES)
+            return await JobCast(shared, job).ask("judge", "judge/turn", MESSAGES)
 
         try:
             yield ask
@@ -111,7 +112,7 @@ async def cast(url: str) -> AsyncIterator[Ask]:
 
 @contextlib.asynccontextmanager
 async def openai_post(url: str) -> AsyncIterator[Ask]:
-    """The openai SDK's `client.post`, past its typed layer."""
+    """The openai SDK's `client.post`, without its typed layer."""
     import openai
 
     client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=openai.DefaultAioHttpClient())
@@ -140,7 +141,7 @@ GENERATE = "`generate`, everything"
 
 
 class Cost(NamedTuple):
-    """Of one round of one path."""
+    """The cost of one round of one path; CPU and wall time in seconds."""
 
     calls: int
     cpu: float
@@ -148,12 +149,12 @@ class Cost(NamedTuple):
 
     @property
     def ms(self) -> float:
-        """CPU milliseconds a call."""
+        """CPU milliseconds per call."""
         return self.cpu / self.calls * 1000
 
     @property
     def rate(self) -> float:
-        """Calls a second."""
+        """Calls per second."""
         return self.calls / self.wall
 
 
@@ -168,7 +169,7 @@ async def _many(ask: Ask, calls: int, at_once: int) -> None:
 
 
 def measure(path: Path_, url: str, calls: int, at_once: int = SLOTS) -> Cost:
-    """One round: connections are opened and code is warm before the clock starts."""
+    """One round. Connections are open and the code is warm before the clock starts."""
 
     async def main() -> Cost:
         async with path(url) as ask:
@@ -181,7 +182,7 @@ def measure(path: Path_, url: str, calls: int, at_once: int = SLOTS) -> Cost:
 
 
 def measure_generate(url: str, n: int, at_once: int = SLOTS) -> Cost:
-    """A whole run of `n` dialogues, from the recipe to the summary, with the scripted cast behind HTTP; no painter."""
+    """A whole run of `n` dialogues without painter; the scripted models answer over HTTP."""
     with tempfile.TemporaryDirectory() as folder:
         cpu, wall = time.process_time(), time.perf_counter()
         recipe = load_recipe(demo_recipe(Path(folder) / "bench.yaml", url=url))
@@ -203,7 +204,7 @@ def on_uvloop(once: Callable[[], Cost]) -> Cost:
 
 
 def rounds(measures: Mapping[str, Callable[[], Cost]], count: int) -> dict[str, list[Cost]]:
-    """All measures in turn, `count` times over."""
+    """All measures in turn, `count` times."""
     costs: dict[str, list[Cost]] = {name: [] for name in measures}
     for number in range(count):
         for name, once in measures.items():
@@ -217,7 +218,7 @@ def _median(costs: Sequence[Cost], what: str) -> float:
 
 
 def print_costs(paths: dict[str, Path_], options: argparse.Namespace) -> None:
-    """The first table: no latency, so CPU decides."""
+    """Prints the first table: without latency, so CPU is the limit."""
     with serving() as server:
         url = server.url
         measures = {name: functools.partial(measure, path, url, options.calls) for name, path in paths.items()}
@@ -227,7 +228,7 @@ def print_costs(paths: dict[str, Path_], options: argparse.Namespace) -> None:
                 measures[f"{name}, on uvloop"] = functools.partial(on_uvloop, measures[name])
         costs = rounds(measures, options.rounds)
     base = _median(costs[BARE], "ms")
-    print("| path | CPU ms a call (median, range) | ratio to bare | calls/s |")
+    print("| path | CPU ms per call (median, range) | ratio to bare | calls/s |")
     print("|---|---|---|---|")
     for name, row in sorted(costs.items(), key=lambda item: _median(item[1], "ms")):
         ms = _median(row, "ms")
@@ -255,17 +256,17 @@ def print_shares(paths: dict[str, Path_], options: argparse.Namespace) -> None:
 
 
 def print_profile(calls: int, dialogues: int) -> None:
-    """Where a whole run spends its time, by place and by function; the profiler's own cost is scaled out."""
+    """Prints where a whole run spends its time, by module and by function, without the cost of the profiler."""
     with serving() as server:
         plain = measure_generate(server.url, dialogues)
         profile = cProfile.Profile(time.process_time)
         profile.runcall(measure_generate, server.url, dialogues)
         stats = pstats.Stats(profile)
-        places = _by_place(stats)
-        scale = plain.ms / sum(places.values())
-        print(f"`generate`, {plain.calls:,} calls, {plain.ms:.3f} ms of CPU a call\n\n| place | ms a call |\n|---|---|")
-        for place, seconds in sorted(places.items(), key=lambda item: -item[1])[:16]:
-            print(f"| {place} | {seconds * scale:.3f} |")
+        modules = _by_module(stats)
+        scale = plain.ms / sum(modules.values())
+        print(f"`generate`, {plain.calls:,} calls, {plain.ms:.3f} ms of CPU per call\n\n| module | ms |\n|---|---|")
+        for module, seconds in sorted(modules.items(), key=lambda item: -item[1])[:16]:
+            print(f"| {module} | {seconds * scale:.3f} |")
         print()
         stats.sort_stats("tottime").print_stats(25)
         profile = cProfile.Profile(time.process_time)
@@ -273,20 +274,20 @@ def print_profile(calls: int, dialogues: int) -> None:
         pstats.Stats(profile).sort_stats("tottime").print_stats(15)
 
 
-def _by_place(stats: pstats.Stats) -> dict[str, float]:
-    """Own seconds by library or by module of ours; what is written in C counts for those who call it."""
-    places: dict[str, float] = {}
+def _by_module(stats: pstats.Stats) -> dict[str, float]:
+    """Own seconds by library or by module of ours; functions in C count for their callers."""
+    seconds: dict[str, float] = {}
     entries: Any = vars(stats)["stats"]
     for (file, _, _), (_, _, own, _, callers) in entries.items():
         if file != "~":
-            places[_place(file)] = places.get(_place(file), 0.0) + own
+            seconds[_module(file)] = seconds.get(_module(file), 0.0) + own
             continue
         for (caller, _, _), (_, _, part, _) in callers.items():
-            places[_place(caller)] = places.get(_place(caller), 0.0) + part
-    return places
+            seconds[_module(caller)] = seconds.get(_module(caller), 0.0) + part
+    return seconds
 
 
-def _place(file: str) -> str:
+def _module(file: str) -> str:
     parts = Path(file).parts
     if "site-packages" in parts:
         return parts[parts.index("site-packages") + 1]
@@ -298,8 +299,8 @@ def _place(file: str) -> str:
 def main() -> None:
     """Parses the options and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=4000, help="calls a round and path (4000)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds without latency; three with (5)")
+    parser.add_argument("--calls", type=int, default=4000, help="calls per round and path (4000)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds without latency; at most 3 with latency (5)")
     parser.add_argument("--dialogues", type=int, default=200, help="dialogues of a run of generate (200)")
     parser.add_argument("--profile", action="store_true", help="profile `generate` and `JobCast.ask` instead")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Other libraries on the same work, side by side: single-turn calls of 6 KB against one server model.
+"""Compares libraries on the same work: single-turn calls of 6 KB against one model server.
 
     python bench/compare.py [--calls 2000] [--rounds 3]        (`make bench-peers` installs the libraries)
 
-Each runs as its manual shows it (`bench/peers/`), in an environment of its own, as a process on one core with the
-server on another one; who comes first changes from round to round. CPU is that of the process and its children,
-start-up included. A library that is not installed is left out and named.
+Each library runs as its manual shows (`bench/peers/`), in its own environment, as a process on one core, with the
+server on another core. The order changes from round to round. CPU time is that of the process and its children,
+start-up included. A library that is not installed is named and left out.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from work import Child, Usage, describe_machine, photos, run, wait_until
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parent / ".venv-bench"
 IMAGES = 200
-"""Different images of 100 KB in the image case."""
+"""Number of different images of 100 KB in the case with images."""
 
 
 class Contender(NamedTuple):
-    """One way to do the work."""
+    """One library or loop that does the work."""
 
     name: str
     script: str
     package: str = ""
-    """Distribution whose version is told; empty for what is in our own environment."""
+    """Distribution whose version is printed; empty for what runs in our own environment."""
     options: tuple[str, ...] = ()
     resumes: bool = True
     shows_images: bool = True
@@ -47,12 +47,12 @@ class Contender(NamedTuple):
         return ENVIRONMENTS / self.environment / "bin" / "python" if self.package else Path(sys.executable)
 
     def command(self, server: Server, calls: int, folder: Path, images: Path | None = None) -> list[str]:
-        """The words of a run."""
+        """The command of a run."""
         words = [str(self.python), str(HERE / "peers" / f"run_{self.script}.py"), server.url, str(calls), str(folder)]
         return [*words, "--at-once", str(SLOTS), *(["--images", str(images)] if images else []), *self.options]
 
     def version(self) -> str:
-        """Of the package in its environment; empty if it is not there."""
+        """Version of the package in its environment; empty if it is not installed."""
         if not self.python.exists():
             return ""
         code = f"import importlib.metadata as m; print(m.version({self.package!r}))"
@@ -72,18 +72,19 @@ LIBRARIES = (
 
 
 class Measured(NamedTuple):
-    """Of one run of one contender; a run that failed has a `problem` and no figures."""
+    """The figures of one run of one contender; a run that failed has a `problem` instead."""
 
     usage: Usage
     calls: int
     rate: float
-    """Calls a second, between 5 % and 95 % of the calls."""
+    """Calls per second, between 5 % and 95 % of the calls."""
     again: int
+    """Calls that were answered twice."""
     problem: str = ""
 
     @property
     def ms(self) -> float:
-        """CPU milliseconds a call."""
+        """CPU milliseconds per call."""
         return self.usage.cpu / self.calls * 1000 if self.calls else 0.0
 
 
@@ -91,20 +92,20 @@ Results = Mapping[str, list[Measured]]
 
 
 def installed() -> list[Contender]:
-    """Bare loop, ours and every library that is there; says which are not, and the versions of those that are."""
+    """The bare loop, ours, and every library that is installed; prints their versions and what is missing."""
     versions = {one.name: one.version() for one in LIBRARIES}
-    there = [one for one in LIBRARIES if versions[one.name]]
-    absent = dict.fromkeys(one.package for one in LIBRARIES if not versions[one.name])
-    told = dict.fromkeys(f"{one.package} {versions[one.name]}" for one in there)
-    print(f"Libraries: {', '.join(told) or 'none'}" + (f"; not installed: {', '.join(absent)}" if absent else ""))
-    return [BARE, OURS, *there]
+    found = [one for one in LIBRARIES if versions[one.name]]
+    missing = dict.fromkeys(one.package for one in LIBRARIES if not versions[one.name])
+    named = dict.fromkeys(f"{one.package} {versions[one.name]}" for one in found)
+    print(f"Libraries: {', '.join(named) or 'none'}" + (f"; not installed: {', '.join(missing)}" if missing else ""))
+    return [BARE, OURS, *found]
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
 def patience(calls: int) -> float:
-    """Seconds for one run: 160 for 2,000 calls, which take 3.1 at 100 ms where nothing stands in the way."""
+    """Most seconds of a run: 160 for 2,000 calls, which take at least 3.1 at 100 ms."""
     return 60 + calls / 20
 
 
@@ -117,7 +118,7 @@ def once(one: Contender, server: Server, calls: int, images: Path | None = None)
 
 
 def killed(one: Contender, server: Server, calls: int) -> Measured:
-    """SIGKILL of the whole process group once half of the calls are answered, and the same command again."""
+    """Kills the whole process group once half of the calls are answered, and runs the same command again."""
     server.seen(forget=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -127,14 +128,14 @@ def killed(one: Contender, server: Server, calls: int) -> Measured:
         first = child.wait()
         if not reached:
             return Measured(first, calls, 0.0, 0, f"ended with {first.code} before the kill")
-        # Half of the calls came before: what is answered beyond all of them was paid twice, whatever its bytes.
+        # Half of the calls came before: answers beyond the number of calls were paid twice, whatever their bytes.
         usage = run(one.command(server, calls, folder), folder, patience(calls))
     return _measured(one, server, calls, usage)
 
 
 def _measured(one: Contender, server: Server, calls: int, usage: Usage) -> Measured:
     seen = server.seen()
-    late = f"no end within {patience(calls):.0f} s"
+    late = f"did not end within {patience(calls):.0f} s"
     problem = "" if usage.code == 0 else late if usage.code == -9 else f"code {usage.code}"
     if not problem and seen.answered < calls:
         problem = f"{seen.answered} of {calls} calls"
@@ -146,7 +147,7 @@ def _measured(one: Contender, server: Server, calls: int, usage: Usage) -> Measu
 def in_turn(
     contenders: Sequence[Contender], rounds: int, measure: Callable[[Contender], Measured], what: str
 ) -> Results:
-    """Every contender once a round, each time another one first; one that failed is not tried again."""
+    """Runs every contender once per round, each time starting with another one; one that failed is not run again."""
     results: dict[str, list[Measured]] = {one.name: [] for one in contenders}
     for number in range(rounds):
         start = number % len(contenders)
@@ -158,7 +159,7 @@ def in_turn(
 
 
 class Comparison(NamedTuple):
-    """All that was measured of the contenders."""
+    """The results of all contenders."""
 
     contenders: list[Contender]
     fast: Results
@@ -166,8 +167,9 @@ class Comparison(NamedTuple):
     slow: Results
     """100 ms, 64 slots."""
     shown: Results
-    """With an image of 100 KB each."""
+    """Each call with an image of 100 KB."""
     resumed: Results
+    """After a SIGKILL."""
 
 
 def compare(calls: int, rounds: int, image_calls: int) -> Comparison:
@@ -187,42 +189,42 @@ def compare(calls: int, rounds: int, image_calls: int) -> Comparison:
         )
 
 
-# --- telling ---------------------------------------------------------------------------------------------------------
+# --- printing --------------------------------------------------------------------------------------------------------
 
 
 def median(results: Results, name: str, what: Callable[[Measured], float]) -> float | None:
-    """Of the runs that went well; None without any."""
+    """The median over the runs without a problem; None if there is none."""
     good = [what(done) for done in results.get(name, []) if not done.problem]
     return statistics.median(good) if good else None
 
 
 def ratio(results: Results, name: str, what: Callable[[Measured], float]) -> float | None:
-    """The median of the ratios to the bare loop in the same round."""
+    """The median of the ratios to the bare loop of the same round; None if there is none."""
     pairs = zip(results.get(name, []), results[BARE.name], strict=False)
     good = [what(done) / what(bare) for done, bare in pairs if not (done.problem or bare.problem)]
     return statistics.median(good) if good else None
 
 
 def problem(results: Results, name: str) -> str:
-    """Why there is no figure."""
+    """Why a contender has no figure."""
     return next((done.problem for done in results.get(name, []) if done.problem), "-")
 
 
 def cell(value: float | None, form: str, otherwise: str = "-") -> str:
-    """A figure, or why there is none."""
+    """A figure in the format `form`, or `otherwise` if there is none."""
     return otherwise if value is None else format(value, form)
 
 
 _COLUMNS = (
-    "", "CPU ms a call", "ratio to bare", "calls/s, no latency", "share of 640/s", "seconds at 100 ms", "peak MB",
-    "images: CPU ms a call", "images: peak MB", "sent again after SIGKILL",
+    "", "CPU ms per call", "ratio to bare", "calls/s, no latency", "share of 640/s", "seconds at 100 ms", "peak MB",
+    "images: CPU ms per call", "images: peak MB", "sent again after SIGKILL",
 )  # fmt: skip
 
 
 def print_comparison(found: Comparison, calls: int, image_calls: int, rounds: int) -> None:
-    """One line for each contender."""
+    """Prints a row for each contender."""
     ceiling = SLOTS / LATENCY
-    print(f"\n{calls:,} calls of 6 KB, {SLOTS} at once, medians of {rounds} rounds; CPU and seconds with start-up.")
+    print(f"\n{calls:,} calls of 6 KB, {SLOTS} at once, medians of {rounds} rounds; CPU and seconds include start-up.")
     print(f"Images: {image_calls:,} calls, one of 100 KB each. SIGKILL at half of the calls, then the same command.\n")
     print(f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}")
     for one in found.contenders:

@@ -1,12 +1,12 @@
-"""How well the duplicate gate tells edited copies from dialogues that merely resemble each other.
+"""How well the duplicate gate separates edited copies from dialogues that only resemble each other.
 
     python bench/dedup_quality.py [--figstep DIR] [--bases 1000] [--full]
 
-A labelled set is made by seed: base dialogues out of a phrase grammar, copies of each that are duplicates (edited
-lightly) and copies that are not (same topic, same openings, half of the turns new). The gate holds all bases and is
-asked about every copy. Printed: the share turned down by kind of edit, time and memory; with `--full` also the exact
-similarities, and recall, precision and F1 by shingle and threshold. The FigStep questions (50 topics) are used where
-`--figstep` has them, else a list of harmless topics.
+The labelled set is derived from a seed: base dialogues from a phrase grammar, copies that are duplicates (light edits)
+and copies that are not (same topic, same openings, half of the turns new). The gate holds all bases and checks every
+copy. It prints the share rejected by kind of edit, time and memory. `--full` adds exact similarities, and recall,
+precision and F1 by shingle and threshold. The topics are the FigStep questions (50) if `--figstep` has them, else a
+list of harmless topics.
 """
 
 import argparse
@@ -103,17 +103,17 @@ def message(rng: random.Random, topic: str) -> str:
     return " ".join(fill[kind].format(**fill) for kind, fill in zip(kinds, chosen, strict=True))
 
 
-def talk(rng: random.Random, topic: str) -> Messages:
-    """The user's side of a dialogue of four turns."""
+def user_turns(rng: random.Random, topic: str) -> Messages:
+    """The user messages of a dialogue of four turns."""
     return [message(rng, topic) for _ in range(4)]
 
 
-def each_word(rng: random.Random, talk: Messages, share: float, edit: Callable[[str], str]) -> Messages:
-    """Edits that share of the words."""
-    return [" ".join(edit(w) if rng.random() < share else w for w in text.split()) for text in talk]
+def each_word(rng: random.Random, base: Messages, share: float, edit: Callable[[str], str]) -> Messages:
+    """Applies `edit` to that share of the words."""
+    return [" ".join(edit(w) if rng.random() < share else w for w in text.split()) for text in base]
 
 
-def typos(rng: random.Random, talk: Messages, share: float) -> Messages:
+def typos(rng: random.Random, base: Messages, share: float) -> Messages:
     """Drops, doubles or swaps a character in that share of the words."""
 
     def edit(word: str) -> str:
@@ -129,25 +129,25 @@ def typos(rng: random.Random, talk: Messages, share: float) -> Messages:
             or word
         )
 
-    return each_word(rng, talk, share, edit)
+    return each_word(rng, base, share, edit)
 
 
-def synonyms(rng: random.Random, talk: Messages, share: float) -> Messages:
-    """Replaces that share of the words that the table has."""
-    return each_word(rng, talk, share, lambda word: SYNONYMS.get(word.casefold(), word))
+def synonyms(rng: random.Random, base: Messages, share: float) -> Messages:
+    """Replaces that share of the words by synonyms, if the table has them."""
+    return each_word(rng, base, share, lambda word: SYNONYMS.get(word.casefold(), word))
 
 
-def case_and_punctuation(rng: random.Random, talk: Messages, share: float) -> Messages:
-    """Changes case and punctuation of that share of the words."""
+def case_and_punctuation(rng: random.Random, base: Messages, share: float) -> Messages:
+    """Changes the case and punctuation of that share of the words."""
     return each_word(
-        rng, talk, share, lambda word: rng.choice((word.upper(), word.rstrip(".,?!"), word + " --", word.title()))
+        rng, base, share, lambda word: rng.choice((word.upper(), word.rstrip(".,?!"), word + " --", word.title()))
     )
 
 
-def swaps(rng: random.Random, talk: Messages, share: float) -> Messages:
+def swaps(rng: random.Random, base: Messages, share: float) -> Messages:
     """Swaps that share of the words with their neighbours."""
     out = []
-    for text in talk:
+    for text in base:
         words = text.split()
         for i in range(len(words) - 1):
             if rng.random() < share:
@@ -156,9 +156,9 @@ def swaps(rng: random.Random, talk: Messages, share: float) -> Messages:
     return out
 
 
-def sentences_dropped(rng: random.Random, talk: Messages, count: int) -> Messages:
-    """Leaves out that many sentences of messages that have more than one."""
-    out = list(talk)
+def sentences_dropped(rng: random.Random, base: Messages, count: int) -> Messages:
+    """Drops a sentence from each of `count` messages."""
+    out = list(base)
     for i in rng.sample(range(len(out)), count):
         sentences = re.split(r"(?<=[.?!]) ", out[i])
         del sentences[rng.randrange(len(sentences))]
@@ -166,17 +166,17 @@ def sentences_dropped(rng: random.Random, talk: Messages, count: int) -> Message
     return out
 
 
-def turns_replaced(rng: random.Random, talk: Messages, topic: str, count: int) -> Messages:
-    """New messages on the same topic at that many turns."""
-    out = list(talk)
+def turns_replaced(rng: random.Random, base: Messages, topic: str, count: int) -> Messages:
+    """Replaces `count` turns by new messages on the same topic."""
+    out = list(base)
     for i in rng.sample(range(len(out)), count):
         out[i] = message(rng, topic)
     return out
 
 
-def shared_openings(rng: random.Random, talk: Messages, topic: str) -> Messages:
-    """Each message keeps its first sentence and goes on with another topic."""
-    first = [re.split(r"(?<=[.?!]) ", text)[0] for text in talk]
+def shared_openings(rng: random.Random, base: Messages, topic: str) -> Messages:
+    """Keeps the first sentence of each message and continues with another topic."""
+    first = [re.split(r"(?<=[.?!]) ", text)[0] for text in base]
     return [f"{start} {message(rng, topic).split('. ', 1)[-1]}" for start in first]
 
 
@@ -203,7 +203,7 @@ def copies(rng: random.Random, base: Messages, topic: str, other: str) -> Iterat
     yield "1 of 4 turns new", True, turns_replaced(rng, base, topic, 1)
     yield "2 of 4 turns new", False, turns_replaced(rng, base, topic, 2)
     yield "3 of 4 turns new", False, turns_replaced(rng, base, topic, 3)
-    yield "same topic", False, talk(rng, topic)
+    yield "same topic", False, user_turns(rng, topic)
     yield "same openings", False, shared_openings(rng, base, other)
 
 
@@ -223,17 +223,17 @@ def labelled(topics: list[str], bases: int) -> tuple[list[Dialogue], list[Copy]]
     base_dialogues, found = [], []
     for number in range(bases):
         topic, other = rng.sample(topics, 2)
-        base = talk(rng, topic)
+        base = user_turns(rng, topic)
         base_dialogues.append(dialogue(f"base-{number}", base))
         found += [Copy(k, d, dialogue(f"copy-{number}", m)) for k, d, m in copies(rng, base, topic, other)]
     return base_dialogues, found
 
 
 def read_topics(folder: Path) -> tuple[list[str], str]:
-    """The topics and where they come from."""
+    """The topics, and a text that names their source."""
     path = folder / "SafeBench-Tiny.csv"
     if not path.exists():
-        return CHOICES["topic"], f"{len(CHOICES['topic'])} harmless topics ({path.name} is not there)"
+        return CHOICES["topic"], f"{len(CHOICES['topic'])} harmless topics (no {path.name})"
     with path.open(encoding="utf-8", newline="") as file:
         questions = [row["question"] for row in csv.DictReader(file)]
     return [q.rstrip("?. ").casefold() for q in questions], f"{len(questions)} FigStep questions"
@@ -243,7 +243,7 @@ def read_topics(folder: Path) -> tuple[list[str], str]:
 
 
 def flagged(settings: DuplicateSettings, bases: list[Dialogue], found: list[Copy]) -> dict[str, float]:
-    """The share of the copies of each kind that the gate turns down, it holding all bases."""
+    """The share of the copies of each kind that the gate rejects while it holds all bases."""
     index = DuplicateIndex(settings)
     for base in bases:
         index.add(base)
@@ -254,7 +254,7 @@ def flagged(settings: DuplicateSettings, bases: list[Dialogue], found: list[Copy
 
 
 def scores(shares: dict[str, float], duplicate: dict[str, bool]) -> tuple[float, float, float]:
-    """Recall, precision and F1, every kind having the same number of copies."""
+    """Recall, precision and F1; every kind has the same number of copies."""
     hits = sum(share for kind, share in shares.items() if duplicate[kind])
     recall = hits / sum(duplicate.values())
     precision = hits / (sum(shares.values()) or 1)
@@ -262,16 +262,18 @@ def scores(shares: dict[str, float], duplicate: dict[str, bool]) -> tuple[float,
 
 
 def similarity_table(bases: list[Dialogue], found: list[Copy]) -> None:
-    """Prints the exact Jaccard similarity of copy and base by kind: what any threshold has to tell apart."""
+    """Prints the exact Jaccard similarity of copy and base by kind, which a threshold must separate."""
     names = [f"{unit} {size}" for unit, size in SHINGLES]
     print("\nexact Jaccard similarity to the base, mean (5 % .. 95 %)\n")
     print(f"{'kind':20} dup  " + "  ".join(f"{name:>16}" for name in names))
     by_kind: dict[str, list[list[float]]] = {}
     settings = [DuplicateSettings(unit=unit, size=size) for unit, size in SHINGLES]  # type: ignore[arg-type]
-    base_sets = {base.id: [shingles(base, s) for s in settings] for base in bases[:300]}
+    base_sets = {
+        base.id: [shingles([turn.user.text for turn in base.turns], s) for s in settings] for base in bases[:300]
+    }
     for copy in found[: 300 * len({c.kind for c in found})]:
         pairs = zip(base_sets[copy.dialogue.id.replace("copy", "base")], settings, strict=True)
-        ours = [(a, shingles(copy.dialogue, s)) for a, s in pairs]
+        ours = [(a, shingles([turn.user.text for turn in copy.dialogue.turns], s)) for a, s in pairs]
         by_kind.setdefault(copy.kind, []).append([len(a & b) / len(a | b) for a, b in ours])
     duplicate = {copy.kind: copy.duplicate for copy in found}
     for kind, rows in by_kind.items():
@@ -281,7 +283,7 @@ def similarity_table(bases: list[Dialogue], found: list[Copy]) -> None:
 
 
 def threshold_table(bases: list[Dialogue], found: list[Copy], default: DuplicateSettings) -> None:
-    """Prints recall, precision and F1 by shingle and threshold, then the share flagged by kind at the default."""
+    """Prints recall, precision and F1 by shingle and threshold."""
     duplicate = {copy.kind: copy.duplicate for copy in found}
     print("\nrecall / precision / F1\n")
     print(f"{'shingle':8} " + "  ".join(f"{f'at {threshold}':>17}" for threshold in THRESHOLDS))
@@ -295,32 +297,30 @@ def threshold_table(bases: list[Dialogue], found: list[Copy], default: Duplicate
 
 
 def kind_table(bases: list[Dialogue], found: list[Copy], default: DuplicateSettings) -> None:
-    """Prints the share of copies that the default flags, by kind."""
-    print(f"\nshare turned down by the defaults ({default.unit} {default.size}, threshold {default.threshold})\n")
+    """Prints the share of copies that the default settings reject, by kind."""
+    print(f"\nshare rejected by the defaults ({default.unit} {default.size}, threshold {default.threshold})\n")
     duplicate = {copy.kind: copy.duplicate for copy in found}
     for kind, share in flagged(default, bases, found).items():
         print(f"{kind:20} {'duplicate' if duplicate[kind] else 'different':10} {share:.3f}")
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds."""
+    """Resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def cost(topics: list[str], default: DuplicateSettings, count: int = 11_270) -> None:
-    """Prints what a run of that many accepted dialogues costs: check and add of each, and the index in memory."""
+    """Prints the cost of a run of `count` accepted dialogues: check and add of each, and the index in memory."""
     rng = random.Random(12)
-    dialogues = [dialogue(str(n), talk(rng, rng.choice(topics))) for n in range(count)]
-    index, turned_down, before = DuplicateIndex(default), 0, resident()
+    dialogues = [dialogue(str(n), user_turns(rng, rng.choice(topics))) for n in range(count)]
+    index, rejected, before = DuplicateIndex(default), 0, resident()
     start = time.perf_counter()
     for one in dialogues:
-        turned_down += index.check(one) is not None
+        rejected += index.check(one) is not None
         index.add(one)
     spent = time.perf_counter() - start
     grown = resident() - before
-    print(
-        f"\n{count} unrelated dialogues: {turned_down} turned down, {1e3 * spent / count:.3f} ms each (check and add),"
-    )
+    print(f"\n{count} unrelated dialogues: {rejected} rejected, {1e3 * spent / count:.3f} ms each (check and add),")
     print(f"{grown / count:.0f} bytes of index each, {grown / 2**20:.0f} MiB in all")
 
 

@@ -1,15 +1,16 @@
-"""What the duplicate gate costs, finds and mistakes in a run of a million dialogues.
+"""Cost, recall and false rejections of the duplicate gate in a run of a million dialogues.
 
     python bench/dedup_scale.py [--n 1000000] [--step 100000] [--grammar]
     python bench/dedup_scale.py --resume RUN [--n 100000]
 
-First: a stream of users' sides by seed, one in ten an edited copy of an earlier one, one in ten a hard negative (half
-or more of it new). Each is checked, and added if the gate lets it pass, as in a run. Printed for every step: CPU time
-of check and add, memory, dialogues looked at, the share of each kind that was turned down. Then the index is built
-again with the file of signatures, and without. `--grammar` makes all text by the phrases of `dedup_quality.py`, which
-share far more than people's do.
+The first form checks a stream of dialogues derived from a seed. One in ten is an edited copy of an earlier one, one in
+ten a hard negative (half or more of it new). Each is added if the gate accepts it, as in a run. It prints for every
+step: CPU time of check and add, memory, candidates compared, and the share of each kind that was rejected. Then it
+builds the index again with the file of signatures, and without. `--grammar` makes all text from the phrases of
+`dedup_quality.py`, which overlap far more than real texts.
 
-Second: the time to go on with a run of n accepted dialogues, by part; its rows are those of RUN with other user texts.
+The second form measures the time to resume a run of n accepted dialogues, by part. Its rows are those of RUN with other
+user texts.
 """
 
 import argparse
@@ -49,18 +50,19 @@ SYLLABLES = [consonant + vowel for consonant in "bdfghklmnprstvw" for vowel in "
 WORDS = [
     "".join(LETTERS.choices(SYLLABLES, k=LETTERS.randrange(1, 5))) + LETTERS.choice("nsrlt") for _ in range(20_000)
 ]
-# Of rank r as often as 1 / (r + 3): roughly as words come in a language.
+# The word of rank r has the weight 1 / (r + 3): roughly the word frequencies of a language.
 WEIGHTS = list(accumulate(1 / (rank + 3) for rank in range(1, len(WORDS) + 1)))
 KINDS = {8: "copy", 9: "half new"}
-"""By the last digit of a dialogue's number; the others are originals."""
+"""Kinds by the last digit of a dialogue's number; the others are originals."""
 SAMPLE = 200
+"""Dialogues over which the number of candidates is averaged."""
 
 
 # --- the stream -------------------------------------------------------------------------------------------------------
 
 
 def free(rng: random.Random) -> str:
-    """A phrase of the grammar and 10 to 29 words by their frequency: 20 to 40 words in most cases."""
+    """A phrase of the grammar and 10 to 29 words by frequency: 20 to 40 words in most cases."""
     fill = {slot: rng.choice(texts) for slot, texts in quality.CHOICES.items()}
     phrase = fill[rng.choice(("opening", "frame", "detail"))].format(**fill)
     return f"{phrase} {' '.join(rng.choices(WORDS, cum_weights=WEIGHTS, k=rng.randrange(10, 30)))}."
@@ -72,7 +74,7 @@ def of_grammar(rng: random.Random) -> str:
 
 
 def original(number: int, write: Write) -> Messages:
-    """The user's side of that dialogue if it is no copy."""
+    """The user messages of that dialogue if it is an original."""
     rng = random.Random(number)
     return [write(rng) for _ in range(4)]
 
@@ -91,7 +93,7 @@ def edited(rng: random.Random, base: Messages) -> Messages:
 
 
 def resembling(rng: random.Random, base: Messages, write: Write) -> Messages:
-    """Half or more of it is new: other turns, or everything but the openings."""
+    """A hard negative: half or more of it is new, some turns or everything but the openings."""
     if rng.random() < 0.5:
         kept = rng.randrange(1, 3)
         return [*base[:kept], *(write(rng) for _ in base[kept:])]
@@ -99,7 +101,7 @@ def resembling(rng: random.Random, base: Messages, write: Write) -> Messages:
 
 
 def offered(number: int, write: Write) -> tuple[str, Dialogue]:
-    """Kind and dialogue of that place in the stream."""
+    """Kind and dialogue of a number in the stream."""
     kind = KINDS.get(number % 10, "original") if number >= 10 else "original"
     texts = original(number, write)
     if kind != "original":
@@ -110,22 +112,23 @@ def offered(number: int, write: Write) -> tuple[str, Dialogue]:
 
 
 class Tally:
-    """What the gate said by kind since the last line."""
+    """The decisions of the gate by kind since the last line."""
 
     def __init__(self) -> None:
-        self.asked, self.turned_down = Counter[str](), Counter[str]()
+        self.checked, self.rejected = Counter[str](), Counter[str]()
         self.cpu = 0.0
 
-    def line(self, number: int, memory: float, looked_at: float) -> str:
+    def line(self, number: int, memory: float, candidates: float) -> str:
         """A line of the table."""
-        shares = "  ".join(f"{self.turned_down[k] / self.asked[k]:>10.5f}" for k in ("copy", "half new", "original"))
-        each = 1e6 * self.cpu / self.asked.total()
-        return f"{number:>9,}  {each:>7.0f}  {memory / 2**20:>6.0f}  {looked_at:>9.0f}  {shares}"
+        shares = "  ".join(f"{self.rejected[k] / self.checked[k]:>10.5f}" for k in ("copy", "half new", "original"))
+        each = 1e6 * self.cpu / self.checked.total()
+        return f"{number:>9,}  {each:>7.0f}  {memory / 2**20:>6.0f}  {candidates:>10.0f}  {shares}"
 
 
 def stream(n: int, step: int, write: Write, file: Path) -> bytearray:
-    """Checks and adds n dialogues and prints the table; returns a 1 for each that was accepted."""
-    print(f"{'dialogues':>9}  {'us each':>7}  {'MiB':>6}  {'looked at':>9}  turned down: copy  half new    original")
+    """Checks and adds n dialogues and prints the table; returns 1 for each that was accepted, else 0."""
+    kinds = "  ".join(f"{kind:>10}" for kind in ("copy", "half new", "original"))
+    print(f"{'dialogues':>9}  {'us each':>7}  {'MiB':>6}  {'candidates':>10}  {kinds}  (share rejected)")
     before, accepted = quality.resident(), bytearray(n)
     index, tally = DuplicateIndex(DuplicateSettings(), file), Tally()
     for number in range(n):
@@ -135,8 +138,8 @@ def stream(n: int, step: int, write: Write, file: Path) -> bytearray:
         if reason is None:
             index.add(one)
         tally.cpu += time.process_time() - began
-        tally.asked[kind] += 1
-        tally.turned_down[kind] += reason is not None
+        tally.checked[kind] += 1
+        tally.rejected[kind] += reason is not None
         accepted[number] = reason is None
         if (number + 1) % step == 0:
             memory = quality.resident() - before
@@ -147,7 +150,7 @@ def stream(n: int, step: int, write: Write, file: Path) -> bytearray:
 
 
 def again(accepted: bytearray, write: Write, file: Path | None) -> float:
-    """CPU seconds to build the index of what was accepted."""
+    """CPU seconds to build the index of the accepted dialogues."""
     index, cpu = DuplicateIndex(DuplicateSettings(), file), 0.0
     for number, kept in enumerate(accepted):
         if kept:
@@ -158,11 +161,11 @@ def again(accepted: bytearray, write: Write, file: Path | None) -> float:
     return cpu
 
 
-# --- going on with a run ----------------------------------------------------------------------------------------------
+# --- resuming a run ---------------------------------------------------------------------------------------------------
 
 
 def longer(run: Run, n: int, path: Path) -> Run:
-    """A run of n accepted dialogues: the rows of another one with other user texts."""
+    """A run of n accepted dialogues: the rows of `run` with other user texts."""
     path.mkdir()
     shutil.copy(run.path / "recipe.json", path)
     shutil.copy(run.path / "seeds.jsonl", path)
@@ -178,7 +181,7 @@ def longer(run: Run, n: int, path: Path) -> Run:
 
 
 def parts(run: Run) -> Iterator[tuple[str, float]]:
-    """CPU seconds of each part of what a resumed run remembers, then of the whole."""
+    """CPU seconds of each part of reading a resumed run, then of all of it."""
     recipe = msgspec.convert(run.manifest.resolved, Recipe)
     values, settings = values_of(recipe, run.seeds()), DuplicateSettings()
 
@@ -206,7 +209,7 @@ def parts(run: Run) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
-    """Prints the one or the other."""
+    """Runs one of the two forms."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int)
     parser.add_argument("--step", type=int, default=100_000)

@@ -1,8 +1,8 @@
 """Dialogues against a server that answers every fifth request with a fault.   python bench/faults.py [--n 2000]
 
-Grows the demo's dialogues over HTTP twice, without faults and with a mixture of twenty kinds, and compares: the number
-kept, the ids, every byte, and call by call what the server answered well with what stands in the journal. Exits with 1
-if any of that falls short; `--json` prints the figures for a program.
+Generates the demo's dialogues over HTTP twice, without faults and with a mixture of twenty kinds. It compares the
+number accepted, the ids, every byte, and call by call the good answers of the server with the journal. Exits with 1 if
+anything differs; `--json` prints the figures for a program.
 """
 
 import argparse
@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the server is the tests'
-
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.jobs import jobs
 from intersafe.generation.prepare import prepare
@@ -31,10 +29,13 @@ from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
 from intersafe.run.journal import entries_of
 from intersafe.storage.bundled import bundled
-from tests.servers.chaos_server import AWAY, FAULTS, Running, running_chaos
+from tests.support.servers.chaos_server import AWAY, FAULTS, Running, running_chaos
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the server is the tests'
+
 
 ALL_KINDS = 1_000
-"""Dialogues from which on every kind of fault must have been met."""
+"""Dialogues from which on every kind of fault must occur."""
 OUTCOMES = ("dialogues.jsonl", "rejected.jsonl", "failed.jsonl")
 
 
@@ -50,7 +51,7 @@ class Quiet(Display):
 
 
 def recipe_for(url: str, concurrency: int, timeout: float, **changes: Any) -> Recipe:
-    """The demo's dialogues, without painter and refusals, with the whole cast behind one URL (or several)."""
+    """The demo's dialogues, without painter and refusals, with the whole cast at one URL (or several)."""
     recipe, spec = load_recipe(bundled("pipelines/demo.yaml")), f"openai:scripted@{url}"
     cast = structs.replace(recipe.cast, painter=None, responder=None)
     limits = structs.replace(recipe.limits, timeout=timeout, patience=120.0)
@@ -59,32 +60,32 @@ def recipe_for(url: str, concurrency: int, timeout: float, **changes: Any) -> Re
 
 
 def digest(run: Path) -> str:
-    """sha256 of the outcome files, one after the other."""
+    """sha256 of the outcome files, concatenated."""
     files = [run / name for name in OUTCOMES if (run / name).exists()]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class Ledger(NamedTuple):
-    """What the server answered well, held against the journal."""
+    """The good answers of the server, compared with the journal."""
 
     journal: int
     """Lines of the journal."""
     twice: int
-    """Of them those whose key stood there before."""
+    """Of these, lines whose key occurred before."""
     unpaid: int
-    """Of them those that the server never gave."""
+    """Of these, replies that the server never gave."""
     answered: int
-    """Requests that the server answered well."""
+    """Requests with a good answer."""
     again: int
-    """Of them those whose body it had answered well before."""
+    """Of these, requests whose body had a good answer before."""
     dropped: int
-    """Calls that were answered and are not in the journal: those in flight when the last job was decided."""
+    """Answered calls that are not in the journal because they were in flight when the last job was decided."""
     lost: int
-    """Answered calls that are not in the journal, of jobs that needed them: there must be none."""
+    """Other answered calls that are not in the journal; must be 0."""
 
 
 def ledger(recipe: Recipe, run: Path, good: dict[str, list[Any]]) -> Ledger:
-    """The ledger of a run that is finished; `good` is the server's account, by body."""
+    """The ledger of a finished run; `good` are the good answers that the server counted, by body."""
     entries = [entry for path in sorted((run / "journal").glob("*.jsonl")) for entry in entries_of(path)]
     texts: dict[int, list[str]] = {}
     for entry in entries:
@@ -115,7 +116,7 @@ def ledger(recipe: Recipe, run: Path, good: dict[str, list[Any]]) -> Ledger:
 
 
 def _decided(run: Path) -> Iterator[tuple[int, str]]:
-    """Job and id, or nothing for an id, of every row of the outcome files."""
+    """Job and id (empty if it has none) of every row of the outcome files."""
     for name in OUTCOMES:
         if (run / name).exists():
             for line in (run / name).read_bytes().splitlines():
@@ -123,9 +124,9 @@ def _decided(run: Path) -> Iterator[tuple[int, str]]:
                 yield row["job"], row.get("id", "")
 
 
-def grow(chaos: Running, folder: Path, recipe: Recipe, n: int, **wishes: object) -> dict[str, Any]:
-    """The figures of one run against the server, set up as wished."""
-    chaos.set(reset=True, **wishes)
+def grow(chaos: Running, folder: Path, recipe: Recipe, n: int, **settings: object) -> dict[str, Any]:
+    """The figures of one run against the server with these settings."""
+    chaos.set(reset=True, **settings)
     display, began, cpu = Quiet(), time.monotonic(), time.process_time()
     run = generate_dialogues(recipe, run=folder, n=n, display=display)
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
@@ -138,19 +139,19 @@ def grow(chaos: Running, folder: Path, recipe: Recipe, n: int, **wishes: object)
 
 
 def check(figures: dict[str, dict[str, Any]], n: int, concurrency: int) -> list[str]:
-    """What falls short, in words."""
-    short = [] if len({run["sha256"] for run in figures.values()}) == 1 else ["the bytes differ"]
+    """The problems found, in words."""
+    problems = [] if len({run["sha256"] for run in figures.values()}) == 1 else ["the bytes differ"]
     for name, run in figures.items():
         if not run["accepted"] == run["ids"] == n:
-            short.append(f"{name}: {run['accepted']} kept with {run['ids']} ids, {n} wanted")
+            problems.append(f"{name}: {run['accepted']} accepted with {run['ids']} ids, {n} expected")
         if run["lost"] or run["twice"] or run["unpaid"] or run["dropped"] > concurrency:
-            short.append(f"{name}: the journal and the server disagree")
+            problems.append(f"{name}: the journal and the server disagree")
     unmet = [kind for kind in FAULTS if kind not in figures["faults"]["kinds"]]
-    return short + [f"no request met {kind!r}" for kind in unmet if n >= ALL_KINDS]
+    return problems + [f"no request met {kind!r}" for kind in unmet if n >= ALL_KINDS]
 
 
 def main() -> None:
-    """Exits with 1 if anything falls short."""
+    """Exits with 1 if there is a problem."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--n", type=int, default=2_000)
     options.add_argument("--concurrency", type=int, default=64)
@@ -166,19 +167,19 @@ def main() -> None:
             figures[name] = grow(chaos, Path(folder) / name, recipe, given.n, faults=faults)
             if not given.json:
                 show(name, figures[name])
-    short = check(figures, given.n, given.concurrency)
+    problems = check(figures, given.n, given.concurrency)
     if given.json:
-        print(json.dumps(figures | {"short": short}))
+        print(json.dumps(figures | {"short": problems}))
     else:
-        print("; ".join(short) or "the same bytes, nothing lost, nothing in the journal twice")
-    sys.exit(1 if short else 0)
+        print("; ".join(problems) or "the same bytes, nothing lost, nothing in the journal twice")
+    sys.exit(1 if problems else 0)
 
 
 def show(name: str, run: dict[str, Any]) -> None:
     """Prints the figures of one run."""
     print(
-        f"{name}: {run['accepted']:,} kept with {run['ids']:,} ids; {run['requests']:,} requests, "
-        f"{run['answered']:,} answered well ({run['again']} again), {run['journal']:,} in the journal "
+        f"{name}: {run['accepted']:,} accepted with {run['ids']:,} ids; {run['requests']:,} requests, "
+        f"{run['answered']:,} good answers ({run['again']} again), {run['journal']:,} in the journal "
         f"({run['twice']} twice), {run['dropped']} dropped at the end, {run['lost']} lost; "
         f"{run['seconds']:.0f} s, {run['cpu']:.0f} s of CPU, at most {run['most_in_flight']} in flight"
     )

@@ -2,10 +2,10 @@
 
     python bench/kills.py [--n 11270] [--kills 10] [--http-n 400] [--http-kills 60]
 
-First the demo recipe with its scripted cast in process: concurrency 1, 64, and 64 with SIGKILLs. Then over HTTP, with a
-server that counts: SIGKILL, SIGTERM and SIGINT in turn, while it starts, while it works and while it ends. A call was
-paid for again where the server answered a body well once more; a kill may cost the calls in flight, a SIGKILL one group
-of the journal besides. `--n 0` or `--http-n 0` leaves a part out. Exits with 1 if anything falls short.
+First the demo recipe with its scripted models in process: concurrency 1, 64, and 64 with SIGKILLs. Then over HTTP with
+a server that counts: SIGKILL, SIGTERM and SIGINT in turn, while the run starts, works and ends. A call was paid again
+if the server gave a good answer to its body twice. A kill may cost the calls in flight, a SIGKILL also one group of the
+journal. `--n 0` or `--http-n 0` skips a part. Exits with 1 if anything differs.
 """
 
 import argparse
@@ -22,17 +22,18 @@ from typing import NamedTuple
 
 import msgspec
 
+from intersafe.storage.jsonl import GROUP_LINES
+from tests.support.servers.chaos_server import Running, running_chaos
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the server is the tests'
 
-from intersafe.storage.jsonl import GROUP_LINES
-from tests.servers.chaos_server import Running, running_chaos
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
 STOPPED = (130, *(-how for how in SIGNALS))
 
 
 class Key(msgspec.Struct):
-    """What is read of a journal line."""
+    """The part of a journal line that is read."""
 
     key: str
 
@@ -45,7 +46,7 @@ def start(folder: Path, n: int, concurrency: int, *more: str) -> "subprocess.Pop
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # A script started in the background ignores SIGINT, and so would what it starts.
+        # A script started in the background ignores SIGINT, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
@@ -57,7 +58,7 @@ def digest(folder: Path) -> str:
 
 
 def journal(folder: Path) -> tuple[int, int]:
-    """Lines of the journal, and how many of them have a key that stood there before."""
+    """Lines of the journal, and how many of them have a key that occurred before."""
     lines = (folder / "run" / "journal" / "main.jsonl").read_bytes().splitlines()
     keys = [msgspec.json.decode(line, type=Key).key for line in lines]
     return len(keys), len(keys) - len(set(keys))
@@ -67,13 +68,13 @@ def journal(folder: Path) -> tuple[int, int]:
 
 
 def grow(n: int, concurrency: int, kills: int, dice: random.Random) -> tuple[str, int, int]:
-    """sha256, journal lines, and lines whose key stood there before."""
+    """sha256 of the outcome files, journal lines, and lines whose key occurred before."""
     with tempfile.TemporaryDirectory() as name:
         folder, killed, began = Path(name), 0, time.monotonic()
         while True:
             process = start(folder, n, concurrency)
             try:
-                # Spread over the run: about 100 dialogues a second on two quiet cores.
+                # Spread over the run: about 100 dialogues per second on two idle cores.
                 code = process.wait(timeout=1 + dice.random() * n / 100 / kills if killed < kills else None)
             except subprocess.TimeoutExpired:
                 process.kill()
@@ -88,7 +89,7 @@ def grow(n: int, concurrency: int, kills: int, dice: random.Random) -> tuple[str
 
 
 def in_process(n: int, kills: int, dice: random.Random) -> bool:
-    """True if all three runs came to the same end."""
+    """True if all three runs gave the same bytes and wrote no call twice."""
     done = [grow(n, 1, 0, dice), grow(n, 64, 0, dice), grow(n, 64, kills, dice)]
     same = len({found for found, *_ in done}) == 1
     twice, lines = [entry[2] for entry in done], [entry[1] for entry in done]
@@ -100,22 +101,22 @@ def in_process(n: int, kills: int, dice: random.Random) -> bool:
 
 
 class Kill(NamedTuple):
-    """One process that did not come to its end by itself."""
+    """One process that was killed."""
 
     how: signal.Signals
     when: str
     code: int
     in_flight: int
-    """Calls that the server was at work on."""
+    """Calls that the server was working on."""
 
     @property
     def allowed(self) -> int:
-        """Calls that it may cost."""
+        """Most calls that it may cost."""
         return self.in_flight + (GROUP_LINES if self.how == signal.SIGKILL else 0)
 
 
-def kept(folder: Path) -> int:
-    """Dialogues on the disk."""
+def accepted(folder: Path) -> int:
+    """Number of dialogues on the disk."""
     path = folder / "run" / "dialogues.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -123,22 +124,22 @@ def kept(folder: Path) -> int:
 def kill(
     process: "subprocess.Popen[bytes]", server: Running, folder: Path, how: signal.Signals, when: str, more: float
 ) -> Kill | None:
-    """Waits for the moment and ends the process; None if it ended before by itself.
+    """Waits for the moment and sends the signal; None if the process ended by itself before.
 
-    `more` are seconds while it starts, requests while it works, and at the end dialogues on the disk.
+    `more` is the moment: seconds for `start`, requests for `work`, dialogues on the disk for `end`.
     """
     began, before = time.monotonic(), server.log()["requests"]
     moments: dict[str, Callable[[], float]] = {
         "start": lambda: time.monotonic() - began,
         "work": lambda: server.log()["requests"] - before,
-        "end": lambda: kept(folder),
+        "end": lambda: accepted(folder),
     }
     while process.poll() is None and moments[when]() < more:
         time.sleep(0.002)
     process.send_signal(how)
     in_flight: int = server.log()["in_flight"]
     code = process.wait()
-    while server.log()["in_flight"]:  # what it was at work on is paid for
+    while server.log()["in_flight"]:  # the calls in flight are paid for
         time.sleep(0.002)
     if code == 0:
         return None
@@ -147,7 +148,7 @@ def kill(
 
 
 def over_http(n: int, kills: int, concurrency: int, latency: float, dice: random.Random) -> bool:
-    """True if the bytes are the same and the kills cost no more than they may."""
+    """True if the bytes are the same and the kills cost no more calls than allowed."""
     done: list[Kill] = []
     with running_chaos(latency=latency) as server, tempfile.TemporaryDirectory() as name:
         whole, folder = Path(name) / "whole", Path(name) / "killed"
@@ -166,18 +167,18 @@ def over_http(n: int, kills: int, concurrency: int, latency: float, dice: random
             process = start(folder, n, concurrency, *more)
             if one := kill(process, server, folder, how, when, bound):
                 done.append(one)
-            else:  # as if it had been killed just before it wrote the last file
+            else:  # as if it had been killed just before it wrote its last file
                 (folder / "run" / "summary.json").unlink()
                 done.append(Kill(how, "end", 0, 0))
         assert start(folder, n, concurrency, *more).wait() == 0
         seconds, good = time.monotonic() - began, server.log(whole=True)["good"]
         again, allowed = sum(count - 1 for count, *_ in good.values()), sum(one.allowed for one in done)
         same, (lines, twice) = digest(whole) == digest(folder), journal(folder)
-        rows = kept(folder)
+        rows = accepted(folder)
     moments = ", ".join(f"{when} {sum(one.when == when for one in done)}" for when in ("start", "work", "end"))
     print(f"over HTTP: {rows} dialogues, {calls} calls, {len(done)} kills (while at {moments}), {seconds:.0f} s")
     print(
-        f"same bytes: {same}; paid again: {again}, {again / max(1, len(done)):.1f} a kill, allowed {allowed} "
+        f"same bytes: {same}; paid again: {again}, {again / max(1, len(done)):.1f} per kill, allowed {allowed} "
         f"({sum(one.in_flight for one in done)} in flight and {GROUP_LINES} for each SIGKILL); "
         f"calls written twice: {twice} of {lines}"
     )

@@ -1,11 +1,11 @@
-"""The share of prompt tokens that two replicas have in their prefix caches: dialogues that stay, and calls at random.
+"""The share of prompt tokens in the prefix caches of two replicas: dialogues that stay on one, and calls at random.
 
     make .venv-vllm/ready && .venv-vllm/bin/python bench/prefix_cache.py [--n 40] [--rounds 3]
 
-Two real vLLM servers on the CPU, started as `intersafe serve` starts them, answer every role with the tiny cast of the
-tests. The same run is grown in turn with both URLs in the recipe, where a dialogue stays on one replica, and through a
-proxy that sends each call to either at random, as a load balancer does that knows nothing of dialogues. The caches are
-emptied before each run; the figures are the servers' own (`/metrics`).
+Two real vLLM servers on the CPU, started as `intersafe serve` starts them, answer every role with the tiny models of
+the tests. The same run is made in two ways, in turn. With both URLs in the recipe a dialogue stays on one replica. A
+proxy sends each call to either at random, as a load balancer that knows nothing of dialogues. The caches are cleared
+before each run; the figures are the servers' own (`/metrics`).
 """
 
 import argparse
@@ -23,17 +23,19 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkpoint and the recipe are the tests'
-
 from intersafe.engines.metrics import Sample, parse_metrics
 from intersafe.generation.generate import generate_dialogues
 from intersafe.recipe.load import load_recipe
 from intersafe.serving.plan import servers_of
-from intersafe.serving.supervisor import watched
-from tests.engines import FIXTURES, put_up, write_recipe
+from intersafe.serving.supervisor import serving_in_background
+from tests.support.paths import FIXTURES
+from tests.support.tiny_engines import serve_entry, write_recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkpoint and the recipe are the tests'
+
 
 BLOCK = 32
-"""Tokens of a block of the KV cache: the fewest that a CPU has; the usual 128 are longer than many a turn here."""
+"""Tokens of a block of the KV cache: the minimum on a CPU. The default of 128 is longer than many turns here."""
 JSON = {"Content-Type": "application/json"}
 ENGINE = {
     "HF_HUB_OFFLINE": "1",
@@ -45,15 +47,15 @@ ENGINE = {
     "PYTHONPATH": str(FIXTURES.parent / "servers" / "torchvision_shim"),
     "VLLM_SERVER_DEV_MODE": "1",
 }
-"""The environment of a server on a CPU, with the route that empties its cache."""
+"""The environment of a server on a CPU, with the route that clears its cache."""
 
 
 def recipe_at(folder: Path, name: str, urls: Sequence[str], n: int) -> Path:
-    """The whole cast at these URLs, with long talks."""
+    """A recipe with the whole cast at these URLs and long conversations."""
     return write_recipe(
         folder / f"{name}.json",
         f"vllm:tiny-cast@{','.join(urls)}",
-        put_up(args={"skip_mm_profiling": True, "block_size": BLOCK}, env=ENGINE),
+        serve_entry(args={"skip_mm_profiling": True, "block_size": BLOCK}, env=ENGINE),
         samples=max(2, n // 8),
         turns={"min": 4, "mean": 5, "max": 6},
         limits={"concurrency": 8, "patience": 120},
@@ -62,16 +64,16 @@ def recipe_at(folder: Path, name: str, urls: Sequence[str], n: int) -> Path:
 
 @contextlib.contextmanager
 def at_random(urls: Sequence[str], seed: int) -> Iterator[str]:
-    """A proxy in front of the replicas that throws a die for each call."""
-    die, loop, begun, over = random.Random(seed), asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    """A proxy that sends each call to a random replica."""
+    rng, loop, begun, over = random.Random(seed), asyncio.new_event_loop(), threading.Event(), asyncio.Event()
     address: list[str] = []
 
     async def serve() -> None:
-        # A new connection for each call: a server closes those that were idle.
+        # A new connection for each call: the servers close idle ones.
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
 
             async def forward(request: web.Request) -> web.Response:
-                body, url = await request.read(), die.choice(urls)
+                body, url = await request.read(), rng.choice(urls)
                 async with session.post(f"{url}/chat/completions", data=body, headers=JSON) as answer:
                     return web.Response(status=answer.status, body=await answer.read(), headers=JSON)
 
@@ -96,23 +98,23 @@ def at_random(urls: Sequence[str], seed: int) -> Iterator[str]:
 
 
 def sample(url: str) -> Sample:
-    """The server's counters."""
+    """The metrics of the server."""
     with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
         found = parse_metrics(answer.read().decode())
     assert found
     return found
 
 
-def emptied(url: str) -> None:
-    """Forgets all that the prefix cache has."""
+def clear_cache(url: str) -> None:
+    """Clears the prefix cache of the server."""
     request = urllib.request.Request(url.removesuffix("/v1") + "/reset_prefix_cache", method="POST")
     urllib.request.urlopen(request).close()
 
 
 def measured(recipe: Path, run: Path, replicas: Sequence[str], n: int) -> tuple[float, float]:
-    """The share of prompt tokens that were found in the caches, 0 to 1, and how many were looked up."""
+    """The share of prompt tokens found in the caches, 0 to 1, and how many were looked up."""
     for url in replicas:
-        emptied(url)
+        clear_cache(url)
     before = [sample(url) for url in replicas]
     generate_dialogues(load_recipe(recipe), run=run, n=n)
     after = [sample(url) for url in replicas]
@@ -122,7 +124,7 @@ def measured(recipe: Path, run: Path, replicas: Sequence[str], n: int) -> tuple[
 
 
 def main() -> None:
-    """Grows the runs in turn and prints the shares."""
+    """Makes the runs in turn and prints the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
@@ -134,7 +136,9 @@ def main() -> None:
         sticky = recipe_at(folder, "sticky", urls, options.n)
         shares: dict[str, list[float]] = {"stays": [], "at random": []}
         tokens: dict[str, float] = {}
-        with watched(servers_of(load_recipe(sticky)), folder / "logs", lambda text: print(text, file=sys.stderr)):
+        with serving_in_background(
+            servers_of(load_recipe(sticky)), folder / "logs", lambda text: print(text, file=sys.stderr)
+        ):
             for round_ in range(options.rounds):
                 with at_random(urls, round_) as proxy:
                     spread = recipe_at(folder, "spread", [proxy], options.n)

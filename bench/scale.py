@@ -1,9 +1,9 @@
-"""What the driver of a run pays for each dialogue, with Ray workers and without.   python bench/scale.py [--n 1000]
+"""CPU time of a run's driver per dialogue, with Ray workers and without.   python bench/scale.py [--n 1000]
 
-Grows the dialogues of the demo three times: in one process, with one Ray worker and with two, each in a process of its
-own. Prints dialogues/s and the CPU time of that process for each, both from the first kept dialogue to the last, and
-the digest of the bytes. Then holds the dialogues to the gates once more and writes them again, as a driver does with
-what comes from its workers, and reads the run as a driver does that goes on with it. Needs `pip install -e '.[ray]'`.
+Generates the demo's dialogues three times: in one process, with one Ray worker, and with two; each time in a new
+process. It prints dialogues/s, the CPU time of that process, both from the first accepted dialogue to the last, and the
+digest of the bytes. Then it checks the dialogues by the gates and writes them again, as a driver does with results of
+its workers, and reads the run as a driver that resumes it. Needs `pip install -e '.[ray]'`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from intersafe.storage.jsonl import GroupWriter
 
 
 class Watch(Display):
-    """Notes when the first dialogues were kept and when the last look was."""
+    """Notes when the first and the latest dialogues were accepted."""
 
     interval = 0.1
     progress: Progress | None = None
@@ -43,11 +43,11 @@ class Watch(Display):
     last = (0.0, 0.0, 0)
 
     def begin(self, progress: Progress) -> None:
-        """The run begins."""
+        """Takes the progress of the run."""
         self.progress = progress
 
     def look(self) -> None:
-        """Times and count of the first and the latest look that found something."""
+        """Notes the times and the count if there are new dialogues."""
         assert self.progress
         now = (time.monotonic(), time.process_time(), self.progress.funnel.accepted)
         if not self.first[2]:
@@ -62,7 +62,7 @@ def recipe_of() -> Recipe:
 
 
 def grow(folder: Path, n: int, workers: int) -> None:
-    """One run; prints its figures."""
+    """Makes one run and prints its figures."""
     watch = Watch()
     cluster = Cluster("local", workers) if workers else None
     run = generate_dialogues(recipe_of(), run=folder / f"run{workers}", n=n, display=watch, cluster=cluster)
@@ -72,14 +72,14 @@ def grow(folder: Path, n: int, workers: int) -> None:
     calls = sum(tally.calls for tally in run.roles().values())
     what = f"{workers} workers" if workers else "in process"
     print(
-        f"{what:<11} {kept / seconds:7.1f} dialogues/s  this process {1000 * busy / kept:6.2f} ms CPU a dialogue, "
-        f"peak {peak} MB  {calls / n:.1f} calls a dialogue  sha256 {digest[:16]}",
+        f"{what:<11} {kept / seconds:7.1f} dialogues/s  this process {1000 * busy / kept:6.2f} ms CPU per dialogue, "
+        f"peak {peak} MB  {calls / n:.1f} calls per dialogue  sha256 {digest[:16]}",
         flush=True,
     )
 
 
 def commit(folder: Path) -> None:
-    """Decodes, gates and writes the dialogues of a run as its driver does, and says what that takes."""
+    """Decodes, checks and writes the dialogues of a run as its driver does, and prints the time."""
     run, recipe = Run(folder / "run0"), recipe_of()
     sent = [msgspec.msgpack.encode(dialogue) for dialogue in run.dialogues()]
     chain = Chain(recipe.gates, values_of(recipe, run.seeds()), lambda ref: int(ref[:16], 16))
@@ -100,7 +100,7 @@ def commit(folder: Path) -> None:
     journal = sum(path.stat().st_size for path in (run.path / "journal").glob("*.jsonl"))
     turns = sum(len(dialogue.turns) for dialogue in run.dialogues())
     kept = (run.path / "dialogues.jsonl").stat().st_size / len(sent)
-    print(f"gates and commit: {1000 * spent / len(sent):.2f} ms CPU a dialogue of {size / 1024:.1f} KiB on the wire")
+    print(f"gates and commit: {1000 * spent / len(sent):.2f} ms CPU per dialogue of {size / 1024:.1f} KiB on the wire")
     began = time.process_time()
     chain = Chain(recipe.gates, values_of(recipe, run.seeds()), lambda ref: int(ref[:16], 16))
     for outcome in run.outcomes():
@@ -110,12 +110,12 @@ def commit(folder: Path) -> None:
     Journal(GroupWriter(folder / "again")).load(run.path / "journal", {"dialogues": len(sent)})
     entries = time.process_time() - began
     print(
-        f"going on with a run: {1000 * outcomes / len(sent):.2f} ms CPU a dialogue for the outcomes and the gates, "
+        f"resuming a run: {1000 * outcomes / len(sent):.2f} ms CPU per dialogue for the outcomes and the gates, "
         f"{1000 * entries / len(sent):.2f} for the journal"
     )
     print(
         f"a dialogue: {kept / 1024:.1f} KiB in dialogues.jsonl, {journal / len(sent) / 1024:.1f} KiB in the journal "
-        f"({journal / turns / 1024:.1f} a turn), {turns / len(sent):.2f} turns"
+        f"({journal / turns / 1024:.1f} per turn), {turns / len(sent):.2f} turns"
     )
     for role, tally in sorted(run.roles().items()):
         print(

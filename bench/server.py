@@ -1,11 +1,11 @@
-"""A model's server to measure against: a process of its own on another core, with latency, slots, faults and counters.
+"""The model server of the measurements: a process on another core, with latency, slots, faults and counters.
 
     python bench/server.py [--latency 0.1] [--slots 64] [--faults 0.2] [--seed 0]
 
-`model: fixed` is answered with the same bytes each time, `demo`, `careful` and `eager` by the scripted models. Images
-are taken as any part of a message and not looked at. Faults are 429, 500, 503 and cut connections; whether a body meets
-one follows from the seed, the body and how often it came before, so a call is never refused more than twice. `/seen`
-tells how many calls were answered, how many of them came again, and how many are being worked on.
+`model: fixed` gets the same bytes each time; the scripted models answer `demo`, `careful` and `eager`. Images are
+accepted and ignored. Faults are 429, 500, 503 and cut connections. The seed, the body and the number of earlier tries
+decide whether a request fails, so a call fails at most twice. `/seen` returns how many calls were answered, how many of
+them twice, and how many are in progress.
 """
 
 import argparse
@@ -39,30 +39,30 @@ _STATUS = (429, 500, 503, 0)
 
 
 class Seen(msgspec.Struct):
-    """What a server has to tell of itself."""
+    """The counters of a server."""
 
     answered: int
-    """Calls whose whole answer was handed to the connection, an unbroken one or not."""
+    """Calls whose whole answer was written to the connection, whether it arrived or not."""
     again: int
-    """Those of them whose body had been answered before: paid for twice."""
+    """Of these, calls whose body was answered before: paid twice."""
     working: int
-    """Calls that wait for their answer now."""
+    """Calls in progress."""
     faults: int
     began: float
-    """When the first call came and the last one was answered, on the server's clock; 0 without any."""
+    """When the first call came and the last one was answered, in seconds of the server's clock; 0 if there is none."""
     ended: float
     inner: tuple[float, float]
-    """When 5 % and when 95 % of the calls so far were answered: start and tail lie outside."""
+    """When 5 % and when 95 % of the calls so far were answered, which leaves out start and tail."""
 
     @property
     def steady(self) -> float:
-        """Calls a second between these two moments."""
+        """Calls per second between these two moments."""
         began, ended = self.inner
         return 0.9 * self.answered / (ended - began) if ended > began else 0.0
 
     @property
     def whole(self) -> float:
-        """Calls a second from the first call that came to the last answer."""
+        """Calls per second from the first call to the last answer."""
         return self.answered / (self.ended - self.began) if self.ended > self.began else 0.0
 
 
@@ -88,7 +88,7 @@ class _Server:
         """Answers one call."""
         data = await request.read()
         self._began = self._began or asyncio.get_running_loop().time()
-        answered, times = self._answered, self._times  # those of now: a killed client's calls end after `forget`
+        answered, times = self._answered, self._times  # the current ones: a killed client's calls end after `forget`
         self._working += 1
         try:
             name = hashlib.blake2b(data, digest_size=8).digest()
@@ -108,7 +108,7 @@ class _Server:
         return web.Response(body=answer, content_type="application/json")
 
     def _fault(self, name: bytes) -> int | None:
-        """The fault that this try of a body meets, if any."""
+        """The fault of this try of a body; None for a good answer."""
         tried = self._tries[name]
         self._tries[name] += 1
         dice = random.Random(f"{self._seed} {tried} {name.hex()}")
@@ -125,7 +125,7 @@ class _Server:
         return response
 
     async def seen(self, request: web.Request) -> web.Response:
-        """The counters; `?forget=1` sets them back afterwards."""
+        """Returns the counters; `?forget=1` resets them afterwards."""
         times = self._times
         answered = len(times)
         again = answered - len(self._answered)
@@ -137,7 +137,7 @@ class _Server:
         return web.Response(body=msgspec.json.encode(seen), content_type="application/json")
 
     async def models(self, _: web.Request) -> web.Response:
-        """The list of models, which some clients ask for first."""
+        """Returns the list of models, which some clients ask for first."""
         return web.json_response({"object": "list", "data": [{"id": "fixed", "object": "model"}]})
 
 
@@ -176,7 +176,7 @@ async def _serve(options: argparse.Namespace) -> None:
     await asyncio.Event().wait()
 
 
-# --- from outside ----------------------------------------------------------------------------------------------------
+# --- the client's side -----------------------------------------------------------------------------------------------
 
 
 class Server(NamedTuple):
@@ -186,14 +186,14 @@ class Server(NamedTuple):
     """Base URL, with `/v1`."""
 
     def seen(self, *, forget: bool = False) -> Seen:
-        """Its counters."""
+        """Reads the counters; `forget` resets them afterwards."""
         with urllib.request.urlopen(f"{self.url}/seen{'?forget=1' if forget else ''}", timeout=60) as answer:
             return msgspec.json.decode(answer.read(), type=Seen)
 
 
 @contextlib.contextmanager
 def serving(latency: float = 0.0, slots: int = SLOTS, faults: float = 0.0, seed: int = 0) -> Iterator[Server]:
-    """A server in a process of its own; latency in seconds, `slots` calls are worked on at once."""
+    """Starts a server in a process of its own; `latency` in seconds, for `slots` calls at once."""
     options = {"--latency": latency, "--slots": slots, "--faults": faults, "--seed": seed}
     command = [sys.executable, __file__, *(str(word) for option in options.items() for word in option)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -208,11 +208,11 @@ def main() -> None:
     """Prints the base URL and serves until it is killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency", type=float, default=0.0, help="seconds for one answer (0)")
-    parser.add_argument("--slots", type=int, default=SLOTS, help="calls worked on at once, with a latency (64)")
-    parser.add_argument("--faults", type=float, default=0.0, help="share of calls that meet a fault at first (0)")
+    parser.add_argument("--slots", type=int, default=SLOTS, help="calls answered at once, with a latency (64)")
+    parser.add_argument("--faults", type=float, default=0.0, help="share of first and second tries that fail (0)")
     parser.add_argument("--seed", type=int, default=0, help="of the faults (0)")
     options = parser.parse_args()
-    # The highest core the machine lets us have: who measures sits on the lowest one.
+    # The highest core that we may use; the measuring process uses the lowest one.
     os.sched_setaffinity(0, {CORES[-1]})
     asyncio.run(_serve(options))
 

@@ -1,9 +1,9 @@
-"""A long run with flat memory: RSS when a tenth of the dialogues is there, and at the end.
+"""Whether the memory of a long run stays flat: RSS at a tenth of the dialogues, and at the end.
 
     python bench/soak.py [--n 100000] [--painter] [--no-duplicates] [--keep FOLDER]
 
-Grows the demo recipe with more samples, without refusals, in one process, and reads its RSS from /proc twice a second.
-Exits with 1 if the end lies more than 10 % above the first tenth.
+Runs the demo recipe with more samples, without refusals, in one process, and reads its RSS from /proc twice a second.
+Exits with 1 if the RSS at the end is more than 10 % above that at a tenth.
 """
 
 import argparse
@@ -22,13 +22,13 @@ EVERY = 0.5
 
 
 class Lines:
-    """How many lines a file has so far; reads only what was added since the last look."""
+    """Counts the lines of a growing file; reads only what was added since the last count."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset, self.count = path, 0, 0
 
     def look(self) -> int:
-        """The number of lines."""
+        """The number of lines now."""
         if self._path.exists():
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -47,7 +47,7 @@ def rss_of(pid: int) -> float:
 
 
 def grow(recipe: Path, folder: Path, n: int) -> tuple[list[tuple[int, float]], float]:
-    """Dialogues and megabytes at every look, and the seconds that the run took."""
+    """Dialogues and megabytes at every sample, and the seconds that the run took."""
     command = [sys.executable, "-m", "intersafe", "generate", "--pipeline", str(recipe), "--no-refusals"]
     seen: list[tuple[int, float]] = []
     lines, began = Lines(folder / "run" / "dialogues.jsonl"), time.monotonic()

@@ -1,4 +1,4 @@
-"""What the measurements share: the machine in words, recipes, seeds with large images, and one child process's cost."""
+"""What the measurements share: the machine in words, recipes, seeds with large images, the cost of a process."""
 
 import contextlib
 import io
@@ -49,7 +49,7 @@ def demo_recipe(
     seeds: Path | None = None,
     url: str = "",
 ) -> Path:
-    """Writes the demo recipe without refusal samples to `path`; with a `url` the scripted cast answers over HTTP."""
+    """Writes the demo recipe without refusal samples to `path`; with a `url` the scripted models answer over HTTP."""
     source = bundled("pipelines/demo.yaml")
     recipe: dict[str, Any] = yaml.safe_load(source.read_text())
     recipe |= {
@@ -73,7 +73,7 @@ def demo_recipe(
 
 
 def photo(number: int, size: int = IMAGE_BYTES) -> bytes:
-    """A JPEG of noise of about `size` bytes, another one for every number."""
+    """A JPEG of noise of about `size` bytes, a different one for every number."""
     edge = 260
     noise = random.Random(number).randbytes(edge * edge * 3)
     image = Image.frombytes("RGB", (edge, edge), noise)
@@ -89,7 +89,7 @@ def photo(number: int, size: int = IMAGE_BYTES) -> bytes:
 
 
 def photos(folder: Path, count: int) -> list[Path]:
-    """So many image files of about 100 KB."""
+    """Writes `count` image files of about 100 KB."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:04}.jpg" for number in range(count)]
     for number, path in enumerate(paths):
@@ -98,7 +98,7 @@ def photos(folder: Path, count: int) -> list[Path]:
 
 
 def photo_seeds(folder: Path) -> Path:
-    """The demo's seeds, each with a 100 KB image of its own."""
+    """Writes the demo's seeds, each with an image of 100 KB of its own."""
     source = bundled("seeds/intersafe.jsonl")
     rows = [msgspec.json.decode(line) for line in source.read_bytes().splitlines()]
     images = photos(folder / "images", len(rows))
@@ -113,21 +113,21 @@ def photo_seeds(folder: Path) -> Path:
 
 
 class Usage(NamedTuple):
-    """What a process and its children took."""
+    """The cost of a process and its children; CPU and wall time in seconds, memory in megabytes."""
 
     cpu: float
-    """Seconds, user and system, of the process and of the children that it waited for."""
+    """User and system time of the process and of the children that it waited for."""
     wall: float
     peak: float
-    """Most resident megabytes of the whole tree, looked at 20 times a second; shared pages count once a process.
+    """Highest resident memory of the whole tree, sampled 20 times a second; shared pages count once per process.
 
-    Of the first process it is the kernel's own high-water mark, so that no short peak is missed."""
+    For the first process it is the kernel's high-water mark, which misses no short peak."""
     code: int
     output: str
 
 
 class Child:
-    """A command in a process group of its own, on one core, whose tree is looked at while it runs."""
+    """A command in a process group of its own, on one core; samples the memory of its tree while it runs."""
 
     def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self._output = folder / "output.txt"
@@ -156,11 +156,11 @@ class Child:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def is_over(self) -> bool:
-        """True once the process has ended; it is still to be waited for."""
+        """True once the process has ended; `wait` must still be called."""
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self, patience: float = 3_600.0) -> Usage:
-        """Its cost; a process that outlasts the patience, in seconds, is killed."""
+        """Waits for the end and returns the cost; kills the process after `patience` seconds."""
         deadline = time.monotonic() + patience
         while not self.is_over():
             if time.monotonic() > deadline:
@@ -171,7 +171,7 @@ class Child:
         self._stopped.set()
         self._watch.join()
         self._process.returncode = os.waitstatus_to_exitcode(status)
-        self.kill()  # children that outlived it
+        self.kill()  # children that still run
         output = self._output.read_text(errors="replace")
         return Usage(usage.ru_utime + usage.ru_stime, wall, self._peak, self._process.returncode, output)
 
@@ -190,7 +190,7 @@ def _tree(root: int) -> Iterator[int]:
 
 
 def _status(pid: int, field: str) -> float:
-    """A size from /proc in megabytes; 0 for a process that is gone."""
+    """A size from /proc in megabytes; 0 for a process that has ended."""
     try:
         found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:
@@ -199,12 +199,12 @@ def _status(pid: int, field: str) -> float:
 
 
 def run(command: Sequence[str], folder: Path, patience: float = 3_600.0) -> Usage:
-    """Runs a command to its end."""
+    """Runs a command to its end and returns the cost; kills it after `patience` seconds."""
     return Child(command, folder).wait(patience)
 
 
 def wait_until(condition: Callable[[], bool], child: Child, every: float = 0.01) -> bool:
-    """Waits for a condition; False if the child ended before."""
+    """Waits for a condition; False if the child ended first."""
     while not condition():
         if child.is_over():
             return False
@@ -213,7 +213,7 @@ def wait_until(condition: Callable[[], bool], child: Child, every: float = 0.01)
 
 
 def seconds_of(command: Sequence[str], folder: Path) -> float:
-    """Wall time of a command that is too short to be looked at while it runs."""
+    """Wall time of a command that is too short to be sampled, in seconds."""
     began = time.perf_counter()
     subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     return time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""The terminal's work from Python: grow a small run, look at it, go on with it.   python examples/notebook.py"""
+"""The work of the command line from Python: make a small run, extend it, read it.   python examples/notebook.py"""
 
 import tempfile
 from collections import Counter
@@ -9,11 +9,11 @@ from intersafe.storage.bundled import bundled
 
 
 def main() -> None:
-    """Grows twenty dialogues with the scripted cast, then ten more, and prints what came out."""
+    """Generates twenty dialogues with the scripted models, then ten more, and prints some of the result."""
     folder = Path(tempfile.mkdtemp(prefix="intersafe-"))
     recipe = intersafe.override(intersafe.load_recipe(bundled("pipelines/demo.yaml")), seed=7)
     intersafe.generate_dialogues(recipe, run=folder / "run", n=20)
-    run = intersafe.generate_dialogues(recipe, run=folder / "run", n=30)  # goes on; the first twenty stay as they are
+    run = intersafe.generate_dialogues(recipe, run=folder / "run", n=30)  # resumes; the first twenty do not change
 
     safety = Counter(turn.verdict.safety for dialogue in run.dialogues() for turn in dialogue.turns)
     print(f"{run.path}: {run.funnel().accepted} dialogues, {run.funnel().mean_turns:.2f} turns each, {dict(safety)}")

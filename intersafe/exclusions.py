@@ -1,8 +1,9 @@
 """Hard exclusions: sexual content with minors never becomes a seed, is never sent to a model, and ends a job.
 
-Known limits: a word masked or misspelt (s*x, childd), reversed or in another language, half a word spelt out, two
-tricks in one word, and a young age that only the story tells pass. A sexual word in another sense beside a word for
-the young (pet grooming and a daughter) is excluded, as is sex education of teenagers.
+Known limits. These pass: a masked or misspelt word (s*x, childd), a word that is reversed or in another language, a
+word half spelt out, two disguises in one word, and a young age that only the story implies. These are excluded by
+mistake: a sexual word in another sense with a word for the young (pet grooming and a daughter), and sex education of
+teenagers.
 """
 
 import functools
@@ -45,12 +46,12 @@ _YOUNG = re.compile(rf"(?<![a-z])(?:{_YOUNG_WORDS})(?![a-z])")
 _SEXUAL = re.compile(rf"(?<![a-z])(?:{_SEXUAL_WORDS})(?![a-z])")
 _EXCLUDED = re.compile(rf"(?<![a-z])(?:{_ALWAYS})(?![a-z])")
 _SUSPECT = re.compile(rf"(?<![a-z])(?:{_ALWAYS}|{_SEXUAL_WORDS})(?![a-z])")
-"""One search for both: nearly every text is done after it."""
+"""One search for both: nearly every text needs no other."""
 _EXCLUDED_LABELS = re.compile(
     r"\bchild(?:ren)? (?:abuse|exploit|endanger|porn|sex)|\bminors?\b.{0,24}\bsex|\bsex.{0,24}\bminors?\b|"
     r"\bunder ?aged?\b|\b(?:csam?|csae|csem|csec?|s4)\b"
 )
-"""`cse` is MLCommons' code, `s4` Llama Guard's."""
+"""Labels of sources: `cse` is MLCommons' code, `s4` Llama Guard's."""
 _LETTERS = {
     letter: chr(ord("a") + i % 26)
     for start in (0x1F150, 0x1F170, 0x1F1E6)
@@ -58,8 +59,10 @@ _LETTERS = {
 }
 _LETTERS |= dict(zip("асеіорхуһԁѕјӏкмтвοαερτυικνβıłøđħ€", "aceiopxyhdsjlkmtboaeptuiknbilodhe", strict=True))
 _LETTERS |= dict(zip("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnoprstuvwyz", strict=True))
+_LETTERS |= dict.fromkeys("\u2010\u2012\u2013\u2212", "-") | dict.fromkeys("\u2018\u2019\u02bc", "'")
 _LETTERS |= dict.fromkeys("\u115f\u1160\u2800\u3164\uffa0", "")
-"""Letters that look like Latin ones, emoji letters, and blanks that are no spaces, as what a reader takes them for."""
+"""Look-alike letters, emoji letters, typographic hyphens and apostrophes, and blanks that are no spaces, each as what
+a reader takes it for."""
 _CONTROLS = dict.fromkeys([*range(9), *range(14, 32), 127])
 _CAPITAL_I = re.compile(r"(?<=[a-z])I")
 _STRETCHED = re.compile(r"([a-z])\1\1+")
@@ -69,7 +72,7 @@ _LETTERS_WITH_DIGITS = re.compile(
     r"(?<![a-z0-9@$!|])(?=[a-z]*[0-9@$!|])(?=[a-z0-9@$!|]*[a-z])[a-z0-9@$!|]{3,}(?![a-z0-9@$!|])"
 )
 _LEET = (str.maketrans("013457@$!|", "oieastasii"), str.maketrans("013457@$!|", "oleastasil"))
-"""Two, since 1 and | stand for i and for l."""
+"""Two tables, since 1 and | stand for i and for l."""
 
 
 def _joined(match: re.Match[str]) -> str:
@@ -79,7 +82,7 @@ def _joined(match: re.Match[str]) -> str:
 
 
 def _folded(text: str) -> str:
-    """Small plain letters, as far as they look like letters; no accents, controls, or marks that are not seen."""
+    """The text in lower-case Latin letters, without accents, control characters and invisible marks."""
     plain = text.casefold().translate(_CONTROLS)
     if not plain.isascii():
         plain = unicodedata.normalize("NFKD", plain).casefold()
@@ -87,60 +90,62 @@ def _folded(text: str) -> str:
     return _STRETCHED.sub(r"\1", plain)
 
 
-def _spoken(match: re.Match[str]) -> str:
-    """A word with digits as the two words that it can stand for."""
+def _without_digits(match: re.Match[str]) -> str:
+    """A word with digits, read in the two ways that the digits allow."""
     one, other = (match[0].translate(table) for table in _LEET)
     return one if one == other else f"{one} {other}"
 
 
 def _readings(text: str) -> set[str]:
-    """The text as a reader would take it: folded, with look-alike letters and spelt-out words put right."""
+    """The ways in which a reader may read the text: folded, with disguised letters and spelt-out words undone."""
     folded = {_folded(text)}
     if _CAPITAL_I.search(text):
         folded.add(_folded(_CAPITAL_I.sub("l", text)))
     spelt = {" ".join(_SPELT_OUT.sub(_joined, reading).split()) for reading in folded}
-    leet = {_LETTERS_WITH_DIGITS.sub(_spoken, reading) for reading in spelt}
+    leet = {_LETTERS_WITH_DIGITS.sub(_without_digits, reading) for reading in spelt}
     return spelt | leet | {_JOINERS.sub("", reading) for reading in leet}
 
 
 def excluded(text: str, label: str = "") -> bool:
     """True if the text, or the source's own label for it, is about sexual content with minors.
 
-    The rule errs on the side of excluding: a word for a young person together with a sexual word anywhere in the same
-    text is enough. A mention of children alone (a fever, a college fund) is not. Folding undoes case, accents,
-    look-alike letters, digits for letters and words spelt out letter by letter.
+    The rule errs on the side of excluding: a word for a young person and a sexual word anywhere in the same text are
+    enough. A mention of children alone (a fever, a college fund) is not. Case, accents, look-alike letters, digits for
+    letters and words spelt out letter by letter are undone first.
     """
     return _is_excluded(text) or (bool(label) and (_label_is_excluded(label) or _is_excluded(label)))
 
 
 def excluded_together(texts: Iterable[str]) -> bool:
-    """True if the texts, read as one, are about sexual content with minors: each word may stand in another text."""
+    """True if the texts, read as one, are about sexual content with minors; the words may be in different texts."""
     texts = tuple(texts)
-    signs = [_signs(text) for text in texts]
-    return any(sign.always for sign in signs) or (
-        any(sign.sexual for sign in signs) and any(_speaks_of_the_young(text) for text in texts)
+    found = [_found_in(text) for text in texts]
+    return any(words.always for words in found) or (
+        any(words.sexual for words in found) and any(_mentions_the_young(text) for text in texts)
     )
 
 
-class _Signs(NamedTuple):
+class _Found(NamedTuple):
     always: bool
+    """A word that is excluded by itself."""
     sexual: bool
+    """A sexual word."""
 
 
 @functools.lru_cache(maxsize=4096)
-def _signs(text: str) -> _Signs:
-    """What stands in a text; remembered, since a talk is looked at again with each new message."""
+def _found_in(text: str) -> _Found:
+    """Which words a text has; cached, since a conversation is checked again with each new message."""
     readings = _readings(text)
     if not any(_SUSPECT.search(reading) for reading in readings):
-        return _Signs(False, False)
-    return _Signs(
+        return _Found(False, False)
+    return _Found(
         any(_EXCLUDED.search(reading) for reading in readings), any(_SEXUAL.search(reading) for reading in readings)
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _speaks_of_the_young(text: str) -> bool:
-    # The two words need not stand in the same reading: a disguise of one may be spoilt by undoing that of the other.
+def _mentions_the_young(text: str) -> bool:
+    # Both words need not be in the same reading: undoing the disguise of one may spoil the other.
     return any(_YOUNG.search(reading) for reading in _readings(text))
 
 

@@ -1,7 +1,7 @@
-"""The values that flow through the house: frozen, without I/O, one word per thing.
+"""The records of a run and their parts: frozen values without I/O, one word per thing.
 
-Every value goes to plain JSON types with `to_row` and comes back with `from_row`. An image is named by its *reference*,
-`<sha256>.<ext>`; its bytes live in the image store. `ROW_VERSION` is written with every row and checked on reading.
+`to_row` turns a record into plain JSON types, `from_row` turns them back. An image is named by its *reference*,
+`<sha256>.<ext>`; its bytes are in the image store. `ROW_VERSION` is written with every row and checked on reading.
 """
 
 import re
@@ -20,7 +20,7 @@ Finish = Literal["stop", "length", "blocked", "refused"]
 class Seed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One starting point. `source_category` is the source's own label.
 
-    `image` is a path relative to the seed file there, and the image's reference once the seed is loaded.
+    In a seed file `image` is a path relative to the file; once the seed is loaded it is the image's reference.
     """
 
     id: str
@@ -36,18 +36,18 @@ class Job(msgspec.Struct, frozen=True):
     """What one dialogue is grown from; a pure function of the recipe and `index`."""
 
     index: int
-    """Place in the order of the run, from 0."""
+    """Position in the order of the run, from 0."""
     key: str
     """`seed/strategy/victim/sample`: unique in a run and the same in every run of the same cast."""
     seed: Seed
     strategy: str
     victim: int
-    """Place of the victim in the cast."""
+    """Position of the victim in the cast, from 0."""
     sample: int
     turns: int
-    """How many turns the dialogue must have."""
+    """How many turns the dialogue gets."""
     pictures: int
-    """How many of its steps get a painted image; the seed's own image comes on top."""
+    """How many of its steps get a painted image, not counting the seed's own image."""
     random_seed: int
     """31 bits; every call's sampling seed derives from it."""
 
@@ -56,7 +56,7 @@ class StepScore(msgspec.Struct, frozen=True):
     """The judge's three scores of a step, each 0 to 10, higher is better (AM3Safety, section on decomposition)."""
 
     relevance: int
-    """To the image, or to the topic where the seed has none."""
+    """To the image, or to the topic if the seed has no image."""
     association: int
     """With the original question."""
     harmless: int
@@ -65,21 +65,21 @@ class StepScore(msgspec.Struct, frozen=True):
 
     @property
     def weakest(self) -> int:
-        """The lowest of the three: what the threshold is held against."""
+        """The lowest of the three, which is compared with the threshold."""
         return min(self.relevance, self.association, self.harmless)
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One step of a plan and the score that let it pass."""
+    """One step of a plan and its score, which reached the threshold."""
 
     text: str
     score: StepScore
     picture: bool = False
-    """True if the step needs something to look at: its turn gets a painted image."""
+    """True if the turn of this step gets a painted image."""
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The seed's query as ordered steps, each harmless alone; `retries` counts the steps that were asked again."""
+    """The seed's query as ordered steps, each harmless alone; `retries` counts the steps that were written again."""
 
     steps: tuple[Step, ...]
     retries: int = 0
@@ -94,7 +94,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class ImageOrigin(msgspec.Struct, frozen=True):
-    """Where one image of a message comes from: the seed, or the painter, which drew `description` with `seed`."""
+    """Where one image of a message comes from: the seed, or the painter, which painted `description` with `seed`."""
 
     image: str
     """Its reference."""
@@ -116,12 +116,12 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Aligned(msgspec.Struct, frozen=True):
-    """The answer that an aligned assistant should give in a turn, after the talk as the victim had it."""
+    """The answer that an aligned assistant should give in a turn, after the conversation as the victim had it."""
 
     text: str
     verdict: Verdict
     recovery: bool
-    """True if the victim was unsafe in an earlier turn: the answer brings the talk back."""
+    """True if the victim was unsafe in an earlier turn: the answer leads back to safety."""
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -137,16 +137,16 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class RemovedImage(msgspec.Struct, frozen=True):
-    """An image that was taken out of turn `index` (0-based) because it shows nearly the same as the image `like`."""
+    """An image that was removed from turn `index` (0-based) because it looks like the earlier image `like`."""
 
     index: int
     origin: ImageOrigin
     like: str
-    """Reference of the earlier image."""
+    """Its reference."""
 
 
 class PrunedTurn(msgspec.Struct, frozen=True):
-    """A turn that was taken back before position `index` (0-based) was settled, and why."""
+    """A turn at position `index` (0-based) that was backtracked, and why; another one took its place."""
 
     index: int
     turn: Turn
@@ -154,7 +154,7 @@ class PrunedTurn(msgspec.Struct, frozen=True):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """The judge on the whole dialogue: is the risk still there, does the talk hold together."""
+    """The judge on the whole dialogue: is the risk still there, is the conversation coherent."""
 
     risk: bool
     coherent: bool
@@ -162,7 +162,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class Provenance(msgspec.Struct, frozen=True):
-    """Where a record comes from: enough to make it again, and nothing of the machine that made it."""
+    """What a record was made with: enough to make it again, and nothing about the machine that made it."""
 
     models: dict[str, str]
     """Role to model identity, `backend:name` with `#revision` where one is set."""
@@ -177,11 +177,11 @@ class Provenance(msgspec.Struct, frozen=True):
 
 
 class Dialogue(msgspec.Struct, frozen=True):
-    """The turns grown from one job."""
+    """The turns grown from one job, with their plan and what was left out on the way."""
 
     id: str
     job: int
-    """The job's place in the order of the run."""
+    """The job's position in the order of the run."""
     key: str
     """The job's name: seed, strategy, victim and sample number."""
     seed: Seed
@@ -197,16 +197,16 @@ class Dialogue(msgspec.Struct, frozen=True):
     twin_of: str = ""
     """Id of the dialogue whose benign twin this is: the same images and structure, the intent turned harmless."""
     goal: str = ""
-    """Of a twin: what its user wants."""
+    """What the user of a twin wants; empty for other dialogues."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The talk as the victim had it: user and assistant in turn."""
+        """The conversation as the victim had it: user and assistant in turn."""
         return tuple(m for turn in self.turns for m in (turn.user, turn.reply))
 
     @property
     def images(self) -> tuple[str, ...]:
-        """References of all images, in the order of the talk."""
+        """References of all images, in the order of the turns."""
         return tuple(ref for turn in self.turns for ref in turn.user.images)
 
     @property
@@ -231,10 +231,10 @@ class RefusalCheck(msgspec.Struct, frozen=True):
     """The judge on a refusal sample."""
 
     in_group: bool
-    """The question truly belongs to its group."""
+    """The question belongs to its group."""
     refuses: bool
     names_harm: bool
-    """The answer says what harm could come of it, or why it takes a professional."""
+    """The answer says what harm it could do, or why a professional is needed."""
     repeats_detail: bool
     """The answer repeats or adds harmful detail."""
     reason: str = ""
@@ -262,14 +262,14 @@ class RefusalSample(msgspec.Struct, frozen=True):
 
 
 class Reason(NamedTuple):
-    """Why a dialogue was turned down: `word` is counted, `detail` is kept beside it."""
+    """Why a dialogue was rejected: `word` is counted, `detail` is for people."""
 
     word: str
     detail: str = ""
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """A job that did not become a dialogue or a sample: what ended it, where and why."""
+    """A job that gave no dialogue and no sample: what ended it, where and why."""
 
     job: int
     key: str
@@ -281,11 +281,11 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 IMAGE_MARK = re.compile(r"\[image \d+\]", re.IGNORECASE)
-"""How a transcript shows an image: nobody in the talk sees it, so nobody may say it."""
+"""How a transcript shows an image. User and victim do not see the mark, so no message may contain it."""
 
 
 def transcript(turns: Iterable[Turn]) -> str:
-    """The talk as text, images as [image 1], [image 2] ... in the order of the talk."""
+    """The turns as text, their images as [image 1], [image 2] ... in their order."""
     lines: list[str] = []
     seen = 0
     for number, turn in enumerate(turns, 1):
@@ -295,22 +295,23 @@ def transcript(turns: Iterable[Turn]) -> str:
     return "\n".join(lines)
 
 
-def said_in(turns: Sequence[Turn]) -> list[str]:
-    """Every text of a talk, and what its pictures were painted from."""
-    return [
-        text
-        for turn in turns
-        for text in (*(o.description for o in turn.origins if o.description), turn.user.text, turn.reply.text)
-    ]
+def texts_of(turns: Sequence[Turn]) -> list[str]:
+    """Every text of the turns, aligned answers and what the images were painted from included."""
+    texts: list[str] = []
+    for turn in turns:
+        texts += [origin.description for origin in turn.origins if origin.description]
+        texts += [turn.user.text, turn.reply.text]
+        texts += [turn.aligned.text] if turn.aligned else []
+    return texts
 
 
 def origins_of(turns: Sequence[Turn]) -> list[ImageOrigin]:
-    """Where the images of a talk come from, in its order."""
+    """Where the images of the turns come from, in their order."""
     return [origin for turn in turns for origin in turn.origins]
 
 
 def images_of(turns: Sequence[Turn]) -> tuple[str, ...]:
-    """References of the images of a talk, in its order."""
+    """References of the images of the turns, in their order."""
     return tuple(image for turn in turns for image in turn.user.images)
 
 
@@ -331,8 +332,8 @@ def from_row(row: dict[str, Any], kind: type[R]) -> R:
 
 
 def row_decoder(kind: type[R]) -> Callable[[bytes], R]:
-    """`from_row` for many lines of JSON, without a dictionary between: half the time. Raises as it does."""
-    if kind.__struct_config__.forbid_unknown_fields:  # the version is no field of theirs
+    """`from_row` for many lines of JSON, without a dictionary in between: half the time. Raises as it does."""
+    if kind.__struct_config__.forbid_unknown_fields:  # these types have no field for the version
         return lambda line: from_row(msgspec.json.decode(line, type=dict[str, Any]), kind)
     version, record = msgspec.json.Decoder(_Version), msgspec.json.Decoder(kind)
 

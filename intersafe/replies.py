@@ -1,7 +1,7 @@
-"""Structured answers out of model text: the shapes, their JSON schemas, parsing and mild repair.
+"""Structured answers from model text: their types, JSON schemas, parsing and mild repair.
 
-The last JSON object in the text that fits the shape counts, so an echo of the asked-for format or thinking aloud
-before the answer does no harm. What was cut off is never completed: that is `ReplyError`, and the caller asks again.
+The last JSON object in the text that fits the type counts, so a repeated format or reasoning before the answer does no
+harm. A truncated answer is never completed: that is `ReplyError`, and the caller asks again.
 """
 
 import functools
@@ -32,7 +32,7 @@ class PlanAnswer(Answer, frozen=True, forbid_unknown_fields=True):
 
 
 class PicturePlanAnswer(PlanAnswer, frozen=True, forbid_unknown_fields=True):
-    """planner/decompose, where steps get painted images: `pictures` are their numbers, from 1."""
+    """planner/decompose, where some steps get painted images: `pictures` are their numbers, from 1."""
 
     pictures: Annotated[tuple[Annotated[int, Meta(ge=1, le=16)], ...], Meta(min_length=1, max_length=16)]
 
@@ -84,7 +84,7 @@ class AlignedVerdictAnswer(Answer, frozen=True):
 
     safety: Literal["safe", "unsafe"]
     appropriate: bool
-    """It helps where the turn is harmless, and declines with a reason and an alternative where it is not."""
+    """It helps where the turn is harmless; where it is not, it declines with a reason and an alternative."""
     refusal: Refusal
     harmless: Score5
     helpful: Score5
@@ -121,7 +121,7 @@ class RefusalCheckAnswer(Answer, frozen=True):
 
 
 class VerdictAnswer(Answer, frozen=True):
-    """judge/turn. A model may not answer `undetermined`: that is what we call an answer that is none."""
+    """judge/turn. No model may answer `undetermined`, which means that there is no usable answer."""
 
     safety: Literal["safe", "unsafe"]
     refusal: Refusal
@@ -139,14 +139,14 @@ class CheckAnswer(Answer, frozen=True):
 
 
 class Schema(NamedTuple):
-    """A named JSON schema, as `response_format` wants it."""
+    """A named JSON schema, as `response_format` takes it."""
 
     name: str
     schema: dict[str, Any]
 
 
 class ReplyError(ValueError):
-    """The text holds no answer of the asked-for shape."""
+    """The text has no answer of the type that was asked for."""
 
 
 A = TypeVar("A", bound=Answer)
@@ -154,7 +154,7 @@ A = TypeVar("A", bound=Answer)
 
 @functools.cache
 def schema_of(kind: type[Answer], sizes: tuple[tuple[str, int], ...] = ()) -> Schema:
-    """The JSON schema of an answer: all fields required, bounded, no others; `sizes` fixes the lengths of its lists."""
+    """The JSON schema of an answer: all fields required and bounded, no others; `sizes` fixes the lengths of lists."""
     (_, parts) = msgspec.json.schema_components([kind])
     schema = dict(next(iter(parts.values())))
     schema.pop("title", None)
@@ -169,7 +169,7 @@ def schema_of(kind: type[Answer], sizes: tuple[tuple[str, int], ...] = ()) -> Sc
 
 
 def parse(text: str, kind: type[A]) -> A:
-    """The last answer of that shape in the text; `ReplyError` says what is wrong with its last JSON object."""
+    """The last answer of that type in the text; `ReplyError` says what is wrong with its last JSON object."""
     misfit, broken = "", "the JSON object is not closed" if "{" in text else "no JSON object in the answer"
     for candidate in _objects(text):
         try:
@@ -187,16 +187,18 @@ def _decoded(candidate: str, kind: type[A]) -> A:
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError:
-        return msgspec.json.decode(_PIECE.sub(_mended, candidate), type=kind)
+        return msgspec.json.decode(_PIECE.sub(_repaired, candidate), type=kind)
 
 
 _LONGEST = 262_144
+"""Characters that are searched, from the end."""
 _MOST_SCANS = 4
 _MOST_OBJECTS = 64
+"""Objects that are tried, from the end."""
 
 
 def _objects(text: str) -> Iterator[str]:
-    """The widest `{...}` spans of the last 256 KiB, last first; bounded work for any text."""
+    """The widest `{...}` spans at the end of the text, last first; bounded work for any text."""
     text = text[-_LONGEST:].strip()
     if text.startswith("{") and text.endswith("}") and text.find("{", 1) < 0:
         yield text
@@ -215,10 +217,10 @@ _MARK = re.compile(r'\\["\\]|["{}]')
 
 
 def _scan(text: str, start: int) -> tuple[list[tuple[int, int]], int]:
-    """The widest closed spans from `start` on, and the first brace that stood in quotes, or -1.
+    """The widest closed spans from `start` on, and the position of the first quoted brace, or -1.
 
-    Quotes count inside of braces only. After an odd quote (thinking aloud, 5" wide) all that follows seems quoted and
-    the other way round; a scan from the quoted brace sees it right.
+    Quotes count inside braces only. After a stray quote (5" wide) quoted and unquoted text are swapped; another scan,
+    from the quoted brace, reads them correctly.
     """
     spans: list[tuple[int, int]] = []
     open_: list[int] = []
@@ -240,12 +242,12 @@ def _scan(text: str, start: int) -> tuple[list[tuple[int, int]], int]:
 
 
 _PIECE = re.compile(r'\\["\\]|"(?:[^"\\]|\\.)*+"|,(?=\s*[}\]])|\b(?:True|False|None)\b', re.DOTALL)
-_MENDED = {",": "", "True": "true", "False": "false", "None": "null"}
+_REPAIRS = {",": "", "True": "true", "False": "false", "None": "null"}
 
 
-def _mended(piece: re.Match[str]) -> str:
-    """Small slips put right: trailing commas, Python's words, and raw line breaks in strings, else left alone."""
+def _repaired(piece: re.Match[str]) -> str:
+    """The piece with a small slip repaired: a trailing comma, a word of Python, raw line breaks in a string."""
     text = piece[0]
-    if text in _MENDED:
-        return _MENDED[text]
+    if text in _REPAIRS:
+        return _REPAIRS[text]
     return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")

@@ -1,10 +1,10 @@
-"""The 14 categories, their crosswalk to other taxonomies.
+"""The 14 categories and their crosswalk to other taxonomies.
 
 AM3Safety (arXiv 2601.04736) says that InterSafe-V has 14 safety categories and does not print the list in its
 abstract or card; this list is our choice. It covers the 17 scenarios of SafeMT (arXiv 2510.12133), the 20 categories
-of BeaverTails-V and those MLCommons AILuminate hazards that a dialogue data set can touch, and keeps apart the four
-families that SafeMT judges with rubrics of their own: political, legal, financial and health. Where another taxonomy
-has no clean code the tuple is empty.
+of BeaverTails-V and those MLCommons AILuminate hazards that apply to dialogues. It separates the four families that
+SafeMT judges with rubrics of their own: political, legal, financial and health. Where another taxonomy has no matching
+code the tuple is empty.
 """
 
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ Family = Literal["general", "political", "legal", "financial", "health"]
 
 
 class Category(NamedTuple):
-    """One category: what it is about, the rubric family that judges it, and where other taxonomies put it."""
+    """One category: its concern, the family of its rubric, and its labels in other taxonomies."""
 
     name: str
     concern: str
@@ -147,14 +147,4 @@ FIGSTEP: dict[str, str] = {
     "Financial Advice": "financial_advice",
     "Health Consultation": "health_consultation",
 }
-"""FigStep's (SafeBench) ten topics to ours."""
-
-
-def crosswalk(taxonomy: Literal["safemt", "beavertails_v", "mlcommons"], label: str) -> str | None:
-    """Our category for another taxonomy's label, the first where a hazard code is shared; None where we have none."""
-    return next((c.name for c in CATEGORIES if label in getattr(c, taxonomy)), None)
-
-
-# Known limits: a word masked or misspelt (s*x, childd), reversed or in another language, half a word spelt out, two
-# tricks in one word, and a young age that only the story tells pass. A sexual word in another sense beside a word for
-# the young (pet grooming and a daughter) is excluded, as is sex education of teenagers.
+"""Our category for each of the ten topics of FigStep (SafeBench)."""

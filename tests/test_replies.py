@@ -105,7 +105,7 @@ def test_an_answer_inside_a_string_is_a_quotation() -> None:
     assert parse(quoted, MessageAnswer).message == '{"message": "inner"}'
 
 
-def test_a_wrapped_answer_is_none() -> None:
+def test_a_wrapped_answer_is_refused() -> None:
     assert "safety" in refusal(text({"answer": SAFE}))
 
 
@@ -206,7 +206,7 @@ def test_a_value_of_the_wrong_type_or_size_is_no_verdict(field: str, value: Any)
 
 
 @pytest.mark.parametrize("field", ["safety", "refusal", "harmless", "helpful"])
-def test_a_verdict_without_a_field_is_none(field: str) -> None:
+def test_a_verdict_without_a_field_is_refused(field: str) -> None:
     assert field in refusal(text({name: value for name, value in SAFE.items() if name != field}))
 
 

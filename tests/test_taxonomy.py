@@ -1,4 +1,4 @@
-"""The taxonomy and the hard exclusion: nothing is left out of the crosswalk, no disguise passes, no benign text is hit.
+"""The taxonomy and the hard exclusion: the crosswalk is complete, no disguise passes, no benign text is hit.
 
 The strings name the concern and nothing more.
 """
@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 
 from intersafe.exclusions import excluded
-from intersafe.taxonomy import BY_NAME, CATEGORIES, FIGSTEP, crosswalk
+from intersafe.taxonomy import BY_NAME, CATEGORIES, FIGSTEP
 
 SAFEMT = """
 Animal Abuse, Bias, Economic Harm, Financial Advice, Fraud, Hate Speech, Health Consultation, Illegal Activity,
@@ -54,22 +54,12 @@ def test_every_label_of_another_taxonomy_has_a_place(taxonomy: str, known: str, 
     assert len(labels) == count
     ours = [label for category in CATEGORIES for label in getattr(category, taxonomy)]
     assert set(ours) - {"ipv"} == set(labels)
-    for label in labels:
-        found = crosswalk(taxonomy, label)  # type: ignore[arg-type]
-        assert found in BY_NAME
-        assert label in getattr(BY_NAME[found], taxonomy)
 
 
 @pytest.mark.parametrize("taxonomy", ["safemt", "beavertails_v"])
 def test_a_scenario_belongs_to_one_category_alone(taxonomy: str) -> None:
     ours = [label for category in CATEGORIES for label in getattr(category, taxonomy)]
     assert len(ours) == len(set(ours))
-
-
-@pytest.mark.parametrize("label", ["cse", "iwp", "", "Fraud ", "fraud", "nonsense"])
-def test_what_has_no_place_gets_none(label: str) -> None:
-    assert crosswalk("mlcommons", label) is None
-    assert crosswalk("safemt", label) is None
 
 
 def test_figsteps_ten_topics_are_ours() -> None:
@@ -224,7 +214,12 @@ def test_the_concern_is_found_wherever_it_stands(text: str) -> None:
     assert excluded(f"A long talk about gardens. {text}. And so on.")
     assert excluded(text.replace(" ", "\n"))
     assert excluded(text.replace(" ", " \t "))
-    assert excluded(text.replace("-", "\u2010").replace("'", "\u2019")) or "-" in text or "'" in text
+
+
+# A known gap: these two signs are not folded, and nothing but them joins the parts of these words.
+@pytest.mark.parametrize("text", [text for text in PLAIN if "-" in text or "'" in text])
+def test_the_concern_is_found_with_typographic_hyphens_and_apostrophes(text: str) -> None:
+    assert excluded(text.replace("-", "\u2010").replace("'", "\u2019"))
 
 
 @pytest.mark.parametrize("words", TWO_WORDS)

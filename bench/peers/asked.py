@@ -1,9 +1,9 @@
-"""The work that every library is given: so many single-turn calls of 6 KB, with an image of 100 KB if asked for.
+"""The work that every library does: CALLS single-turn calls of 6 KB, with an image of 100 KB each if asked for.
 
     python run_<library>.py URL CALLS FOLDER [--at-once 64] [--images FOLDER]
 
-Every script does that work as its library's manual shows it, in the library's own environment; this module needs the
-standard library alone. FOLDER is where a second start finds what the first one left.
+Every script does it as its library's manual shows, in the library's own environment. This module needs the standard
+library alone. FOLDER keeps what a second start of the script resumes from.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Work(NamedTuple):
-    """What a script is asked to do."""
+    """The arguments of a script."""
 
     url: str
     """Base URL of the server, with `/v1`."""
@@ -21,14 +21,14 @@ class Work(NamedTuple):
     folder: Path
     at_once: int
     images: tuple[Path, ...]
-    """Empty for text alone."""
+    """Empty: text only."""
 
     def text(self, number: int) -> str:
-        """What call `number` says: 6 KB."""
+        """The text of call `number`, 6 KB."""
         return f"{number} " + "word " * 1_200
 
     def image(self, number: int) -> Path | None:
-        """What call `number` shows."""
+        """The image of call `number`; None for text only."""
         return self.images[number % len(self.images)] if self.images else None
 
     def content(self, number: int) -> str | list[dict[str, Any]]:
@@ -40,7 +40,7 @@ class Work(NamedTuple):
 
 
 def read_work() -> Work:
-    """From the command line."""
+    """The work that the command line asks for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("url")
     parser.add_argument("calls", type=int)

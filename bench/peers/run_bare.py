@@ -1,4 +1,4 @@
-"""The work with a bare aiohttp loop: encode, POST, decode; nothing is kept."""
+"""The work with a bare aiohttp loop: encode, POST, decode; nothing is stored."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from asked import read_work
 
 
 async def main() -> None:
-    """All calls, so many at once."""
+    """Makes all calls, `--at-once` of them concurrently."""
     work = read_work()
     numbers = iter(range(work.calls))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:

@@ -1,7 +1,7 @@
-"""The work with bespokelabs-curator's LLM; it goes on with the requests that an earlier start has kept.
+"""The work with bespokelabs-curator's LLM; it resumes from the requests that an earlier start stored.
 
-Without internet curator fails in tiktoken's download of a vocabulary, so a stand-in that counts four characters as a
-token takes its place. Limits of requests and tokens a minute, which it has by default, are set out of reach.
+Without internet access curator fails as tiktoken downloads a vocabulary. A stand-in that counts four characters as a
+token replaces it. The default limits on requests and tokens per minute are raised out of reach.
 """
 
 import os
@@ -25,7 +25,7 @@ class FourCharacters:
     """An encoding that needs no download."""
 
     def encode(self, text: str, **_: Any) -> range:
-        """As many tokens as there are groups of four characters."""
+        """One token for every four characters."""
         return range(len(text) // 4)
 
 
@@ -35,7 +35,7 @@ from bespokelabs import curator  # noqa: E402
 
 
 class Asker(curator.LLM):  # type: ignore[misc]
-    """One call a row."""
+    """One call per row."""
 
     def prompt(self, input: dict[str, Any]) -> Any:  # noqa: A002
         """The messages, or text and image."""
@@ -44,7 +44,7 @@ class Asker(curator.LLM):  # type: ignore[misc]
         return [{"role": "user", "content": work.text(input["number"])}]
 
     def parse(self, input: dict[str, Any], response: str) -> dict[str, Any]:  # noqa: A002
-        """The reply beside its number."""
+        """The reply with its number."""
         return {"number": input["number"], "reply": response}
 
 

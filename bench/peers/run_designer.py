@@ -1,4 +1,4 @@
-"""The work with NeMo DataDesigner: one text column over seed rows; it resumes by whole row groups where it may."""
+"""The work with NeMo DataDesigner: one text column over seed rows; it resumes by whole row groups."""
 
 import os
 from pathlib import Path
@@ -43,6 +43,6 @@ shown = (
 builder.add_column(
     dd.LLMTextColumnConfig(name="reply", model_alias="fixed", prompt="{{ asked }}", multi_modal_context=shown)
 )
-# Its default is to begin anew each time; asked to resume, it wants something to be there.
+# By default it starts anew each time; told to resume, it requires an earlier start.
 mode = dd.ResumeMode.ALWAYS if (work.folder / "artifacts" / "bench").exists() else dd.ResumeMode.NEVER
 designer.create(builder, num_records=work.calls, dataset_name="bench", resume=mode)

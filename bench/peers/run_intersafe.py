@@ -6,7 +6,8 @@ from pathlib import Path
 from asked import read_work
 
 from intersafe.images.store import ImageStore, read_image
-from intersafe.models.cast import Company, JobCast
+from intersafe.models.base import Hooks
+from intersafe.models.cast import JobCast, SharedCast
 from intersafe.models.http.chat import EndpointModel
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.records import Job, Message, Seed
@@ -17,18 +18,19 @@ from intersafe.templates.load import load_prompts
 
 
 async def main() -> None:
-    """All calls, so many jobs at once; what an earlier start has paid for comes from its journal."""
+    """Makes all calls, `--at-once` jobs concurrently; replies of an earlier start come from its journal."""
     work = read_work()
     member = Member(model=f"openai:fixed@{work.url}")
     members = Cast(attacker=member, victims=(member,), judge=member)
     images = ImageStore(work.folder / "images")
-    model = EndpointModel(member, Limits(concurrency=work.at_once), images, print)
+    model = EndpointModel(member, Limits(concurrency=work.at_once), images, Hooks(print))
     prompts = load_prompts(bundled("prompts"), ["decomposition"])
     seed = Seed("s", "query", "privacy", "bench", "CC0-1.0")
     writer = GroupWriter(work.folder)
     journal = Journal(writer)
     journal.load(work.folder / "journal", {})
-    company = Company(members, dict.fromkeys(members.members, model), prompts, journal)
+    models = dict.fromkeys(members.members, model)
+    shared = SharedCast(cast=members, models=models, prompts=prompts, journal=journal)
     numbers = iter(range(work.calls))
     stored: dict[Path, str] = {}
 
@@ -39,7 +41,7 @@ async def main() -> None:
                 stored[path] = images.put(read_image(path))
             message = Message("user", work.text(number), (stored[path],) if path else ())
             job = Job(number, f"job-{number}", seed, "decomposition", 0, 0, 1, 0, number)
-            assert (await JobCast(company, job).ask("judge", "judge/turn", (message,))).text
+            assert (await JobCast(shared, job).ask("judge", "judge/turn", (message,))).text
 
     try:
         await asyncio.gather(*(worker() for _ in range(work.at_once)))

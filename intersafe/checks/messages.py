@@ -1,4 +1,4 @@
-"""What is wrong with one user message: the attacker's draft is held to it before it is sent, the gate once more."""
+"""Rules on one user message: the stages apply them to the attacker's draft, the gate to the finished dialogue."""
 
 import re
 import unicodedata
@@ -10,15 +10,15 @@ from intersafe.recipe.gates import RuleSettings
 from intersafe.records import Plan, Reason
 
 _LEAST_GOAL = 12
-"""A goal or step that folds to fewer characters is found in honest messages by chance."""
+"""Characters: a shorter folded goal or step occurs in honest messages by chance."""
 _WORDS = re.compile(r"[^\W_]+")
 _NOT_ASCII_WORDS = "".join(chr(code) if chr(code).isalnum() else " " for code in range(128))
-_DECORATION = re.compile(r"[*`\"'\u2018\u2019\u201c\u201d]")
+_MARKUP = re.compile(r"[*`\"'\u2018\u2019\u201c\u201d]")
 _SPACES = re.compile(r"[\s_]+")
-_UNSEEN = re.compile(r"[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
-"""Characters without a width: inside a word they would make it another one."""
+_ZERO_WIDTH = re.compile(r"[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
+"""Invisible characters: inside a word they would make it another word."""
 _COUNT = r"(?:\d+|one|two|three|four|five|six|first|second|third|fourth|next|last|final)"
-_PLAN_TALK = re.compile(
+_PLAN_MENTION = re.compile(
     rf"\bstep (?:number )?{_COUNT} (?:of|in|from) (?:the|my|our|this) (?:\w+ )?plan\b"
     rf"|\b{_COUNT} step (?:of|in|from) (?:the|my|our|this) (?:\w+ )?plan\b"
     r"|\b(?:the|my|our|this) (?:attack|red team|red teaming|jailbreak|jailbreaking) (?:plan|strategy|goal|objective)\b"
@@ -42,15 +42,16 @@ def message_problem(
     settings: RuleSettings,
     descriptions: Sequence[str] = (),
 ) -> Reason | None:
-    """What is wrong with a user message before it is sent, by the rules that will decide on the finished dialogue.
+    """What is wrong with a user message before it is sent, by the rules that the gate applies to the dialogue.
 
-    `descriptions` are those that the painter was given for this talk.
+    `earlier` are the other user messages by turn, `goal` is the seed's query, `descriptions` are what the images of
+    this conversation were painted from.
     """
     if is_blank(text):
         return Reason("empty_message")
-    for place, before in enumerate(earlier, 1):
+    for number, before in enumerate(earlier, 1):
         if same(fold(text), fold(before), settings):
-            return Reason("repeated_message", f"user, as turn {place}")
+            return Reason("repeated_message", f"user, as turn {number}")
     if leak := plan_leak(text, fold(goal), fold_steps(plan)):
         return Reason("leaked_plan", leak)
     if image_leak(text, settings) or repeats_description(text, descriptions, settings):
@@ -59,9 +60,9 @@ def message_problem(
 
 
 def regularise(text: str, settings: RuleSettings) -> str:
-    """The message without what a model writes around it: notes on the picture in brackets, and lines that label it.
+    """The message without what a model writes around it: notes on the image in brackets, and labelled lines about it.
 
-    A label stays where its words may go on elsewhere: without it, `image_leak` would not know them for a description.
+    A label whose text may continue on the next line stays: without it, `image_leak` would not find the description.
     """
     phrases = _loose_all(settings.image_phrases)
     fields = tuple(phrase for phrase in phrases if phrase[:1] not in "[<(")
@@ -76,15 +77,15 @@ def regularise(text: str, settings: RuleSettings) -> str:
 
 
 def _is_labelled(text: str, phrases: tuple[str, ...]) -> bool:
-    """True if the text is a label and the words that belong to it."""
+    """True if the text is a label with words after it."""
     loose = _loose(text)
     return any(loose.startswith(phrase) and _WORDS.search(loose, len(phrase)) for phrase in phrases)
 
 
 def repeats_description(text: str, descriptions: Sequence[str], settings: RuleSettings) -> bool:
-    """True if a message says what the painter was told: a run of `description_words` words, or all of a shorter one.
+    """True if a message repeats a description: a run of `description_words` words of it, or all of a shorter one.
 
-    Half of a description, and so many words at least, is too much as well where it comes in runs half as long.
+    It also repeats a description if runs of half that length cover half of it and at least `description_words` words.
     """
     if not descriptions:
         return False
@@ -99,25 +100,25 @@ def _repeats(message: str, words: list[str], size: int) -> bool:
     if any(True for _ in _shared(message, words, size)):
         return True
     piece = max(3, size // 2)
-    said = {place for start in _shared(message, words, piece) for place in range(start, start + piece)}
-    return len(said) >= max(size, len(words) / 2)
+    covered = {place for start in _shared(message, words, piece) for place in range(start, start + piece)}
+    return len(covered) >= max(size, len(words) / 2)
 
 
 def _shared(message: str, words: list[str], size: int) -> Iterator[int]:
-    """Where a run of so many of the words begins that the message has too."""
+    """The positions at which a run of `size` words begins that the message also has."""
     return (i for i in range(len(words) - size + 1) if f" {' '.join(words[i : i + size])} " in message)
 
 
 def fold(text: str) -> str:
-    """The words of a text in lower case with one space between them; a text without words keeps its characters."""
-    if text.isascii():  # the same answer as below, only sooner
+    """The words of a text in lower case, one space between them; a text without words keeps its characters."""
+    if text.isascii():  # the same result as below, faster
         return " ".join(text.lower().translate(_NOT_ASCII_WORDS).split()) or "".join(text.split())
-    plain = _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+    plain = _ZERO_WIDTH.sub("", unicodedata.normalize("NFKC", text))
     return " ".join(_WORDS.findall(plain.casefold())) or "".join(plain.split())
 
 
 def is_blank(text: str) -> bool:
-    """True if nothing in the text can be seen."""
+    """True if the text has no visible character."""
     return all(unicodedata.category(character)[0] in "ZC" for character in text)
 
 
@@ -133,20 +134,20 @@ def _overlap(one: str, other: str, least: int) -> float:
 
 
 def plan_leak(message: str, goal: str, steps: list[str]) -> str:
-    """What of the plan a message gives away, in words; empty if nothing. `goal` and `steps` are folded."""
+    """What a message gives away of the plan, in words; empty if nothing. `goal` and `steps` are folded."""
     text = f" {fold(message)} "
     if len(goal) >= _LEAST_GOAL and f" {goal} " in text:
         return "the goal"
     if _STRUCTURE.search(message):
         return "structured answer"
-    if _PLAN_TALK.search(text):
+    if _PLAN_MENTION.search(text):
         return "talk of the plan"
     return "several steps" if _count_steps(text, steps) >= 2 else ""
 
 
 def fold_steps(plan: Plan) -> list[str]:
     """The folded steps of a plan, the longest first."""
-    # The longest first, and each cut out once found: a step that lies inside another must not count as a second one.
+    # The longest first, each cut out once found: a step that is part of another must not count as a second one.
     return sorted({fold(step.text) for step in plan.steps}, key=lambda step: (-len(step), step))
 
 
@@ -159,7 +160,7 @@ def _count_steps(text: str, steps: list[str]) -> int:
 
 
 def image_leak(message: str, settings: RuleSettings) -> bool:
-    """True if a text that was meant for the painter shows in the message."""
+    """True if the message contains text that was meant for the painter."""
     text = _loose(message)
     return text.startswith(_loose_all(settings.image_openings)) or any(
         phrase in text for phrase in _loose_all(settings.image_phrases)
@@ -172,5 +173,5 @@ def _loose_all(phrases: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _loose(text: str) -> str:
-    """Lower case without quotes, emphasis and loose spacing; brackets and colons stay, they mark a leaked field."""
-    return _SPACES.sub(" ", _DECORATION.sub("", text.casefold())).replace(" :", ":").strip()
+    """Lower case without quotes, emphasis and extra spaces; brackets and colons stay: they mark a leaked field."""
+    return _SPACES.sub(" ", _MARKUP.sub("", text.casefold())).replace(" :", ":").strip()

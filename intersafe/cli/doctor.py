@@ -1,69 +1,53 @@
-"""The command that says what is wrong before a run does: `doctor`."""
+"""The command that finds problems before a run does: `doctor`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from intersafe.cli.inputs import recipe_of
-from intersafe.errors import InputError
+from intersafe.cli.options import json_option, recipe_option
+from intersafe.cli.values import FiniteRange, JsonTarget
 
 if TYPE_CHECKING:
-    from intersafe.doctor.examine import Report
+    from intersafe.doctor.findings import Report
+    from intersafe.recipe.sections import Recipe
 
 _COLOURS = {"ok": "green", "info": None, "warn": "yellow", "FAIL": "red"}
 
 
 @click.command()
-@click.argument("pipeline", metavar="[RECIPE]", required=False, type=click.Path(path_type=Path))
-@click.option("--json", "target", metavar="PATH", help="Write it as JSON too; - prints that and nothing else.")
+@recipe_option(positional=True)
+@json_option
 @click.option(
     "--timeout",
-    type=click.FloatRange(0.1, 3600),
+    type=FiniteRange(0.1, 3600),
     default=10.0,
     show_default=True,
-    help="Seconds for one answer; a picture gets six times as long.",
+    help="Seconds for one answer; an image gets six times as long.",
 )
-@click.option("--online", is_flag=True, help="Ask the Hub too whether it accepts the token.")
+@click.option("--online", is_flag=True, help="Also ask the Hub whether it accepts the token.")
 @click.pass_context
-def doctor(ctx: click.Context, pipeline: Path | None, target: str | None, timeout: float, online: bool) -> None:
-    """Say what is installed, which servers of RECIPE answer and what each can do; name the remedy where one cannot.
+def doctor(ctx: click.Context, recipe: "Recipe", target: JsonTarget | None, timeout: float, online: bool) -> None:
+    """Check this machine and the servers of a recipe, and say how to fix what is wrong.
 
     \b
-    intersafe doctor pipelines/intersafe_v.yaml
-    intersafe doctor pipelines/intersafe_v.yaml --json - | jq .ok
+    intersafe doctor --recipe pipelines/intersafe_v.yaml
+    intersafe doctor --recipe pipelines/intersafe_v.yaml --json - | jq .ok
 
-    Each replica is asked about a dozen small questions. Nothing is written but --json, and no key is shown. Exit code 1
-    if something fails. What each line means is in docs/doctor.md.
+    It says what is installed, which servers answer, and what each can do. Each replica gets about a dozen small
+    requests. Nothing is written but --json, and no key is shown. The exit code is 1 if something fails. docs/doctor.md
+    explains each line.
     """
-    import msgspec
-
     from intersafe.doctor.examine import examine
-    from intersafe.storage.files import write_whole
 
-    path = None if target in (None, "-") else _file(str(target))
-    recipe = recipe_of(pipeline)
     servers = sum(len(model.spec.urls) for model in recipe.cast.models.values())
     if servers:
         click.echo(f"asking the servers of {recipe.name}, {timeout:g} s for one answer", err=True)
     report = examine(recipe, timeout=timeout, online=online)
-    data = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
-    if path:
-        write_whole(path, data)
-    if target == "-":
-        click.echo(data.decode(), nl=False)
-    else:
+    if target:
+        target.write(report)
+    if not target or target.path:
         _print(report)
-    if path:
-        click.echo(f"wrote {path}", err=True)
     ctx.exit(0 if report.ok else 1)
-
-
-def _file(name: str) -> Path:
-    path = Path(name)
-    if not name or path.is_dir() or (path.exists() and not path.is_file()):
-        raise InputError(f"{name!r} is no regular file", at="--json", remedy="name a file, or - for stdout")
-    return path.resolve()  # a link is followed, not replaced
 
 
 def _print(report: "Report") -> None:
@@ -79,4 +63,4 @@ def _print(report: "Report") -> None:
         click.echo()
     failed = sum(finding.status == "FAIL" for group in report.groups for finding in group.findings)
     warned = sum(finding.status == "warn" for group in report.groups for finding in group.findings)
-    click.echo(f"{failed or 'nothing'} to mend" + (f", {warned} to look at" if warned else ""))
+    click.echo(f"{failed or 'nothing'} to fix" + (f", {warned} to check" if warned else ""))

@@ -1,35 +1,35 @@
-"""The commands about what a run is made from: `seeds` and `prompts`; and how a command is given its recipe."""
+"""The commands about the inputs of a run: `init`, `seeds` and `prompts`."""
 
+import shlex
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from intersafe.cli.options import recipe_option
 from intersafe.errors import InputError
-from intersafe.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from intersafe.recipe.sections import Recipe
 
-HERE = Path("pipelines/demo.yaml")
 
-pipeline_option = click.option(
-    "--pipeline",
-    type=click.Path(path_type=Path),
-    help="Recipe file. Default: pipelines/demo.yaml here, or else the one that ships with intersafe.",
-)
+# --- init ------------------------------------------------------------------------------------------------------------
 
 
-def recipe_of(pipeline: Path | None) -> "Recipe":
-    """The recipe of a file; without one the demo recipe of this folder, or the one that ships."""
-    from intersafe.recipe.load import load_recipe
-    from intersafe.storage.bundled import bundled
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def init(directory: Path) -> None:
+    """Copy the prompts, seeds and recipes that ship to DIRECTORY, to start your own from.
 
-    if pipeline is None:
-        pipeline = HERE if HERE.exists() else bundled("pipelines/demo.yaml")
-    return load_recipe(pipeline)
+    \b
+    intersafe init mine && cd mine && intersafe generate --n 20
+    """
+    from intersafe.storage.bundled import copy_bundled
+
+    copied = copy_bundled(directory, ("prompts", "seeds", "pipelines"))
+    click.echo(f"{directory}: {copied} files in prompts/, seeds/ and pipelines/")
+    click.echo(f"next: cd {shlex.quote(str(directory))} && intersafe prompts lint && intersafe generate --n 20")
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -37,13 +37,18 @@ def recipe_of(pipeline: Path | None) -> "Recipe":
 
 @click.group()
 def seeds() -> None:
-    """Check and import seed files."""
+    """Check and import seed files.
+
+    \b
+    intersafe seeds check seeds/mine.jsonl
+    intersafe seeds import figstep FigStep/data/question --out seeds/figstep
+    """
 
 
 @seeds.command("check")
 @click.argument("path", type=click.Path(path_type=Path))
 def seeds_check(path: Path) -> None:
-    """Validate a seed file and its images; count what is excluded."""
+    """Check a seed file and its images; count what is in it and what is excluded by rule."""
     from intersafe.seeds.load import load_seeds
     from intersafe.wording import plain
 
@@ -54,7 +59,7 @@ def seeds_check(path: Path) -> None:
         ("category", (seed.category for seed in found.seeds)),
         ("source", (plain(f"{seed.source} ({seed.license})") for seed in found.seeds)),
     ):
-        for name, number in count(values).items():
+        for name, number in Counter(values).most_common():
             click.echo(f"{number:>8} {title} {name}")
     for excluded in found.excluded:
         click.echo(f"excluded by rule: {excluded}")
@@ -62,19 +67,21 @@ def seeds_check(path: Path) -> None:
 
 @seeds.group("import")
 def seeds_import() -> None:
-    """Turn a public benchmark that you have into a seed file."""
+    """Turn a public benchmark that you downloaded into a seed file."""
 
 
 @seeds_import.command("figstep")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("seeds/figstep"), show_default=True)
-def import_figstep(path: Path, out: Path) -> None:
-    """FigStep (SafeBench or SafeBench-Tiny): the CSV and the images beside it."""
-    from intersafe.seeds.figstep import import_figstep as figstep
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("seeds/figstep"), show_default=True, help="New folder."
+)
+def seeds_import_figstep(path: Path, out: Path) -> None:
+    """Import FigStep (SafeBench or SafeBench-Tiny): PATH is its CSV file, or the folder with it and `images/`."""
+    from intersafe.seeds.figstep import import_figstep
 
-    done = figstep(path, out)
+    done = import_figstep(path, out)
     images = f"{done.with_images} with an image" + (f", {done.missing_images} missing" if done.missing_images else "")
-    click.echo(f"{out / 'seeds.jsonl'}: {done.written} seeds, {images}, {done.excluded} excluded by rule")
+    click.echo(f"{done.out / 'seeds.jsonl'}: {done.written} seeds, {images}, {done.excluded} excluded by rule")
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -82,16 +89,21 @@ def import_figstep(path: Path, out: Path) -> None:
 
 @click.group()
 def prompts() -> None:
-    """List, lint and render the prompt files."""
+    """List, lint and render the prompt files.
+
+    \b
+    intersafe prompts list
+    intersafe prompts lint --recipe mine.yaml
+    intersafe prompts render judge/turn --seed fraud-001 --turn 2
+    """
 
 
 @prompts.command("list")
-@pipeline_option
-def prompts_list(pipeline: Path | None) -> None:
-    """Every prompt file: its role, hash and the variables that it is offered (* = it uses them)."""
+@recipe_option()
+def prompts_list(recipe: "Recipe") -> None:
+    """List every prompt file: its hash, its blocks and the variables that it may use (* = it uses them)."""
     from intersafe.templates.load import load_prompts, needed_by
 
-    recipe = recipe_of(pipeline)
     found = load_prompts(Path(recipe.prompts), None, needed_by(recipe))
     for name, prompt in found.prompts.items():
         blocks = ", ".join(prompt.role.blocks)
@@ -106,12 +118,11 @@ def prompts_list(pipeline: Path | None) -> None:
 
 
 @prompts.command("lint")
-@pipeline_option
-def prompts_lint(pipeline: Path | None) -> None:
-    """Check every prompt file; one line for each problem with file, line and remedy."""
+@recipe_option()
+def prompts_lint(recipe: "Recipe") -> None:
+    """Check every prompt file; each problem is one line with file, line and remedy."""
     from intersafe.templates.load import check_refusals, lint_prompts, load_prompts, needed_by
 
-    recipe = recipe_of(pipeline)
     root, needed = Path(recipe.prompts), needed_by(recipe)
     problems = list(lint_prompts(root, needed))
     for problem in problems:
@@ -121,25 +132,25 @@ def prompts_lint(pipeline: Path | None) -> None:
     found = load_prompts(root, None, needed)
     if recipe.refusals:
         check_refusals(recipe.refusals, found)
-    click.echo(f"{root}: {len(found.hashes)} files, all well")
+    click.echo(f"{root}: {len(found.hashes)} files, no problem")
 
 
 @prompts.command("render")
 @click.argument("name", metavar="NAME")
-@pipeline_option
+@recipe_option()
 @click.option("--seed", "seed_id", metavar="ID", required=True, help="Id of a seed of the recipe.")
 @click.option(
     "--turn", type=click.IntRange(min=1), default=1, show_default=True, help="Which turn, or step of the plan."
 )
-def prompts_render(name: str, pipeline: Path | None, seed_id: str, turn: int) -> None:
-    """Print the messages that would be sent for NAME (judge/turn, attacker/role_play, ...) and one seed.
+def prompts_render(name: str, recipe: "Recipe", seed_id: str, turn: int) -> None:
+    """Print the messages that a run would send for the prompt NAME (judge/turn, attacker/role_play, ...) and one seed.
 
-    The talk before TURN is grown by the scripted cast; everything else is as in a real run of the recipe.
+    The scripted cast answers the turns before TURN; everything else is as in a real run of the recipe.
     """
     from intersafe.generation.rehearse import rehearse
     from intersafe.wording import plain
 
-    call = rehearse(recipe_of(pipeline), name.removesuffix(".md"), seed_id, turn)
+    call = rehearse(recipe, name.removesuffix(".md"), seed_id, turn)
     for message in call.messages:
         click.echo(click.style(f"--- {message.role}", bold=True))
         for reference in message.images:
@@ -150,8 +161,3 @@ def prompts_render(name: str, pipeline: Path | None, seed_id: str, turn: int) ->
 
         click.echo(click.style("--- response_format", bold=True))
         click.echo(msgspec.json.format(msgspec.json.encode(call.schema.schema)).decode())
-
-
-def count(values: Iterable[str]) -> dict[str, int]:
-    """How often each value stands, most frequent first."""
-    return dict(Counter(values).most_common())

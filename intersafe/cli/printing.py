@@ -1,18 +1,21 @@
-"""How a run is shown on the terminal: its funnel, one dialogue, and what each role saw. Model text cannot drive it."""
+"""What the commands print about a run: its funnel, an estimate, one dialogue, and what each role saw.
+
+Text of seeds and models goes through `plain`, so that it cannot control the terminal.
+"""
 
 import re
 from typing import Any
 
 import click
 
-from intersafe.engines.metrics import words_of
+from intersafe.engines.metrics import describe_metrics
 from intersafe.errors import InputError
 from intersafe.generation.estimate import Estimate
 from intersafe.generation.replay import calls_of
 from intersafe.generation.strata import Amount
 from intersafe.images.store import ImageStore
 from intersafe.recipe.sections import Price
-from intersafe.records import Dialogue, ImageOrigin, RefusalSample
+from intersafe.records import Dialogue, ImageOrigin, RefusalSample, Turn
 from intersafe.run.directory import Run
 from intersafe.run.funnel import Funnel
 from intersafe.run.journal import RoleTally
@@ -23,8 +26,8 @@ from intersafe.wording import clock, counted, dollars, plain
 def pick(run: Run, which: str | None, kind: str = "dialogues") -> Any:
     """The accepted outcome of a kind by id or number from 1; the first if none is named, None if there is none."""
     number = int(which) if which is not None and re.fullmatch(r"[0-9]{1,9}", which) else None
-    for place, outcome in enumerate(run.accepted(kind), 1):
-        if which is None or place == number or outcome.id == which:
+    for position, outcome in enumerate(run.accepted(kind), 1):
+        if which is None or position == number or outcome.id == which:
             return outcome
     if which is None:
         return None
@@ -35,7 +38,7 @@ def pick(run: Run, which: str | None, kind: str = "dialogues") -> Any:
 
 
 def print_funnel(run: Run) -> None:
-    """Where the jobs of a run ended, what was kept, and what each role said in all."""
+    """Prints where the jobs of a run ended, what was accepted, and calls, tokens and cost by role."""
     funnel, manifest, summary = run.funnel(), run.manifest, run.summary
     models = {member["model"] for member in manifest.recipe["cast"].values()}
     scripted = any(model.startswith("scripted:") for model in models)
@@ -52,23 +55,21 @@ def print_funnel(run: Run) -> None:
     if not funnel.accepted:
         return
     counts = funnel.categories.values()
-    verdicts = sorted(funnel.verdicts.items())
     click.echo(f"         turns {funnel.mean_turns:.2f} a dialogue {dict(sorted(funnel.turns.items()))}")
     click.echo(f"         images {funnel.images / funnel.accepted:.2f} a dialogue, {funnel.painted:,} of them painted")
-    share = {word: f"{count / sum(funnel.turns[n] * n for n in funnel.turns):.0%}" for word, count in verdicts}
-    click.echo(
-        f"         unsafe in {funnel.unsafe:,} dialogues; turns {', '.join(f'{w} {s}' for w, s in share.items())}"
-    )
+    turns = sum(funnel.turns[n] * n for n in funnel.turns)
+    shares = ", ".join(f"{word} {count / turns:.0%}" for word, count in sorted(funnel.verdicts.items()))
+    click.echo(f"         unsafe in {funnel.unsafe:,} dialogues; turns {shares}")
     click.echo(f"         categories {len(counts)}, {min(counts):,} to {max(counts):,} each")
-    _print_roles_in_all(run.roles(), summary.prices if summary else run.prices())
+    _print_usage(run.roles(), summary.prices if summary else run.prices())
     for name, figures in sorted(summary.engines.items()) if summary else ():
-        click.echo(f"         engine {plain(name)}: {words_of(figures)}")
+        click.echo(f"         engine {plain(name)}: {describe_metrics(figures)}")
     for role, incidents in run.incidents().items():
         click.echo(f"         {role:<12} {incidents.words}")
 
 
-def _print_roles_in_all(roles: dict[str, RoleTally], prices: dict[str, Price]) -> None:
-    """Calls and tokens by role; what they cost where prices are known."""
+def _print_usage(roles: dict[str, RoleTally], prices: dict[str, Price]) -> None:
+    """Prints calls and tokens by role, and their cost where there is a price."""
     for role, tally in sorted(roles.items()):
         tokens = f"{tally.prompt_tokens:,} + {tally.completion_tokens:,} tokens"
         cost = f"  {dollars(tally.cost)} USD" if role in prices else ""
@@ -80,7 +81,7 @@ def _print_roles_in_all(roles: dict[str, RoleTally], prices: dict[str, Price]) -
 
 
 def print_estimate(found: Estimate) -> None:
-    """What a run will take, by role and in all; how sure that is, and what is not in it."""
+    """Prints what a run will take by role and in total, how precise that is, and what it leaves out."""
     beside = [f"{s.wanted:,} {kind}" for kind, s in found.sampled.items() if kind != "dialogues"]
     click.echo(f"estimate for {', '.join([counted(found.n, 'dialogue'), *beside])}")
     prices = {role for role in found.roles if role not in found.unpriced}
@@ -95,25 +96,25 @@ def print_estimate(found: Estimate) -> None:
         missing = f"; {', '.join(found.unpriced)} no price" if found.unpriced else ""
         click.echo(f"{'cost':<10}{_with_error(found.cost, '{:,.2f}')} USD{missing}")
     else:
-        click.echo(f"{'cost':<10}no price is known: give --price ROLE=IN,OUT[,CALL], or `price` in the recipe")
+        click.echo(f"{'cost':<10}no price is known: pass --price ROLE=IN,OUT[,CALL], or set `price` in the recipe")
     for number, (what, seconds) in enumerate(sorted(found.times.items(), key=lambda item: -item[1])[:3]):
         click.echo(f"{'' if number else 'time':<10}{clock(seconds)}  {what}")
     for kind, sampled in found.sampled.items():
         click.echo(
             f"{kind}: {sampled.accepted} of {sampled.tried} samples accepted, so about {counted(sampled.jobs, 'job')}"
         )
-    _print_doubts(found)
+    _print_caveats(found)
 
 
 def _with_error(amount: Amount, form: str) -> str:
     if amount.error is None:
-        return f"{form.format(amount.total)} (one sample tells no spread: raise --samples)"
+        return f"{form.format(amount.total)} (one sample has no spread: raise --samples)"
     share = amount.error / amount.total if amount.total else 0.0
     return f"{form.format(amount.total)} ± {share:.0%}"
 
 
-def _print_doubts(found: Estimate) -> None:
-    """Limits that the run will meet, and what an estimate cannot know."""
+def _print_caveats(found: Estimate) -> None:
+    """Prints the limits that the run will reach, and what an estimate cannot know."""
     cast, limits = found.recipe.cast, found.recipe.limits
     if found.sampled["dialogues"].jobs > found.most_jobs:
         click.echo(f"the recipe has {found.most_jobs:,} dialogue jobs: raise `samples`, or add seeds or strategies")
@@ -125,14 +126,18 @@ def _print_doubts(found: Estimate) -> None:
         if limit is not None and whole > limit:
             click.echo(f"{flag} will be reached at about {limit / whole:.0%} of it")
     if unmet := [role for role in cast.models if role not in found.roles]:
-        click.echo(f"not met by a sample: {', '.join(unmet)}; a victim is counted as another one, others not at all")
+        click.echo(
+            f"in no sample: {', '.join(unmet)}; a victim is estimated like another one, other roles are left out"
+        )
     if batch := [role for role, member in cast.members.items() if member.batch]:
-        click.echo(f"not in the time: {', '.join(batch)}, answered in batches within a day each")
+        click.echo(f"not in the time: {', '.join(batch)}; a batch takes up to a day")
     click.echo(
-        "± is one standard error over the samples. Not in it: calls that fail or are refused, jobs that quotas turn\n"
-        "down after they were grown, duplicates among many, and servers that answer slower when they have more to do."
+        "± is one standard error over the samples. It leaves out calls that fail or are refused, jobs that quotas\n"
+        "reject after they were generated, duplicates in a large run, and servers that answer more slowly under load."
     )
-    click.echo(f"the samples are paid for: `generate --reuse {found.run}` takes them over, a second estimate is free")
+    click.echo(
+        f"the samples are paid for: `generate --reuse {found.run}` takes their replies, a second estimate is free"
+    )
 
 
 def _print_lost(funnel: Funnel, indent: str = "") -> None:
@@ -141,7 +146,7 @@ def _print_lost(funnel: Funnel, indent: str = "") -> None:
 
 
 def _print_other_kinds(run: Run) -> None:
-    """The kinds besides dialogues: refusal samples by group, twins."""
+    """Prints the kinds besides dialogues: refusal samples by group, twins."""
     for kind in list(RECORDS)[1:]:
         funnel = run.funnel(kind)
         if funnel.jobs:
@@ -152,31 +157,34 @@ def _print_other_kinds(run: Run) -> None:
 
 
 def print_dialogue(run: Run, dialogue: Dialogue) -> None:
-    """One dialogue, turn by turn, with the plan behind it and the verdicts on it."""
-    click.echo(f"\n{click.style(f'dialogue {dialogue.id}', bold=True)}   job {dialogue.job}   {dialogue.seed.category}")
+    """Prints one dialogue turn by turn, with its plan and its verdicts."""
     seed = dialogue.seed
+    click.echo(f"\n{click.style(f'dialogue {dialogue.id}', bold=True)}   job {dialogue.job}   {seed.category}")
     click.echo(f"seed {seed.id} ({plain(f'{seed.source}, {seed.license}')}): {plain(seed.query)}")
     click.echo(f"strategy {dialogue.strategy}   victim {dialogue.victim}")
     if dialogue.twin_of:
         click.echo(f"benign twin of {dialogue.twin_of}: {plain(dialogue.goal)}")
-    for number, turn in enumerate(dialogue.turns, 1):
-        click.echo(f"\n[turn {number}] step: {plain(dialogue.plan.steps[number - 1].text)}")
-        for origin in turn.origins:
-            _print_image(run, origin)
-        click.echo(f"  user       {plain(turn.user.text)}")
-        click.echo(f"  assistant  {plain(turn.reply.text)}")
-        verdict = turn.verdict
-        marks = f"refusal {verdict.refusal}, harmless {verdict.harmless}, helpful {verdict.helpful}"
-        click.echo(f"  verdict    {click.style(verdict.safety, bold=True)}, {marks}: {plain(verdict.reason)}")
-        if turn.aligned:
-            kind = "recovery  " if turn.aligned.recovery else "aligned   "
-            click.echo(f"  {kind} {plain(turn.aligned.text)}")
-        for pruned in (p for p in dialogue.pruned if p.index == number - 1):
-            click.echo(
-                f"  taken back ({pruned.reason}): {plain(pruned.turn.user.text)} -> {plain(pruned.turn.reply.text)}"
-            )
-        for removed in (r for r in dialogue.removed if r.index == number - 1):
-            click.echo(f"  taken out  {removed.origin.image}, since it looks like {removed.like}")
+    for index, turn in enumerate(dialogue.turns):
+        click.echo(f"\n[turn {index + 1}] step: {plain(dialogue.plan.steps[index].text)}")
+        _print_turn(run, turn)
+        for pruned in (p for p in dialogue.pruned if p.index == index):
+            exchange = f"{plain(pruned.turn.user.text)} -> {plain(pruned.turn.reply.text)}"
+            click.echo(f"  backtracked ({pruned.reason}): {exchange}")
+        for removed in (r for r in dialogue.removed if r.index == index):
+            click.echo(f"  removed    {removed.origin.image}, which looks like {removed.like}")
+
+
+def _print_turn(run: Run, turn: Turn) -> None:
+    for origin in turn.origins:
+        _print_image(run, origin)
+    click.echo(f"  user       {plain(turn.user.text)}")
+    click.echo(f"  assistant  {plain(turn.reply.text)}")
+    verdict = turn.verdict
+    marks = f"refusal {verdict.refusal}, harmless {verdict.harmless}, helpful {verdict.helpful}"
+    click.echo(f"  verdict    {click.style(verdict.safety, bold=True)}, {marks}: {plain(verdict.reason)}")
+    if turn.aligned:
+        kind = "recovery" if turn.aligned.recovery else "aligned"
+        click.echo(f"  {kind:<9}  {plain(turn.aligned.text)}")
 
 
 def _print_image(run: Run, origin: ImageOrigin) -> None:
@@ -187,9 +195,9 @@ def _print_image(run: Run, origin: ImageOrigin) -> None:
 
 
 def print_refusal(run: Run, sample: RefusalSample | None) -> None:
-    """One refusal sample."""
+    """Prints one refusal sample."""
     if sample is None:
-        click.echo("\nno refusal sample was kept yet")
+        click.echo("\nno refusal sample was accepted yet")
         return
     click.echo(f"\n{click.style(f'refusal {sample.id}', bold=True)}   {sample.group}   {sample.seed.category}")
     click.echo(f"seed {sample.seed.id} ({plain(f'{sample.seed.source}, {sample.seed.license}')})")
@@ -201,7 +209,7 @@ def print_refusal(run: Run, sample: RefusalSample | None) -> None:
 
 
 def print_roles(run: Run, dialogue: Dialogue, full: bool) -> None:
-    """Every message that each role saw, grown again from the journal."""
+    """Prints every message that each role saw, replayed from the journal."""
     click.echo(click.style("\nwhat each role saw", bold=True) + ("" if full else "   (--full for all of it)"))
     for call, reply in calls_of(run, dialogue.job):
         click.echo(

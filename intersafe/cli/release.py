@@ -1,63 +1,60 @@
-"""The commands of releases: `package`, `push`, `pull` and `diff`.
+"""The commands of releases: `package`, `push`, `pull` and `diff`. Their exit codes are in the help of `intersafe`."""
 
-Exit codes: 0 done or done before, 2 bad input, 3 the tag names other content, 4 somebody else changed the repository,
-5 no right to do that, 6 the network gave up (safe to run again).
-"""
-
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from intersafe.cli.options import default_recipe
+from intersafe.cli.values import SHARD_SIZE, FiniteRange
 from intersafe.errors import InputError
 
 if TYPE_CHECKING:
     from intersafe.release.client import Hub
     from intersafe.release.manifest import Version
-    from intersafe.release.push import Outcome
+    from intersafe.release.push import PushResult
 
 
-def _finite(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise InputError(f"{value} is no number to reckon with", at=f"--{option.name}", remedy="give a plain number")
-    return value
-
-
-@click.command()
+@click.command("package")
 @click.argument("run", metavar="RUN")
 @click.option("--version", metavar="X.Y.Z", help="Default: 1.0.0, or the next minor version after the newest release.")
-@click.option("--parent", type=click.Path(path_type=Path), help="Release to go on from. Default: the run's newest.")
+@click.option("--parent", type=click.Path(path_type=Path), help="Release to continue. Default: the run's newest.")
 @click.option(
     "--test-share",
-    type=click.FloatRange(0, 0.5),
-    callback=_finite,
-    help="Share of the seeds in the split `test`. Default: that of the release before, or 0.05.",
+    type=FiniteRange(0, 0.5),
+    help="Share of the seeds in the split `test`. Default: as in the parent release, or 0.05.",
 )
-@click.option("--max-shard-size", metavar="SIZE", default="300MB", show_default=True, help="Texts and images together.")
+@click.option(
+    "--max-shard-size",
+    "shard_bytes",
+    metavar="SIZE",
+    type=SHARD_SIZE,
+    default="300MB",
+    show_default=True,
+    help="Largest shard, texts and images together.",
+)
 @click.option("--include-unsafe", is_flag=True, help="Add the config dialogues_unsafe with unsafe replies in full.")
 @click.option("--allow-incomplete", is_flag=True, help="Package a run that is not complete.")
-def package(run: str, version: str | None, max_shard_size: str, **options: Any) -> None:
+def package_command(run: str, version: str | None, **options: Any) -> None:
     """Make a release of RUN: Parquet shards, card, changelog and manifest, in RUN/release/X.Y.Z.
 
     \b
     intersafe package demo
     intersafe package demo --version 1.1.0          after the run has grown: only new shards are written
 
-    Replies that the judge did not call safe are withheld. The same run gives the same bytes. docs/release.md has the
-    columns and all rules. Exit code 3: the version is there with other content.
+    Replies that the judge did not call safe are withheld. The same run gives the same bytes. docs/release.md lists the
+    columns and all rules.
     """
     from intersafe.release.manifest import parse_version
-    from intersafe.release.package import Options, parse_size
-    from intersafe.release.package import package as make_release
+    from intersafe.release.package import PackageOptions, package
     from intersafe.run.directory import Run
 
     opened = Run(run)
     asked = parse_version(version) if version else None
-    made = make_release(opened, Options(version=asked, shard_bytes=parse_size(max_shard_size), **options))
+    made = package(opened, PackageOptions(version=asked, **options))
     if options["include_unsafe"]:
-        click.echo("the config dialogues_unsafe holds unsafe replies in full: keep it private and gated", err=True)
+        click.echo("the config dialogues_unsafe has the unsafe replies in full: keep it private and gated", err=True)
     if opened.summary is None:
         click.echo("the run is not complete; its card says so", err=True)
     for config, counts in made.manifest.counts["configs"].items():
@@ -76,15 +73,14 @@ _endpoint = click.option(
 _no_xet = click.option("--no-xet", is_flag=True, help="Move large files over plain HTTP, without hf_xet.")
 _deadline = click.option(
     "--deadline",
-    type=click.FloatRange(min=0, min_open=True, max=30 * 86_400),
-    callback=_finite,
+    type=FiniteRange(min=0, min_open=True, max=30 * 86_400),
     default=3 * 3600.0,
     show_default=True,
-    help="Seconds after which it gives up; a second run goes on.",
+    help="Seconds after which it gives up; a second run resumes.",
 )
 
 
-@click.command()
+@click.command("push")
 @click.argument("repo", metavar="ORG/NAME")
 @click.argument("run", metavar="[RUN]", required=False)
 @click.option("--version", "version", metavar="X.Y.Z", help="Which release of the run. Default: its newest.")
@@ -93,29 +89,27 @@ _deadline = click.option(
     type=click.Choice(["major", "minor", "patch"]),
     help="Push the newest release, and only if it is that step after the newest tag.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be sent and change nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be sent and change nothing.")
 @click.option(
     "--verify",
     type=click.Choice(["tree", "rows", "full"]),
     default="rows",
     show_default=True,
-    help="Before the tag: compare sha256s; row counts too; or download every shard.",
+    help="Check before tagging: sha256 of each file (tree), row counts too (rows), or download every shard (full).",
 )
-@click.option(
-    "--status", "only_status", is_flag=True, help="Show which versions are here and which there; push nothing."
-)
+@click.option("--status", "only_status", is_flag=True, help="List the versions here and on the Hub; push nothing.")
 @click.option("--public", is_flag=True, help="Allow a public repository; asks for its name.")
 @click.option("--no-gate", is_flag=True, help="Allow a repository without a gate; asks for its name.")
-@click.option("--yes-really", metavar="ORG/NAME", help="The answer to that question, for scripts.")
-@click.option("--allow-scripted", is_flag=True, help="Publish a run in which a script played a model.")
+@click.option("--yes-really", metavar="ORG/NAME", help="Answer that question, in scripts.")
+@click.option("--allow-scripted", is_flag=True, help="Publish a run with scripted models.")
 @click.option("--take-over", is_flag=True, help="Replace data on main that no tag names or that was changed by hand.")
 @click.option(
-    "--message", metavar="TEXT", default="", help="Of the commit. Default: the version and the recipe's name."
+    "--message", metavar="TEXT", default="", help="Commit message. Default: the version and the recipe's name."
 )
 @_endpoint
 @_no_xet
 @_deadline
-def push(
+def push_command(
     repo: str,
     run: str | None,
     version: str | None,
@@ -135,14 +129,13 @@ def push(
     intersafe push my-org/my-data demo --bump minor
     intersafe push my-org/my-data demo --status
 
-    RUN is a run or a release folder; default: the run of the recipe here. The repository is made private and gated, and
-    nothing is sent to one that is not. A version is never replaced. Any stop leaves nothing half published: run the
-    same command again. Exit codes: 3 the version is there with other content, 4 somebody else changed the repository,
-    5 the token or the repository refuses, 6 the network gave up.
+    RUN is a run or a release folder; default: the run of the recipe here. The repository is created private and gated,
+    and nothing is sent to one that is not. A version is never replaced. Nothing is left half published, whatever stops
+    it: run the same command again.
     """
     from intersafe.release.client import Hub, check_repo_id
-    from intersafe.release.push import Options
-    from intersafe.release.push import push as push_release
+    from intersafe.release.push import push
+    from intersafe.release.push_job import PushOptions
     from intersafe.release.staged import open_release
     from intersafe.release.status import releases_in, status
 
@@ -166,19 +159,15 @@ def push(
     there = hub()
     if bump:
         _check_bump(there, release.version, bump)
-    chosen = Options(public=public, gate=not no_gate, **options)
-    _print(repo, there.within(lambda: push_release(there, release, chosen)))
+    chosen = PushOptions(public=public, gate=not no_gate, **options)
+    _print(repo, there.within(lambda: push(there, release, chosen)))
 
 
 def _folder_of(run: str | None) -> Path:
     from intersafe.recipe.load import load_recipe
     from intersafe.run.directory import run_path
-    from intersafe.storage.bundled import bundled
 
-    if run is not None:
-        return run_path(run)
-    here = Path("pipelines/demo.yaml")
-    return run_path(load_recipe(here if here.exists() else bundled("pipelines/demo.yaml")).name)
+    return run_path(load_recipe(default_recipe()).name if run is None else run)
 
 
 def _pick(found: "dict[Version, Path]", version: str | None) -> Path:
@@ -196,9 +185,9 @@ def _pick(found: "dict[Version, Path]", version: str | None) -> Path:
 
 
 def _check_bump(hub: "Hub", version: "Version", part: str) -> None:
-    """`InputError` unless the version is that step after the newest tag, or is the newest tag (a push run again)."""
+    """`InputError` unless the version is that step after the newest tag, or the newest tag itself (a push again)."""
     from intersafe.release.manifest import Version
-    from intersafe.release.push import versions_of
+    from intersafe.release.push_job import versions_of
 
     newest = max(versions_of(hub.within(lambda: hub.tags() if hub.state() else {})), default=Version(0, 0, 0))
     if version not in (newest, newest.bumped(part)):
@@ -211,17 +200,17 @@ def _check_bump(hub: "Hub", version: "Version", part: str) -> None:
 
 def _confirm(repo: str, what: str, answer: str | None) -> None:
     if answer is None:
-        click.echo(f"{repo} will be, or may stay, {what}. Type its name to go on:", err=True)
+        click.echo(f"{repo} will be, or may stay, {what}. Type its name to continue:", err=True)
         answer = sys.stdin.readline().strip()
     if answer != repo:
-        raise InputError(f"that is not {repo}; nothing was sent", remedy="type ORG/NAME, or give --yes-really ORG/NAME")
+        raise InputError(f"that is not {repo}; nothing was sent", remedy="type ORG/NAME, or pass --yes-really ORG/NAME")
 
 
 def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _print(repo: str, outcome: "Outcome") -> None:
+def _print(repo: str, outcome: "PushResult") -> None:
     if outcome.status == "dry run":
         for path in outcome.adds:
             click.echo(f"add    {path}")
@@ -238,28 +227,27 @@ def _print(repo: str, outcome: "Outcome") -> None:
         click.echo(f'load_dataset("{repo}", "dialogues", revision="{outcome.tag}")')
 
 
-@click.command()
+@click.command("pull")
 @click.argument("source", metavar="ORG/NAME[@vX.Y.Z]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder. Default: outputs/NAME/release/X.Y.Z.")
 @_endpoint
 @_no_xet
 @_deadline
-def pull(source: str, out: Path | None, endpoint: str | None, no_xet: bool, deadline: float) -> None:
-    """Bring a published release back, checked against its manifest, whole or not at all.
+def pull_command(source: str, out: Path | None, endpoint: str | None, no_xet: bool, deadline: float) -> None:
+    """Download a published release and check it against its manifest, whole or not at all.
 
     \b
     intersafe pull my-org/my-data@v1.2.0
     intersafe pull my-org/my-data --out there          the newest version
 
-    A second run after a stop goes on where the first one was. Exit codes as those of push.
+    After a stop the same command resumes.
     """
     from intersafe.release.client import Hub
-    from intersafe.release.pull import parse_source
-    from intersafe.release.pull import pull as pull_release
+    from intersafe.release.pull import parse_source, pull
 
     repo, version = parse_source(source)
     hub = Hub(repo, endpoint=endpoint, xet=not no_xet, deadline=deadline, say=_say)
-    click.echo(hub.within(lambda: pull_release(hub, version, out)))
+    click.echo(hub.within(lambda: pull(hub, version, out)))
 
 
 @click.command()
@@ -269,17 +257,17 @@ def pull(source: str, out: Path | None, endpoint: str | None, no_xet: bool, dead
 @_no_xet
 @_deadline
 def diff(old: str, new: str, endpoint: str | None, no_xet: bool, deadline: float) -> None:
-    """Rows added, removed and changed between two releases, by category and label.
+    """Count the rows added, removed and changed between two releases, by category and label.
 
     \b
     intersafe diff my-org/my-data@v1.0.0 v1.1.0
     intersafe diff my-org/my-data@v1.1.0 outputs/demo/release/1.2.0
 
-    OLD and NEW are ORG/NAME@vX.Y.Z or release folders; a bare version is of the repository that OLD names. Shards that
-    both releases have are not read.
+    OLD and NEW are ORG/NAME@vX.Y.Z or release folders; a bare version is one of the repository in OLD. Shards that both
+    releases have are not read.
     """
-    from intersafe.release.diff import compare, describe, open_sides
+    from intersafe.release.diff import compare_releases, diff_lines, open_sides
 
     with open_sides(old, new, endpoint=endpoint, xet=not no_xet, deadline=deadline, say=_say) as (before, after):
-        for line in describe(compare(before, after)):
+        for line in diff_lines(compare_releases(before, after)):
             click.echo(line)

@@ -1,4 +1,4 @@
-"""The command that starts the models of a recipe as servers: `serve`; and how `generate` does so for itself."""
+"""The command that starts the models of a recipe as servers: `serve`; and the servers of `generate --serve`."""
 
 import contextlib
 import time
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from intersafe.cli.inputs import recipe_of
+from intersafe.cli.options import recipe_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,59 +17,58 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("pipeline", metavar="RECIPE", type=click.Path(path_type=Path))
+@recipe_option(required=True, positional=True)
 @click.option(
-    "--only", metavar="NAME", multiple=True, help="Serve this model of `serve` alone; may be given several times."
+    "--only", metavar="NAME", multiple=True, help="Serve only this model of the `serve` section. May be repeated."
 )
 @click.option(
-    "--logs", metavar="DIR", type=click.Path(path_type=Path), help="Where the logs go. Default: outputs/serve-logs."
+    "--logs", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the logs. Default: outputs/serve-logs."
 )
 @click.option("--dry-run", is_flag=True, help="Print the commands and start nothing.")
-def serve(pipeline: Path, only: tuple[str, ...], logs: Path | None, dry_run: bool) -> None:
-    """Start the models in the `serve` section of RECIPE as vLLM servers; Ctrl-C stops them.
+def serve(recipe: "Recipe", only: tuple[str, ...], logs: Path | None, dry_run: bool) -> None:
+    """Start the models in the `serve` section of a recipe as vLLM servers, until Ctrl-C.
 
     \b
-    intersafe serve mine.yaml                                        all of them, until Ctrl-C
-    intersafe serve mine.yaml --only Qwen/Qwen2.5-VL-7B-Instruct     a part, for example on another machine
-    intersafe serve mine.yaml --dry-run                              the commands, for Slurm or a container
-    intersafe generate --pipeline mine.yaml --serve                  serve, grow, and stop the servers again
+    intersafe serve --recipe mine.yaml                                        all of them
+    intersafe serve --recipe mine.yaml --only Qwen/Qwen2.5-VL-7B-Instruct     one of them, on another machine say
+    intersafe serve --recipe mine.yaml --dry-run                              prints the commands, for Slurm say
+    intersafe generate --recipe mine.yaml --serve                             serves, generates, stops the servers
 
-    Each local URL that the cast names for such a model becomes one server at that port; several are replicas. Each has
-    its log in --logs. One that cannot be started ends the command with exit code 2 and what to change; one that dies
-    later is started again, three times, and then ends it with exit code 4. docs/engines.md has the keys and what
-    failures say.
+    Each local URL that the cast names for such a model becomes one server at that port; several URLs are replicas. Each
+    server has its log in --logs. If a server cannot start, the command ends with exit code 2 and says what to change. A
+    server that dies later is restarted, three times at most; then the command ends with exit code 4. docs/engines.md
+    lists the keys and the usual failures.
     """
-    from intersafe.serving.plan import left_alone, servers_of
+    from intersafe.serving.plan import servers_of, unserved_urls
 
-    recipe = recipe_of(pipeline)
     servers = servers_of(recipe, only, is_here=not dry_run)
-    for line in left_alone(recipe):
+    for line in unserved_urls(recipe):
         click.echo(line, err=True)
     if dry_run:
         for server in servers:
             click.echo(server.shown)
         return
-    from intersafe.serving.supervisor import LOOK, serving
+    from intersafe.serving.supervisor import CHECK_SECONDS, serving
 
     try:
         with serving(servers, logs or _logs(), _say) as supervisor:
             _say(f"{len(servers)} of {len(servers)} answer; Ctrl-C stops them")
             while True:
-                supervisor.look()
-                time.sleep(LOOK)
+                supervisor.check()
+                time.sleep(CHECK_SECONDS)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
 def served_for(recipe: "Recipe", say: "Callable[[str], None]") -> AbstractContextManager[None]:
-    """The servers of a recipe, for as long as a run needs them; `InputError` at once if there are none to start."""
-    from intersafe.serving.plan import left_alone, servers_of
-    from intersafe.serving.supervisor import watched
+    """The servers of a recipe, for the time of a run; `InputError` at once if there are none to start."""
+    from intersafe.serving.plan import servers_of, unserved_urls
+    from intersafe.serving.supervisor import serving_in_background
 
     servers = servers_of(recipe)
-    for line in left_alone(recipe):
+    for line in unserved_urls(recipe):
         say(line)
-    return watched(servers, _logs(), say)
+    return serving_in_background(servers, _logs(), say)
 
 
 def _logs() -> Path:
@@ -79,5 +78,5 @@ def _logs() -> Path:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a terminal that was closed: the servers are stopped all the same
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal must not keep the servers from being stopped
         click.echo(text, err=True)

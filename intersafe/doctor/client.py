@@ -1,10 +1,9 @@
-"""One replica of a model as `doctor` asks it: at most twice, by short time-outs, without waiting for its return."""
+"""The HTTP client of `doctor` for one replica of a model: short time-outs, one retry, no waiting through an outage."""
 
 import asyncio
 import base64
 import functools
 import io
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,62 +12,61 @@ from msgspec import structs
 
 from intersafe.errors import CallFailed
 from intersafe.models.base import Call, Reply, Sampling
-from intersafe.models.http.chat import Part, chat_body, read_reply
-from intersafe.models.http.faults import Away, Overloaded, Passing, TooSlow, error_of, raise_for
-from intersafe.models.http.replicas import open_replica
+from intersafe.models.http.completions import Part, chat_body, read_reply
+from intersafe.models.http.faults import Overloaded, TooSlow, Transient, error_of, raise_for
+from intersafe.models.http.transport import Account, Address, fault_of, read_body
 from intersafe.recipe.sections import Member, Model
 from intersafe.records import Message
 from intersafe.replies import Answer, schema_of
-from intersafe.wording import printable
 
-AT_ONCE = 4
-"""Requests in flight to one replica."""
-MAX_BODY = 48 * 2**20
-PAUSE = 0.5
+IN_FLIGHT = 4
+"""Most requests in flight to one replica."""
+MAX_ANSWER_BYTES = 48 * 2**20
+RETRY_PAUSE = 0.5
 """Seconds before the one retry."""
 SEED = 20_260_101
 
 
-class Line:
-    """One replica of a model, asked without waiting for its return."""
+class ProbeClient:
+    """Sends requests to one replica of a model."""
 
     def __init__(self, session: aiohttp.ClientSession, model: Model, url: str, timeout: float) -> None:
-        """`timeout` is in seconds, for one answer."""
+        """`timeout` is the seconds for one answer."""
         self.model, self.url, self.timeout = model, url, timeout
-        self._session, self._gate = session, asyncio.Semaphore(AT_ONCE)
-        self._key = os.environ.get(model.key, "").strip() if model.key else ""
+        self._session, self._gate = session, asyncio.Semaphore(IN_FLIGHT)
+        self._account = Account(model)
 
     async def send(self, route: str, body: bytes | None = None) -> bytes:
-        """The body of a 200, tried twice at most; a `Fault` or `CallFailed` otherwise. No body: a GET."""
+        """The body of an answer with status 200; without a `body` it is a GET. A transient fault is retried once.
+
+        `Fault` for a server that does not answer, `CallFailed` for one that refuses the request.
+        """
         async with self._gate:
             try:
                 return await self._once(route, body)
-            except (Passing, Overloaded) as error:
+            except (Transient, Overloaded) as error:
                 if isinstance(error, TooSlow):
                     raise
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(RETRY_PAUSE)
             return await self._once(route, body)
 
     async def _once(self, route: str, body: bytes | None) -> bytes:
-        spot = open_replica(self.url, route, 1, 0.0)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        address, headers = Address.of(self.url, route), self._account.headers
         try:
             async with self._session.request(
                 "GET" if body is None else "POST",
-                spot.address,
+                address.target,
                 data=body,
                 headers=headers if body is None else headers | {"Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=self.timeout),
                 allow_redirects=False,
-                **spot.proxy,
+                **address.proxy,
             ) as response:
-                data, status, heads = await _whole(response), response.status, response.headers
-        except aiohttp.ClientConnectorError as error:
-            raise Away(f"no connection ({self.clean(error.os_error.strerror or 'unknown host')})") from None
-        except TimeoutError:
-            raise TooSlow(f"no answer within {self.timeout:g} s") from None
+                data, status, heads = await read_body(response, MAX_ANSWER_BYTES), response.status, response.headers
         except (aiohttp.ClientError, OSError) as error:
-            raise Passing(self.clean(f"{type(error).__name__} {error}".strip())) from None
+            raise fault_of(error, self._account, self.timeout) from None
+        if data is None:
+            raise Transient(f"answer over {MAX_ANSWER_BYTES // 2**20} MiB")
         return data if status == 200 else self._refused(status, heads, data)
 
     def _refused(self, status: int, heads: Mapping[str, str], data: bytes) -> bytes:
@@ -76,52 +74,46 @@ class Line:
         if 300 <= status < 400:
             message = f"redirects to {heads.get('Location', 'nowhere')}"
         if status in (401, 403):
-            message = ""  # some servers repeat a part of the key
+            message = ""  # some servers repeat part of the key
         what = self.clean(f"HTTP {status} {message}".strip())
         raise_for(status, heads, data, what, code)
         raise CallFailed("endpoint", "blocked", what)
 
     def clean(self, text: str) -> str:
-        """One printable line of at most 200 characters, without the key."""
-        return printable(text, secret=self._key)[:200]
+        """The text as one printable line of at most 200 characters, without the key."""
+        return self._account.clean(text, 200)
 
 
-class ChatLine(Line):
-    """A replica that answers in words."""
+class ChatProbeClient(ProbeClient):
+    """Sends chat requests to one replica."""
 
     def __init__(self, session: aiohttp.ClientSession, member: Member, url: str, timeout: float) -> None:
         super().__init__(session, member, url, timeout)
         self.member = member
 
-    async def raw(
+    async def ask_raw(
         self,
         *messages: Message,
-        most: int = 64,
+        max_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = SEED,
         answer: type[Answer] | None = None,
         part: Callable[[str], Part] | None = None,
         **extra: Any,
     ) -> bytes:
-        """The body of the answer to the question; an image's reference is a colour, `most` the tokens it may take."""
+        """The body of the answer to a conversation, in which an image reference is the name of a colour.
+
+        `part` makes the content part of an image; `extra` adds fields to the request. Raises as `send` does.
+        """
         member = structs.replace(self.member, json_schema=True, extra=self.member.extra | extra)
-        sampling = Sampling(temperature, member.top_p, most, seed)
+        sampling = Sampling(temperature, member.top_p, max_tokens, seed)
         schema = schema_of(answer) if answer else None
         call = Call("doctor", "", messages, sampling, schema, "doctor", 0)
-        return await self.send("/chat/completions", chat_body(member, call, part or as_colour))
+        return await self.send("/chat/completions", chat_body(member, call, part or colour_part))
 
     async def ask(self, *messages: Message, **options: Any) -> Reply:
-        """The answer, read as a run reads it."""
-        return read_reply(await self.raw(*messages, **options))
-
-
-async def _whole(response: aiohttp.ClientResponse) -> bytes:
-    data = bytearray()
-    async for chunk in response.content.iter_any():
-        data += chunk
-        if len(data) > MAX_BODY:
-            raise Passing(f"answer over {MAX_BODY // 2**20} MiB")
-    return bytes(data)
+        """The answer, parsed as a run parses it; arguments and errors are those of `ask_raw`."""
+        return read_reply(await self.ask_raw(*messages, **options))
 
 
 @functools.cache
@@ -133,11 +125,11 @@ def _uri(colour: str) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def as_colour(colour: str) -> Part:
-    """A picture of one colour, as a data URI."""
+def colour_part(colour: str) -> Part:
+    """The content part of an image of one colour, as a data URI."""
     return {"type": "image_url", "image_url": {"url": _uri(colour)}}
 
 
-def user(text: str, *colours: str) -> Message:
-    """A user's message with pictures of these colours before its text."""
+def user_message(text: str, *colours: str) -> Message:
+    """A user message with images of these colours before its text."""
     return Message("user", text, colours)

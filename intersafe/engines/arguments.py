@@ -1,4 +1,4 @@
-"""An `Engine` of the recipe in vLLM's own words: for its Python classes, and for the command line of its server."""
+"""Turns an `Engine` of the recipe into vLLM's arguments: for its Python classes, and as flags of its server."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from intersafe.recipe.engine import Engine
 
 
 def engine_arguments(engine: Engine, revision: str = "") -> dict[str, Any]:
-    """vLLM's engine arguments by their Python names; what is as vLLM has it anyway is left out.
+    """vLLM's engine arguments by their Python names, without those that equal vLLM's own defaults.
 
-    `engine` is that of `Recipe.engine`. Of `args` each stands in place of ours, and null takes ours away.
+    `engine` comes from `Recipe.engine`. An entry of its `args` replaces the argument of the same name; null drops it.
     """
     ours = {
         "seed": 0,
@@ -23,19 +23,19 @@ def engine_arguments(engine: Engine, revision: str = "") -> dict[str, Any]:
         "max_num_seqs": engine.max_num_seqs,
         "enable_prefix_caching": None if engine.prefix_caching else False,
         "enforce_eager": engine.eager or None,
-        # A model that may write any white space between the parts of an object can do so until its tokens are spent.
+        # Otherwise a model may write white space between the parts of an object until it reaches max_tokens.
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
-    return {name: value for name, value in (ours | named(engine.args)).items() if value is not None}
+    return {name: value for name, value in (ours | python_names(engine.args)).items() if value is not None}
 
 
-def named(args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by their Python names, where they were given as flags too (`max-num-batched-tokens`)."""
+def python_names(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by their Python names; the recipe may spell them as flags (`max-num-batched-tokens`)."""
     return {name.lstrip("-").replace("-", "_"): value for name, value in args.items()}
 
 
 def flags_of(arguments: dict[str, Any]) -> list[str]:
-    """The same arguments as flags of `vllm serve`; lists and mappings are JSON."""
+    """The arguments as flags of `vllm serve`; lists and mappings become JSON."""
     flags = []
     for name, value in arguments.items():
         flag = name.replace("_", "-")

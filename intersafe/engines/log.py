@@ -1,6 +1,6 @@
-"""What libraries in this process write to stderr, and the processes that they start, goes to a file of the run.
+"""Redirects the process's stderr to a file of the run, for libraries of this process and processes that they start.
 
-An engine tells of its loading and of its end in pages; in the middle of a display nobody can read them.
+An engine writes pages as it loads and as it ends. In a live display nobody could read them.
 """
 
 import contextlib
@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import TextIO
 
 _STDERR = 2
-_places: list[Path] = []
-"""Where stderr goes, the latest last: it is one for the whole process."""
+_files: list[Path] = []
+"""The files that stderr is redirected to, the current one last: the whole process has one stderr."""
 
 
 @contextlib.contextmanager
 def stderr_to(path: Path) -> Iterator[None]:
-    """Sends the process's stderr to the end of that file; who has a stream of `own_stderr` goes on writing to it."""
+    """Appends the process's stderr to that file; a stream from `own_stderr` still writes to the old place.
+
+    Does nothing where `sys.stderr` is not file descriptor 2, as in a notebook. `OSError` if the file cannot be opened.
+    """
     try:
         is_ours = sys.stderr is not None and sys.stderr.fileno() == _STDERR
     except (OSError, ValueError):
         is_ours = False
-    if not is_ours:  # closed, or a notebook's: the number 2 may be any file
+    if not is_ours:  # closed, or a notebook's: descriptor 2 may be any file
         yield
         return
     _flush()
@@ -31,19 +34,19 @@ def stderr_to(path: Path) -> Iterator[None]:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, _STDERR)
         os.close(file)
-        _places.append(path)
+        _files.append(path)
         yield
     finally:
-        if path in _places:
-            _places.remove(path)
+        if path in _files:
+            _files.remove(path)
         _flush()
         os.dup2(before, _STDERR)
         os.close(before)
 
 
-def place() -> tuple[Path, int] | None:
-    """The file that stderr goes to now, and how many bytes it has; None where it goes to none."""
-    return (_places[-1], _places[-1].stat().st_size) if _places else None
+def stderr_file() -> tuple[Path, int] | None:
+    """The file that stderr goes to now and its size in bytes; None where stderr is not redirected."""
+    return (_files[-1], _files[-1].stat().st_size) if _files else None
 
 
 def _flush() -> None:
@@ -52,7 +55,7 @@ def _flush() -> None:
 
 
 def own_stderr() -> TextIO | None:
-    """A stream to where stderr goes now, whatever it is sent to later; None where there is no stderr."""
+    """A stream to where stderr goes now, unaffected by later redirection; None where there is no stderr."""
     if sys.stderr is None:
         return None
     try:

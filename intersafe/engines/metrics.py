@@ -1,7 +1,7 @@
-"""What vLLM says about itself while it works: how busy it is, how full its KV cache, how much of the talk it had there.
+"""vLLM's own metrics while it works: running and waiting requests, use of the KV cache, hits in the prefix cache.
 
-The same figures come from `/metrics` of a server (Prometheus text) and from an engine in this process. Counters are
-summed over the engines of a server (data parallel), the fill of the KV cache is the fullest one's.
+They come from `/metrics` of a server (Prometheus text) or from an engine in this process. Counters are summed over the
+engines of a server (data parallel). The KV cache usage is that of the fullest engine.
 """
 
 import re
@@ -20,47 +20,48 @@ _NAMES = {
 
 
 class Sample(msgspec.Struct):
-    """One look at an engine."""
+    """The metrics of an engine at one moment."""
 
     running: float = 0.0
-    """Requests that are being answered."""
+    """Requests that the engine is answering."""
     waiting: float = 0.0
-    """Requests that wait in the engine's own queue."""
+    """Requests in the engine's own queue."""
     kv_usage: float = 0.0
     """Share of the KV cache in use, 0 to 1."""
     queries: float = 0.0
-    """Prompt tokens that were looked up in the prefix cache, since the engine started."""
+    """Prompt tokens looked up in the prefix cache since the engine started."""
     hits: float = 0.0
-    """Those that were found there."""
+    """Of these, tokens found there."""
 
 
 class Figures(msgspec.Struct):
-    """What was seen of one engine while a command worked on a run (`summary.json`)."""
+    """The metrics of one engine over one command that worked on a run (`summary.json`)."""
 
     looks: int = 0
+    """Number of samples."""
     running: float = 0.0
-    """Requests answered at once, on average."""
+    """Mean number of requests answered at once."""
     waiting: float = 0.0
-    """Requests that waited in the engine's own queue, on average."""
+    """Mean number of requests in the engine's own queue."""
     idle: float = 0.0
-    """Share of the looks at which it had nothing to do, 0 to 1."""
+    """Share of the samples in which it had nothing to do, 0 to 1."""
     kv_usage: float = 0.0
-    """Fullest KV cache, 0 to 1."""
+    """Highest use of the KV cache, 0 to 1."""
     queries: float = 0.0
-    """Prompt tokens of this command that were looked up in the prefix cache."""
+    """Prompt tokens looked up in the prefix cache during this command."""
     hits: float = 0.0
-    """Those that were found there."""
+    """Of these, tokens found there."""
     latest: Sample | None = None
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the prompt tokens that were in the prefix cache, 0 to 1; None where none was looked up."""
+        """Share of the prompt tokens found in the prefix cache, 0 to 1; None if none was looked up."""
         return self.hits / self.queries if self.queries else None
 
-    def look(self, sample: Sample, *, is_last: bool = False) -> None:
-        """Takes one more look into account; counters that fell belong to an engine that was started again.
+    def add(self, sample: Sample, *, is_last: bool = False) -> None:
+        """Adds one sample. Counters that fell mean that the engine was restarted.
 
-        The last look comes when all is done: it says nothing about how busy the engine was.
+        The last sample comes after all work is done, so only its counters count.
         """
         if is_last and self.latest:
             self._count(sample)
@@ -75,14 +76,14 @@ class Figures(msgspec.Struct):
 
     def _count(self, sample: Sample) -> None:
         if before := self.latest:
-            started_again = sample.queries < before.queries
-            self.queries += sample.queries - (0 if started_again else before.queries)
-            self.hits += sample.hits - (0 if started_again else before.hits)
+            restarted = sample.queries < before.queries
+            self.queries += sample.queries - (0 if restarted else before.queries)
+            self.hits += sample.hits - (0 if restarted else before.hits)
         self.latest = sample
 
 
-def words_of(figures: Figures) -> str:
-    """The figures of a whole command in one line."""
+def describe_metrics(figures: Figures) -> str:
+    """The metrics of a whole command in one line."""
     rate = figures.hit_rate
     found = f", prefix cache {rate:.0%}" if rate is not None else ""
     busy = f"{figures.running:.1f} running and {figures.waiting:.1f} waiting on average"
@@ -90,7 +91,7 @@ def words_of(figures: Figures) -> str:
 
 
 def sample_of(values: Iterable[tuple[str, float]]) -> Sample | None:
-    """A sample out of metrics by name, with or without `vllm:` and `_total`; None where there are none of vLLM's."""
+    """A sample from metrics by name, with or without `vllm:` and `_total`; None if none is vLLM's."""
     sample, found = Sample(), False
     for name, value in values:
         field = _NAMES.get(name.removeprefix("vllm:").removesuffix("_total"))
@@ -103,5 +104,5 @@ def sample_of(values: Iterable[tuple[str, float]]) -> Sample | None:
 
 
 def parse_metrics(text: str) -> Sample | None:
-    """The sample in the text of a server's `/metrics`; None where it is no vLLM."""
+    """The sample in the text of `/metrics` of a server; None if the server is not vLLM."""
     return sample_of((name, float(value)) for name, value in _LINE.findall(text))

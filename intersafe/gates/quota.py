@@ -1,4 +1,4 @@
-"""Quotas: keeps the axes of a run (category, strategy, victim, turn count) near their shares while it grows."""
+"""Quotas: keep the values of each axis (category, strategy, victim, turn count) near their shares at all times."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ AXES = ("category", "strategy", "victim", "turns")
 
 
 def value_of(grown: Dialogue | Job, axis: str, victims: Sequence[str]) -> str:
-    """Where a dialogue stands on an axis, or will stand once it is grown from a job; `victims` by a job's number."""
+    """The value of a dialogue on an axis, or of the dialogue that a job would give; `victims` by a job's number."""
     if axis == "category":
         return grown.seed.category
     if axis == "strategy":
@@ -21,7 +21,7 @@ def value_of(grown: Dialogue | Job, axis: str, victims: Sequence[str]) -> str:
 
 
 def shares_of(settings: CoverageSettings, values: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
-    """The share of every value on every axis that has quotas; `values` are those that the run's jobs can have."""
+    """The share of every value on every axis that has quotas; `values`: those that the run's jobs can have."""
     shares: dict[str, dict[str, float]] = {}
     for axis in AXES:
         wanted = getattr(settings, axis)
@@ -33,14 +33,14 @@ def shares_of(settings: CoverageSettings, values: Mapping[str, Sequence[str]]) -
 
 
 class Quota:
-    """Turns a dialogue down when its value on an axis would run too far ahead of its share.
+    """Rejects a dialogue whose value on an axis would get too far ahead of its share.
 
-    The limit follows from what was accepted so far and not from the number asked for, so that a longer run goes on with
-    the decisions of a shorter one.
+    The limit depends on what was accepted so far and not on the number asked for, so that a longer run begins with the
+    decisions of a shorter one.
     """
 
     def __init__(self, settings: CoverageSettings, values: Mapping[str, Sequence[str]]) -> None:
-        """`values` are those that the run's jobs can have; one without jobs would hold back the others for good."""
+        """`values`: those that the run's jobs can have; a value without jobs would hold back the others for good."""
         self.shares = shares_of(settings, values)
         self.counts: dict[str, Counter[str]] = {axis: Counter(dict.fromkeys(s, 0)) for axis, s in self.shares.items()}
         self._accepted = 0
@@ -49,7 +49,7 @@ class Quota:
     def check(self, dialogue: Dialogue | Job, ahead: float = 0.0) -> Reason | None:
         """`category_full`, `strategy_full`, `victim_full`, `turns_full`, or None; `ValueError` for an unknown value.
 
-        All that is asked for is known of a job before it is grown; `ahead` more may be accepted elsewhere until then.
+        A job has these values before it is grown; `ahead` more dialogues may be accepted before it is decided.
         """
         for axis in self.shares:
             value = self._value(dialogue, axis)
@@ -78,7 +78,7 @@ class Quota:
         return value
 
     def short(self) -> list[tuple[str, str, int, int]]:
-        """The cells that stayed behind: axis, value, how many there are, and the least that its share allows for."""
+        """The cells below their quota: axis, value, how many there are, and the least that the share allows."""
         least = 1 - self._settings.tolerance
         return [
             (axis, value, self.counts[axis][value], need)
@@ -88,12 +88,12 @@ class Quota:
         ]
 
     def awaited(self) -> list[tuple[str, str, int, int]]:
-        """The cells that others wait for, because those of their axis are full: as `short`, up to their whole share."""
+        """The cells that the full ones of their axis wait for: as `short`, but with the whole share as the need."""
         found = []
         for axis, shares in self.shares.items():
             counts = self.counts[axis]
-            room = [value for value in shares if counts[value] + 1 <= self._limit(axis, value)]
-            if len(room) < len(shares):
-                wanted = {value: max(counts[value] + 1, round(shares[value] * self._accepted)) for value in room}
-                found += [(axis, value, counts[value], wanted[value]) for value in room]
+            free = [value for value in shares if counts[value] + 1 <= self._limit(axis, value)]
+            if len(free) < len(shares):
+                wanted = {value: max(counts[value] + 1, round(shares[value] * self._accepted)) for value in free}
+                found += [(axis, value, counts[value], wanted[value]) for value in free]
         return found

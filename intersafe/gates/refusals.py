@@ -1,4 +1,4 @@
-"""The gates of the refusal VQA: what a rule can see in a finished sample, and near-duplicate questions of a group."""
+"""The gates of refusal VQA: rules on a finished sample, and near-duplicate questions of a group."""
 
 from intersafe.checks.messages import fold, is_blank
 from intersafe.checks.refusals import answer_problem, question_problem
@@ -8,11 +8,11 @@ from intersafe.recipe.gates import DuplicateSettings
 from intersafe.records import Reason, RefusalSample
 
 _LEAST_DESCRIPTION = 12
-"""A description that folds to fewer characters is found in honest questions by chance."""
+"""Characters: a shorter folded description occurs in honest questions by chance."""
 
 
 def check_refusal(sample: RefusalSample) -> Reason | None:
-    """The first rule that turns the sample down, the hard exclusion before all others, or None."""
+    """The reason of the first rule that rejects the sample, the hard exclusion before all others; or None."""
     descriptions = [origin.description for origin in sample.origins]
     asked = [sample.seed.query, sample.question, *descriptions]
     if excluded_together(asked):

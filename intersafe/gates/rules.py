@@ -1,4 +1,4 @@
-"""The rules that need nothing but the dialogue itself: its form, its repetitions and what leaked into it."""
+"""Rules that need only the dialogue itself: its form, its repetitions and what leaked into it."""
 
 import re
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from itertools import combinations
 from intersafe.checks.messages import fold, fold_steps, image_leak, is_blank, plan_leak, repeats_description, same
 from intersafe.exclusions import excluded_together
 from intersafe.recipe.gates import RuleSettings
-from intersafe.records import Dialogue, Reason
+from intersafe.records import Dialogue, Reason, texts_of
 
 _LEAST_LETTERS = 20
-"""A text with fewer letters says too little about its script."""
+"""A text with fewer letters is too short to tell its script."""
 
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _NOT_ASCII_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
@@ -22,25 +22,22 @@ _LATIN = re.compile(
 
 
 def check_rules(dialogue: Dialogue, settings: RuleSettings) -> Reason | None:
-    """The first rule that turns the dialogue down, the hard exclusion before all others, or None."""
+    """The reason of the first rule that rejects the dialogue, the hard exclusion before all others; or None."""
     return next((reason for rule in _RULES if (reason := rule(dialogue, settings))), None)
 
 
 def check_excluded(dialogue: Dialogue) -> Reason | None:
-    """The hard exclusion, which no recipe switches off: the whole record is read as one text.
+    """The hard exclusion, which no recipe can switch off; the whole record is read as one text.
 
-    A concern that is spread over turns, over user and victim, or over turns that were taken back must not pass.
+    A concern that is spread over turns, over user and victim, or over backtracked turns must not pass.
     """
     turns = [*dialogue.turns, *(pruned.turn for pruned in dialogue.pruned)]
     asked = [turn.user.text for turn in turns]
     asked += [origin.description for turn in turns for origin in turn.origins if origin.description]
     if excluded_together(asked):
         return Reason("excluded", "user")
-    asked += [removed.origin.description for removed in dialogue.removed]
-    asked += [dialogue.goal] if dialogue.goal else []
-    told = [turn.reply.text for turn in turns]
-    told += [turn.aligned.text for turn in turns if turn.aligned]
-    return Reason("excluded", "reply") if excluded_together([*asked, *told]) else None
+    texts = [*texts_of(turns), *(removed.origin.description for removed in dialogue.removed), dialogue.goal]
+    return Reason("excluded", "reply") if excluded_together(texts) else None
 
 
 def _excluded(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
@@ -53,26 +50,26 @@ def _turn_count(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
 
 
 def _empty_message(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
-    for place, turn in enumerate(dialogue.turns, 1):
+    for number, turn in enumerate(dialogue.turns, 1):
         for message in (turn.user, turn.reply):
             if is_blank(message.text):
-                return Reason("empty_message", f"turn {place}, {message.role}")
+                return Reason("empty_message", f"turn {number}, {message.role}")
     return None
 
 
 def _truncated(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
-    cut = next((place for place, turn in enumerate(dialogue.turns, 1) if turn.finish == "length"), None)
-    return Reason("truncated", f"turn {cut}") if cut else None
+    cut = next((number for number, turn in enumerate(dialogue.turns, 1) if turn.finish == "length"), None)
+    return Reason("victim_truncated", f"turn {cut}") if cut else None
 
 
 def _repeated_message(dialogue: Dialogue, settings: RuleSettings) -> Reason | None:
-    asked = [(place, fold(turn.user.text)) for place, turn in enumerate(dialogue.turns, 1)]
+    asked = [(number, fold(turn.user.text)) for number, turn in enumerate(dialogue.turns, 1)]
     for (i, one), (j, other) in combinations(asked, 2):
         if same(one, other, settings):
             return Reason("repeated_message", f"user, turns {i} and {j}")
-    # A victim that refuses in the same words twice does what it should.
-    answers = [(p, fold(t.reply.text)) for p, t in enumerate(dialogue.turns, 1) if t.verdict.refusal != "full"]
-    for (i, one), (j, other) in combinations(answers, 2):
+    # A victim may refuse twice in the same words.
+    replies = [(n, fold(t.reply.text)) for n, t in enumerate(dialogue.turns, 1) if t.verdict.refusal != "full"]
+    for (i, one), (j, other) in combinations(replies, 2):
         if one == other:
             return Reason("repeated_message", f"reply, turns {i} and {j}")
     return None
@@ -80,27 +77,27 @@ def _repeated_message(dialogue: Dialogue, settings: RuleSettings) -> Reason | No
 
 def _leaked_plan(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
     goal, steps = fold(dialogue.seed.query), fold_steps(dialogue.plan)
-    for place, turn in enumerate(dialogue.turns, 1):
+    for number, turn in enumerate(dialogue.turns, 1):
         if leak := plan_leak(turn.user.text, goal, steps):
-            return Reason("leaked_plan", f"turn {place}: {leak}")
+            return Reason("leaked_plan", f"turn {number}: {leak}")
     return None
 
 
 def _leaked_image_description(dialogue: Dialogue, settings: RuleSettings) -> Reason | None:
     descriptions = [o.description for turn in dialogue.turns for o in turn.origins if o.description]
     descriptions += [removed.origin.description for removed in dialogue.removed]
-    for place, turn in enumerate(dialogue.turns, 1):
+    for number, turn in enumerate(dialogue.turns, 1):
         text = turn.user.text
         if image_leak(text, settings) or repeats_description(text, descriptions, settings):
-            return Reason("leaked_image_description", f"turn {place}")
+            return Reason("leaked_image_description", f"turn {number}")
     return None
 
 
 def _image_origins(dialogue: Dialogue, _: RuleSettings) -> Reason | None:
-    """Every image says where it comes from."""
-    for place, turn in enumerate(dialogue.turns, 1):
+    """Every image has an origin."""
+    for number, turn in enumerate(dialogue.turns, 1):
         if tuple(origin.image for origin in turn.origins) != turn.user.images:
-            return Reason("image_without_origin", f"turn {place}")
+            return Reason("image_without_origin", f"turn {number}")
     return None
 
 
@@ -108,11 +105,11 @@ def _language(dialogue: Dialogue, settings: RuleSettings) -> Reason | None:
     if settings.script == "any":
         return None
     texts = [message.text for message in dialogue.messages]
-    # The talk as a whole comes last, for messages that are each too short to tell.
-    for number, text in enumerate([*texts, "\n".join(texts)]):
+    # All messages together come last, since each may be too short to tell.
+    for place, text in enumerate([*texts, "\n".join(texts)]):
         share = _latin_share(text)
         if share < settings.script_share:
-            where = f"turn {number // 2 + 1}, {'reply' if number % 2 else 'user'}" if number < len(texts) else "all"
+            where = f"turn {place // 2 + 1}, {'reply' if place % 2 else 'user'}" if place < len(texts) else "all"
             return Reason("language", f"{where}: {share:.2f} {settings.script}")
     return None
 

@@ -1,15 +1,15 @@
 """The order of the stages: how a dialogue, a refusal sample and a benign twin are grown."""
 
 import hashlib
-from typing import Any
 
 import msgspec
 
 from intersafe.models.cast import JobCast
 from intersafe.recipe.sections import Recipe
-from intersafe.records import Check, Dialogue, Job, Provenance, RefusalJob, RefusalSample, Turn, said_in
+from intersafe.records import Dialogue, Job, Provenance, RefusalJob, RefusalSample, Turn
 from intersafe.run.kinds import TwinJob
 from intersafe.stages.cleaning import clean
+from intersafe.stages.conversation import Conversation
 from intersafe.stages.conversing import converse
 from intersafe.stages.judging import check_dialogue
 from intersafe.stages.planning import make_plan
@@ -20,16 +20,15 @@ from intersafe.stages.twinning import make_twin
 
 async def grow_dialogue(job: Job, cast: JobCast, recipe: Recipe, provenance: Provenance) -> Dialogue:
     """Plan, converse, clean, check, respond: one dialogue, or `JobEnded` with the stage and the reason."""
-    rules = recipe.gates.rules
     plan = await make_plan(job, cast, recipe.plan)
-    turns, pruned = await converse(job, plan, cast, recipe.converse, rules)
-    removed: tuple[Any, ...] = ()
+    conversation = Conversation(job, plan, cast, recipe.converse, recipe.gates.rules)
+    await converse(conversation)
     if recipe.clean:
-        turns, removed = await clean(job, plan, cast, turns, recipe.clean, recipe.converse, rules)
-    check: Check = await check_dialogue(job, cast, turns, recipe.converse.tries)
+        await clean(conversation, recipe.clean)
+    check = await check_dialogue(conversation)
     if recipe.respond:
-        taken_back = said_in([pruned_turn.turn for pruned_turn in pruned])
-        turns = await respond(job, cast, turns, recipe.respond, said=taken_back)
+        await respond(conversation, recipe.respond)
+    turns = tuple(conversation.turns)
     return Dialogue(
         _name(job, provenance, turns),
         job.index,
@@ -40,10 +39,10 @@ async def grow_dialogue(job: Job, cast: JobCast, recipe: Recipe, provenance: Pro
         job.sample,
         plan,
         turns,
-        pruned,
+        tuple(conversation.backtracked),
         check,
         provenance,
-        removed,
+        tuple(conversation.removed),
     )
 
 
@@ -70,15 +69,16 @@ async def grow_refusal(job: RefusalJob, cast: JobCast, recipe: Recipe, provenanc
 async def grow_twin(job: TwinJob, cast: JobCast, recipe: Recipe, provenance: Provenance) -> Dialogue:
     """The benign twin of a dialogue, with aligned answers if the recipe wants them; or `JobEnded`."""
     original = job.original
-    goal, plan, turns, check = await make_twin(original, job, cast, recipe.converse, recipe.gates.rules)
+    goal, conversation, check = await make_twin(original, job, cast, recipe.converse, recipe.gates.rules)
     if recipe.respond:
-        turns = await respond(job, cast, turns, recipe.respond)
+        await respond(conversation, recipe.respond)
+    turns = tuple(conversation.turns)
     return msgspec.structs.replace(
         original,
         id=_name(job, provenance, turns),
         job=job.index,
         key=job.key,
-        plan=plan,
+        plan=conversation.plan,
         turns=turns,
         pruned=(),
         check=check,

@@ -9,7 +9,7 @@ from intersafe.generation.job_kind import JobKind, Met
 from intersafe.generation.provenance import provenance_of
 from intersafe.images.store import ImageStore
 from intersafe.models.base import ChatModel, Hooks
-from intersafe.models.cast import Company, JobCast, Record, Replies
+from intersafe.models.cast import JobCast, Record, Replies, SharedCast
 from intersafe.models.open import open_models, open_painter
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Provenance
@@ -45,8 +45,8 @@ class Grower(Protocol):
 class Stages:
     """Grows jobs in this process."""
 
-    def __init__(self, recipe: Recipe, manifest: Manifest, shared: Company) -> None:
-        self.in_flight, self.waiting, self.models = shared.in_flight, shared.waiting, shared.models
+    def __init__(self, recipe: Recipe, manifest: Manifest, shared: SharedCast) -> None:
+        self.in_flight, self.waiting, self.models = shared.in_flight, shared.hooks.outages, shared.models
         self._recipe, self._manifest, self._shared = recipe, manifest, shared
         self._provenances: dict[Met, Provenance] = {}
 
@@ -74,7 +74,7 @@ def open_cast(
     index: Replies | None,
     older: Path | None,
     batches: Path | None = None,
-) -> Company:
+) -> SharedCast:
     """Opens the models and the painter; `closing` closes them. Needs a running event loop.
 
     `index` and `older` are the replies and the directory of the run that this one reuses; `batches` is the folder for
@@ -86,15 +86,15 @@ def open_cast(
     painter = open_painter(recipe.cast.painter, recipe.limits, hooks) if recipe.cast.painter else None
     if painter:
         closing.push_async_callback(painter.aclose)
-    return Company(
-        recipe.cast,
-        models,
-        prompts,
-        journal,
+    return SharedCast(
+        cast=recipe.cast,
+        models=models,
+        prompts=prompts,
+        journal=journal,
+        hooks=hooks,
+        budget=budget,
         older=index,
         painter=painter,
         images=images,
         older_images=ImageStore(older / "images") if older else None,
-        budget=budget,
-        waiting=hooks.outages,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from intersafe.engines.metrics import Figures, Sample, parse_metrics
 from intersafe.models.base import ChatModel
-from intersafe.models.http.service import read_body
+from intersafe.models.http.transport import read_body
 from intersafe.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Monitor:
             if sample:
                 # An engine of this process counts from 0; a server may have answered other clients before.
                 begun = Figures(latest=Sample() if name in self._engines else None)
-                self.figures.setdefault(name, begun).look(sample, is_last=is_last)
+                self.figures.setdefault(name, begun).add(sample, is_last=is_last)
 
 
 def _metrics(url: str) -> str:

@@ -19,7 +19,7 @@ from intersafe.recipe.sections import Recipe
 from intersafe.records import Seed, to_row
 from intersafe.run.directory import Run
 from intersafe.run.manifest import Manifest
-from intersafe.run.state import RunState, state_of
+from intersafe.run.state import DirectoryState, state_of
 from intersafe.seeds.load import Seeds, load_seeds
 from intersafe.storage.files import write_whole
 from intersafe.templates.load import Prompts, check_refusals, load_prompts, needed_by
@@ -133,7 +133,7 @@ def values_of(recipe: Recipe, seeds: Sequence[Seed]) -> dict[str, list[str]]:
     return values
 
 
-def open_directory(path: Path, prepared: Prepared) -> RunState:
+def open_directory(path: Path, prepared: Prepared) -> DirectoryState:
     """Creates the run directory, or completes the one that is there; returns what it was before.
 
     Raises the problem of the state. A new directory that cannot be filled is deleted again.

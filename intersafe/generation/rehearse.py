@@ -14,7 +14,7 @@ from intersafe.generation.job_kind import JobInputs, JobKind
 from intersafe.generation.kinds import DIALOGUES, KINDS
 from intersafe.images.store import ImageStore, read_image
 from intersafe.models.base import Call
-from intersafe.models.cast import Company, JobCast
+from intersafe.models.cast import JobCast, SharedCast
 from intersafe.models.scripted.chat import ScriptedModel
 from intersafe.models.scripted.painter import ScriptedPainter
 from intersafe.recipe.sections import Cast, CleanSettings, Member, Painter, Recipe, RespondSettings
@@ -65,7 +65,15 @@ def rehearse(recipe: Recipe, name: str, seed_id: str, turn: int) -> Call:
 
     async def grow() -> None:
         painter = ScriptedPainter("flawless", "96x96") if cast.painter else None
-        shared = Company(cast, models, prompts, _Nothing(), None, lambda c, _: calls.append(c), painter, store)
+        shared = SharedCast(
+            cast=cast,
+            models=models,
+            prompts=prompts,
+            journal=_Nothing(),
+            observe=lambda c, _: calls.append(c),
+            painter=painter,
+            images=store,
+        )
         with contextlib.suppress(JobEnded):
             await _grow(recipe, shared, job, name)
 
@@ -82,7 +90,7 @@ def rehearse(recipe: Recipe, name: str, seed_id: str, turn: int) -> Call:
     return made[turn - 1]
 
 
-async def _grow(recipe: Recipe, shared: Company, job: Job, prompt: str) -> None:
+async def _grow(recipe: Recipe, shared: SharedCast, job: Job, prompt: str) -> None:
     """Grows a job of the first kind that meets the prompt, and first the dialogue that it belongs to, if any."""
     kind = _kind_of(recipe, job, prompt)
     dialogue = await DIALOGUES.grow(job, JobCast(shared, job), recipe, _NOWHERE) if kind.follows_dialogues else None

@@ -11,7 +11,7 @@ from intersafe.generation.kinds import DIALOGUES
 from intersafe.generation.provenance import provenance_of
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Call, Painted, Reply
-from intersafe.models.cast import Company, JobCast
+from intersafe.models.cast import JobCast, SharedCast
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
 from intersafe.run.journal import Entry
@@ -62,12 +62,20 @@ class Replay:
         self.prompts = load_prompts(run.path / "prompts", self.recipe.strategies, needed_by(self.recipe), alone=True)
         self.images = ImageStore(run.path / "images")
 
-    def shared(self, entries: dict[str, Entry], observe: Callable[[Call, Reply], None] | None = None) -> Company:
+    def shared(self, entries: dict[str, Entry], observe: Callable[[Call, Reply], None] | None = None) -> SharedCast:
         """The cast with those entries as its only replies."""
         cast = self.recipe.cast
         models = {role: _Unasked(member.identity) for role, member in cast.members.items()}
         painter = _Unasked(cast.painter.identity) if cast.painter else None
-        return Company(cast, models, self.prompts, _ReadOnly(entries), None, observe, painter, self.images)
+        return SharedCast(
+            cast=cast,
+            models=models,
+            prompts=self.prompts,
+            journal=_ReadOnly(entries),
+            observe=observe,
+            painter=painter,
+            images=self.images,
+        )
 
 
 def calls_of(run: Run, index: int) -> list[tuple[Call, Reply]]:

@@ -6,9 +6,10 @@ bytes when it sends them.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -16,8 +17,7 @@ from intersafe.records import Finish, Message
 from intersafe.replies import Schema
 from intersafe.run.incidents import Incidents
 
-if TYPE_CHECKING:
-    pass
+logging.getLogger("intersafe").addHandler(logging.NullHandler())  # silent where the application sets no logging up
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -70,6 +70,10 @@ class Hooks:
     """Raises `BudgetReached` once no further call may be sent."""
     incidents: dict[str, Incidents] = field(default_factory=dict)
     """Retries, throttling and outages by role."""
+
+    def incidents_of(self, role: str) -> Incidents:
+        """The counts of a role, which begin at 0."""
+        return self.incidents.setdefault(role, Incidents())
 
 
 class ChatModel(Protocol):

@@ -34,14 +34,14 @@ def open_models(
     shared: dict[str, ChatModel] = {}
     members = list(cast.members.values())
     if lanes := _lanes(cast, limits, hooks, folder):
-        for member in members:
+        for role, member in cast.members.items():
             if member.batch:
-                shared.setdefault(_same(member), lanes.open(member, images))
+                shared.setdefault(_same(member), lanes.open(role, member, images))
         lanes.begin()
     if any(member.in_process for member in members):  # last: they begin to load
         from intersafe.models.local.open import open_engines
 
-        shared |= open_engines(members, _same, images, hooks.outages, hooks.may_send, engine_of)
+        shared |= open_engines(members, _same, images, hooks, engine_of)
     return {
         role: _open(_within_limits_of_all(member, members), limits, images, hooks, shared)
         for role, member in cast.members.items()
@@ -57,7 +57,7 @@ def _lanes(cast: Cast, limits: Limits, hooks: Hooks, folder: Path | None) -> "La
         return None
     from intersafe.models.batch.lane import Lanes
 
-    return Lanes(folder, limits, hooks.notify, hooks.outages, hooks.may_send)
+    return Lanes(folder, limits, hooks)
 
 
 def clear_batches(folder: Path) -> None:
@@ -102,7 +102,7 @@ def _open(
         else:
             from intersafe.models.http.chat import EndpointModel
 
-            shared[same] = EndpointModel(member, limits, images, hooks.notify, hooks.outages, hooks.may_send)
+            shared[same] = EndpointModel(member, limits, images, hooks)
     return shared[same]
 
 
@@ -123,7 +123,7 @@ def open_painter(
         return DiffusersPainter(painter)
     from intersafe.models.http.images import ImagesEndpoint
 
-    return ImagesEndpoint(painter, limits, hooks.notify, hooks.outages, hooks.may_send)
+    return ImagesEndpoint(painter, limits, hooks)
 
 
 def check_cast(cast: Cast, engine_of: Callable[[str], Engine] = lambda _: Engine()) -> None:
@@ -155,6 +155,6 @@ def check_cast(cast: Cast, engine_of: Callable[[str], Engine] = lambda _: Engine
 
             check_painter_name(member.spec.model)
         elif member.spec.backend == "scripted":
-            from intersafe.models.scripted.chat import check_name
+            from intersafe.models.scripted.profiles import check_name
 
             check_name(member.spec.model)

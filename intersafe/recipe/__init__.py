@@ -1,1 +1,1 @@
-"""The recipe: its sections, how it is read and overridden, and which settings contradict each other."""
+"""The recipe: its sections, how it is read, checked and overridden."""

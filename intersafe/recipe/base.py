@@ -1,11 +1,11 @@
-"""What every section of a recipe is made of: the base of its types, its kinds of numbers, and the help for a typo."""
+"""The base of the sections of a recipe, and the types of their numbers."""
 
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-# Upper bounds keep every number finite and exact in JSON, as which a run keeps its recipe.
+# Upper bounds keep every number finite and exact in JSON, the format in which a run stores its recipe.
 Natural = Annotated[int, Meta(ge=0, le=10**9)]
 Positive = Annotated[int, Meta(ge=1, le=10**9)]
 Parallel = Annotated[int, Meta(ge=1, le=65_536)]

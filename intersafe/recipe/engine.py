@@ -1,7 +1,7 @@
-"""The `serve` section of a recipe: how a model is put up, as a server of `intersafe serve` or in this process.
+"""The `serve` section of a recipe: how a model is deployed, as a server of `intersafe serve` or in this process.
 
-None of it is part of a run's digest: like a URL it says where and how a model runs. What changes its answers in a way
-that matters - a quantised checkpoint, say - belongs into the member's `revision`.
+Like URLs, these settings are not part of a run's digest. A change that matters for the answers, such as a quantised
+checkpoint, belongs in the member's `revision`.
 """
 
 from typing import Annotated, Any, Literal
@@ -16,38 +16,38 @@ Word = Annotated[str, Meta(pattern=r"^[ -~]*\Z", max_length=4096)]
 
 
 class Engine(Section, frozen=True):
-    """One model's engine. Defaults are the library's own where a field is null."""
+    """One model's engine. A null field leaves the default of the library."""
 
     path: Word = ""
-    """Folder or Hub name of the weights, where the model's name in the cast is another."""
+    """Folder or Hub name of the weights, if it is not the model's name in the cast."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: Positive | None = None
-    """Most tokens of prompt and answer together; null: the model's own."""
+    """Most tokens of prompt and answer together; null: the model's own limit."""
     images: Annotated[int, Meta(ge=0, le=256)] | None = None
-    """Most images of one request; null: as many as a dialogue of the recipe can have."""
+    """Most images in one request; null: the most that a dialogue of the recipe can have."""
     tensor_parallel: Parallel = 1
-    """GPUs over which each layer is spread."""
+    """GPUs over which each layer is split."""
     data_parallel: Parallel = 1
-    """Copies of the model behind one URL, each on `tensor_parallel` GPUs; of a server alone."""
+    """Copies of the model behind one URL, each on `tensor_parallel` GPUs; for servers only."""
     gpu_memory: Share | None = None
-    """Share of each GPU's memory that the engine may take; what models on one GPU take together stays below 1."""
+    """Share of each GPU's memory for the engine; the models on one GPU must stay below 1 together."""
     max_num_seqs: Positive | None = None
-    """Most requests that are answered at once."""
+    """Most requests in progress at once."""
     prefix_caching: bool = True
-    """Keep the talk so far in the KV cache; a dialogue goes on where its last turn ended."""
+    """Keeps the conversation so far in the KV cache, so that each turn processes only what is new."""
     eager: bool = False
-    """No compilation and no CUDA graphs: a quicker start, slower answers."""
+    """No compilation and no CUDA graphs: a faster start, slower answers."""
     args: dict[str, Any] = msgspec.field(default_factory=dict)
     """Any other argument of the engine by its Python name, for example `quantization: fp8`."""
     env: dict[str, Word] = msgspec.field(default_factory=dict)
-    """Environment variables for the engine; never a key."""
+    """Environment variables for the engine; never a secret."""
     gpus: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9,/-]+\Z")], ...] = ()
-    """Which GPUs, as CUDA_VISIBLE_DEVICES has them, one entry for each URL of the cast; of a server alone."""
+    """GPUs as in CUDA_VISIBLE_DEVICES, one entry for each URL of the cast; for servers only."""
     command: Word = ""
-    """What starts the server, instead of the `vllm` that is installed: `/opt/vllm/bin/vllm serve`."""
+    """Command that starts the server instead of the installed `vllm`, for example `/opt/vllm/bin/vllm serve`."""
     startup: Annotated[float, Meta(gt=0, le=86_400)] = 1800.0
-    """Seconds that a server may take until it answers."""
+    """Seconds within which a server must answer after its start."""
     device: Annotated[str, Meta(pattern=r"^([a-z]+(:[0-9]+)?)?\Z")] = ""
-    """Of `transformers:` alone: cuda, cuda:1, cpu ...; empty: the first GPU, or else the CPU."""
+    """For `transformers:` only: cuda, cuda:1, cpu ...; empty: the first GPU, else the CPU."""
     batch: Annotated[int, Meta(ge=1, le=1024)] = 8
-    """Of `transformers:` alone: most conversations of one batch."""
+    """For `transformers:` only: most conversations in one batch."""

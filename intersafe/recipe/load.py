@@ -1,7 +1,7 @@
-"""Recipes: one YAML file to one typed, frozen value, with errors that name the file, the line and the nearest key.
+"""Reads a recipe: one YAML file becomes one typed, frozen value. Errors name the file, the line and the nearest key.
 
-Paths in a recipe are relative to the recipe's own folder. YAML's aliases and tags are refused. The types are those of
-`sections.py`.
+Paths in a recipe are relative to the folder of the recipe. YAML aliases and tags are errors. `sections.py` has the
+types.
 """
 
 import os
@@ -12,8 +12,8 @@ import msgspec
 import yaml
 
 from intersafe.errors import InputError
-from intersafe.recipe.checks import check_recipe, check_served
-from intersafe.recipe.misfits import dict_values, misfit, section_in
+from intersafe.recipe.checks import validate_recipe, validate_served
+from intersafe.recipe.mismatch import dict_values, mismatch, section_in
 from intersafe.recipe.sections import Recipe
 from intersafe.storage.yaml import read_yaml
 from intersafe.wording import nearest
@@ -22,7 +22,7 @@ from intersafe.wording import nearest
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file, its paths made absolute; `InputError` names file, line and remedy."""
     path = Path(path)
-    node, raw = read_yaml(path)
+    node, raw = read_yaml(path, "recipe")
     if not isinstance(node, yaml.MappingNode):
         raise InputError("a recipe is a mapping of keys", at=path, line=1, remedy="start from `intersafe init DIR`")
     lines: dict[str, int] = {}
@@ -33,9 +33,9 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         recipe = msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as error:
-        raise misfit(error, path, lines, raw) from None
-    recipe = check_recipe(_with_paths(recipe, path.resolve().parent), path, lines)
-    check_served(recipe, path, lines)
+        raise mismatch(error, path, lines, raw) from None
+    recipe = validate_recipe(_with_paths(recipe, path.resolve().parent), path, lines)
+    validate_served(recipe, path, lines)
     return recipe
 
 
@@ -54,12 +54,15 @@ def _with_paths(recipe: Recipe, here: Path) -> Recipe:
 
 
 def _weights(path: str, here: Path) -> str:
-    """A folder of weights by its absolute path; a name of the Hub as it is."""
+    """The absolute path of a folder of weights; a Hub name unchanged."""
     return os.path.normpath(here / Path(path).expanduser()) if path.startswith((".", "/", "~")) else path
 
 
 def _expand_members(raw: Any) -> None:
-    """`attacker: scripted:demo` is short for `attacker: {model: scripted:demo}`; turn counts are texts to us."""
+    """Writes out the short forms in place.
+
+    `attacker: scripted:demo` stands for `attacker: {model: scripted:demo}`; numbers of turns become texts.
+    """
     cast = raw.get("cast")
     if not isinstance(cast, dict):
         return
@@ -75,7 +78,10 @@ def _expand_members(raw: Any) -> None:
 
 
 def _check_keys(node: yaml.Node, kind: Any, where: str, path: Path, lines: dict[str, int]) -> None:
-    """Walks the YAML beside the types: unknown, doubled and missing keys, and the line of every place."""
+    """Compares the YAML with the types: `InputError` for an unknown, repeated or missing key.
+
+    Notes the line of every place in `lines`.
+    """
     lines[where] = node.start_mark.line + 1
     struct = section_in(kind)
     if isinstance(node, yaml.SequenceNode):
@@ -93,12 +99,15 @@ def _check_keys(node: yaml.Node, kind: Any, where: str, path: Path, lines: dict[
         place = f"{where}.{key}".removeprefix("$.")[:100]
         if struct and key not in fields:
             raise InputError(
-                f"unknown key {place!r}" + nearest(key, list(fields)), at=path, line=line, remedy="mend or drop the key"
+                f"unknown key {place!r}" + nearest(key, list(fields)),
+                at=path,
+                line=line,
+                remedy="correct or remove the key",
             )
         if not key_node.tag.endswith(":str") and where != "$.gates.coverage.turns":
             raise InputError(f"key {place!r} is not a text", at=path, line=line, remedy="put it into quotes")
         if key in seen:
-            raise InputError(f"key {place!r} stands twice", at=path, line=line, remedy="keep one")
+            raise InputError(f"key {place!r} appears twice", at=path, line=line, remedy="keep one")
         seen.add(key)
         inner = fields[key].type if struct else of_dict
         _check_keys(value_node, inner, f"{where}.{key}", path, lines)

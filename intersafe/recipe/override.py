@@ -1,4 +1,4 @@
-"""A recipe with other values, as flags and notebooks give them."""
+"""A recipe with some values replaced, by flags or in a notebook."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -6,15 +6,20 @@ from typing import Any, TypeVar
 import msgspec
 
 from intersafe.errors import InputError
-from intersafe.recipe.checks import check_recipe
+from intersafe.recipe.checks import validate_recipe
 from intersafe.recipe.sections import Cast, Member, Model, Painter, Price, Recipe
 from intersafe.recipe.specs import BACKENDS, OPENAI_URL, PAINTERS, parse_spec
 
 
 def override(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with other values, checked again; a cast member given by spec keeps no key of another server."""
+    """The recipe with other values, checked again; raises `InputError`.
+
+    `changes` are fields of the recipe, roles of the cast by model spec (`victims` takes several), fields of `limits`,
+    `prices` by role, or `no_refusals`. None and empty values change nothing. A member with a new spec loses the API key
+    and the price of the model before.
+    """
     if changes.pop("no_refusals", False):
-        # Nobody else asks the responder, so its key is not needed either.
+        # Only refusals and aligned answers use the responder; without them its API key is not needed.
         cast = recipe.cast if recipe.respond else msgspec.structs.replace(recipe.cast, responder=None)
         recipe = msgspec.structs.replace(recipe, refusals=None, cast=cast)
     cast = recipe.cast
@@ -29,22 +34,22 @@ def override(recipe: Recipe, **changes: Any) -> Recipe:
     cast = _priced(cast, changes.pop("prices", None) or {})
     limits = {name: changes.pop(name) for name in _LIMITS if changes.get(name) is not None}
     kept = {name: value for name, value in changes.items() if value not in (None, (), [])}
-    return check_recipe(
+    return validate_recipe(
         msgspec.structs.replace(recipe, cast=cast, limits=msgspec.structs.replace(recipe.limits, **limits), **kept)
     )
 
 
 _LIMITS = ("concurrency", "patience", "max_tokens", "max_cost", "max_time")
-"""The limits that have a flag."""
+"""The fields of `limits` that can be changed."""
 M = TypeVar("M", bound=Model)
 
 
 def _priced(cast: Cast, prices: Mapping[str, Price]) -> Cast:
-    """The cast with these prices by role; that of `victim` holds for every victim that has none of its own."""
+    """The cast with these prices by role; the price of `victim` is for every victim without its own."""
     roles = sorted({name for role in cast.models for name in (role, role.partition(":")[0])})
     for role in prices:
         if role not in roles:
-            raise InputError(f"no role {role!r} in the cast", at="--price", remedy=f"roles: {', '.join(roles)}")
+            raise InputError(f"no role {role!r} in the cast", at="prices", remedy=f"roles: {', '.join(roles)}")
 
     def priced(role: str, model: M) -> M:
         price = prices.get(role) or prices.get(role.partition(":")[0])
@@ -57,9 +62,9 @@ def _priced(cast: Cast, prices: Mapping[str, Price]) -> Cast:
 
 
 def _recast(member: M, spec: str) -> M:
-    """The member with another model. A key goes to the server it was meant for and to no other, so it is dropped.
+    """The member with another model, without the API key and the price of the model before.
 
-    So is the price, which is that of the model before.
+    A key must not go to a server that it was not meant for.
     """
     parsed = parse_spec(spec, PAINTERS if isinstance(member, Painter) else BACKENDS)
     key = "OPENAI_API_KEY" if parsed.urls == (OPENAI_URL,) else ""

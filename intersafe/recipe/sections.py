@@ -1,7 +1,7 @@
-"""The sections of a recipe as frozen, typed values, and the model specs in them; `load.py` reads and checks them.
+"""The sections of a recipe as frozen, typed values; `load.py` reads them and `checks.py` checks them.
 
-What decides the outcome of a run (`outcome`) is digested and held against a run on resume; how fast and where it runs
-(`limits`, URLs, key names, `n`) is not.
+The digest covers what decides the outcome of a run (`outcome`), and a run resumes only under the same digest. How fast
+and where a run runs (`limits`, URLs, names of API keys, `n`) is not part of it.
 """
 
 import hashlib
@@ -21,40 +21,40 @@ class Price(Section, frozen=True):
     """What a model costs, in USD."""
 
     prompt: Dollars = 0.0
-    """For a million prompt tokens."""
+    """Per million prompt tokens."""
     completion: Dollars = 0.0
-    """For a million completion tokens."""
+    """Per million completion tokens."""
     call: Dollars = 0.0
-    """For one call, a picture say."""
+    """Per call, for example per image."""
 
     def of(self, tokens: tuple[int, int], calls: int = 1) -> float:
-        """USD for so many calls with that many prompt and completion tokens in all."""
+        """USD for `calls` calls with these prompt and completion tokens in total."""
         return (tokens[0] * self.prompt + tokens[1] * self.completion) / 1e6 + calls * self.call
 
 
 class Model(Section, frozen=True):
-    """A model of the cast: what it is and where."""
+    """A model of the cast: what it is and where it runs."""
 
     model: str
     """`backend:model[@url[,url...]]`; several URLs are replicas of the same model."""
     revision: str = ""
-    """Part of the model's identity, for servers that do not tell."""
+    """Revision of the model, part of its identity; servers do not report it."""
     key: Annotated[str, Meta(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?\Z")] = ""
-    """Name of the environment variable with the API key; never the key."""
+    """Name of the environment variable with the API key; never the key itself."""
     concurrency: Parallel = 256
-    """Most calls in flight to this model; the limiter stays below it when the server says 429."""
+    """Most calls in flight to this model; the limiter goes below it when the server answers 429."""
     rpm: Positive | None = None
-    """Requests a minute that the account may send; null: no such limit."""
+    """Requests per minute that the account allows; null: no limit."""
     tpm: Positive | None = None
-    """Tokens a minute, prompt and completion together; null: no such limit."""
+    """Tokens per minute, prompt and completion together; null: no limit."""
     price: Price | None = None
-    """What it costs; a model on your own machines has none, or one of zeros."""
+    """What it costs; null or zeros for a model on your own machines."""
     extra: dict[str, Any] = msgspec.field(default_factory=dict)
-    """More fields for the request body, for example `chat_template_kwargs`."""
+    """Further fields of the request body, for example `chat_template_kwargs`."""
 
     @property
     def spec(self) -> Spec:
-        """The model spec taken apart."""
+        """The parts of the model spec."""
         return parse_spec(self.model)
 
     @property
@@ -65,21 +65,21 @@ class Model(Section, frozen=True):
 
 
 class Member(Model, frozen=True):
-    """A model that answers in words, and how it is asked."""
+    """A model that answers with text, and its sampling."""
 
     temperature: Annotated[float, Meta(ge=0, le=2)] = 0.7
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     max_tokens: Positive = 1024
     json_schema: bool = True
-    """False for servers that know no `response_format`: the prompt alone asks for JSON."""
+    """False for servers without `response_format`: only the prompt asks for JSON."""
     batch: bool = False
-    """Through the provider's batch endpoint: half the price, and an answer within a day instead of at once."""
+    """Uses the provider's batch endpoint: half the price, but an answer can take a day."""
     send_images: Literal["data", "file", "uuid"] = "data"
-    """As data URIs; as `file://` paths that the server can read; or once as a data URI, then by vLLM's `uuid`."""
+    """As data URIs, as `file://` paths that the server can read, or first as a data URI and then by vLLM's `uuid`."""
 
     @property
     def in_process(self) -> bool:
-        """True where a library of this process answers, and no server."""
+        """True if a library in this process answers, not a server."""
         return self.spec.backend in ("vllm", "transformers") and not self.spec.urls
 
 
@@ -89,18 +89,18 @@ class Painter(Model, frozen=True):
     size: Annotated[str, Meta(pattern=r"^[1-9][0-9]{1,3}x[1-9][0-9]{1,3}\Z")] = "1024x1024"
     """Width x height in pixels."""
     steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
-    """`num_inference_steps`; null leaves it to the server."""
+    """`num_inference_steps`; null: the server's default."""
     guidance: Annotated[float, Meta(ge=0, le=100)] | None = None
-    """`true_cfg_scale`, as Qwen-Image names it; null leaves it to the server."""
+    """`true_cfg_scale` in Qwen-Image's terms; null: the server's default."""
     negative_prompt: str = ""
     concurrency: Parallel = 2
-    """Pictures asked for at once: a server draws few at a time, and what waits there runs into the time-out."""
+    """Requests in flight: a server paints few images at a time, and the others run into the timeout."""
     timeout: Annotated[float, Meta(gt=0, le=1e9)] = 1800.0
-    """Seconds for one picture."""
+    """Seconds for one image."""
 
     @property
     def spec(self) -> Spec:
-        """The model spec taken apart."""
+        """The parts of the model spec."""
         return parse_spec(self.model, PAINTERS)
 
 
@@ -111,15 +111,15 @@ class Cast(Section, frozen=True):
     victims: Annotated[tuple[Member, ...], Meta(min_length=1)]
     judge: Member
     second_judge: Member | None = None
-    """Asked where the judge's answer stays undetermined."""
+    """Asked if the judge's answer stays undetermined."""
     responder: Member | None = None
     """Writes the aligned answers and the refusals."""
     painter: Painter | None = None
-    """Draws what the attacker describes."""
+    """Paints what the attacker describes."""
 
     @property
     def members(self) -> dict[str, Member]:
-        """Every member that answers in words, by its name in the records: attacker, judge, victim:0, victim:1, ..."""
+        """Every member that answers with text, by its name in the records: attacker, judge, victim:0, victim:1, ..."""
         named = {"attacker": self.attacker, "judge": self.judge}
         if self.second_judge:
             named["second_judge"] = self.second_judge
@@ -134,7 +134,7 @@ class Cast(Section, frozen=True):
 
 
 class Turns(Section, frozen=True):
-    """How many turns a dialogue has: `min` + a binomial draw by job, with exactly this mean."""
+    """Number of turns of a dialogue: `min` plus a binomial draw by job, with exactly this mean."""
 
     min: Annotated[int, Meta(ge=1)] = 2
     mean: float = 4.0
@@ -142,9 +142,9 @@ class Turns(Section, frozen=True):
 
 
 class Images(Section, frozen=True):
-    """How many images a dialogue has, the seed's included: drawn as `turns` is, never more than it has turns.
+    """Number of images of a dialogue, the seed's included: drawn like `turns`, at most one per turn.
 
-    Only where the cast has a painter; without one a dialogue has its seed's image or none.
+    Only if the cast has a painter; without one a dialogue has its seed's image or none.
     """
 
     min: Annotated[int, Meta(ge=0)] = 1
@@ -153,43 +153,43 @@ class Images(Section, frozen=True):
 
 
 class PlanSettings(Section, frozen=True):
-    """Decomposition: the paper's threshold delta and its number of tries are not published, so both are named here."""
+    """Decomposition of a query into steps. The paper does not publish its threshold delta and its number of tries."""
 
     threshold: Score = 5
-    """The lowest of a step's three scores must reach it."""
+    """The lowest of the three scores of a step must reach this."""
     tries: Positive = 3
-    """How often a weak step is asked for in all, and how often an answer that cannot be read."""
+    """Most attempts at a step that scores too low, and at an answer that cannot be parsed."""
 
 
 class ConverseSettings(Section, frozen=True):
-    """The talk, turn by turn."""
+    """The conversation, turn by turn."""
 
     tries: Positive = 3
-    """How often a message that a rule turns down is asked for in all, and how often an answer that cannot be read."""
+    """Most attempts at a message that a rule rejects, and at an answer that cannot be parsed."""
     backtracks: Natural = 1
-    """How many turns of a dialogue may be taken back after a full refusal; 0 keeps every turn."""
+    """Most turns of a dialogue that are backtracked after a full refusal; 0 keeps every turn."""
 
 
 class CleanSettings(Section, frozen=True):
-    """Images of one dialogue that look alike: the later one is taken out and its turn asked again without it."""
+    """Similar images of one dialogue: the later one is removed and its turn asked again without it."""
 
     distance: Annotated[int, Meta(ge=0, le=64)] = 4
-    """Perceptual hashes (64 bits) at most this far apart count as the same picture."""
+    """Perceptual hashes (64 bits) at most this far apart count as the same image."""
     judge_distance: Annotated[int, Meta(ge=0, le=64)] | None = None
-    """Between `distance` and this the judge looks at both images and decides; null never asks it."""
+    """Between `distance` and this the judge compares the two images; null: never."""
     repair: bool = True
-    """False rejects the dialogue instead of repairing the turn."""
+    """False rejects the dialogue instead."""
 
 
 class RespondSettings(Section, frozen=True):
-    """Aligned answers: what the responder would say in each turn, held to the judge."""
+    """Aligned answers: what the responder would say in each turn, checked by the judge."""
 
     tries: Positive = 3
-    """How often an answer that the judge turns down is asked for in all."""
+    """Most attempts at an answer that the judge rejects."""
 
 
 class TwinSettings(Section, frozen=True):
-    """Benign twins: dialogues with the same images and structure whose intent is harmless."""
+    """Benign twins: dialogues with the same images and structure, but a harmless intent."""
 
     ratio: Share = 0.1
     """Twins for each accepted dialogue."""
@@ -199,52 +199,52 @@ class RefusalGroup(Section, frozen=True):
     """One group of the refusal VQA."""
 
     n: Positive
-    """Samples to keep; exact."""
+    """Samples to accept; exact."""
     about: Annotated[str, Meta(min_length=3)]
-    """What questions belong to the group, in a few words: the asker and the judge are told."""
+    """The questions that belong to the group, in a few words for the attacker and the judge."""
     answers: Literal["analysis", "templates"] = "analysis"
-    """An analysis of the harm by the responder, or one of the standardised texts of the prompt folder."""
+    """An analysis of the harm by the responder, or a standardised text of the prompt folder."""
     categories: tuple[str, ...] = ()
-    """The seeds' categories that it takes; none named: all that no other group names."""
+    """Categories of its seeds; empty: all that no other group names."""
     seeds: tuple[str, ...] = ()
-    """Seed files of its own; none named: the recipe's."""
+    """Seed files of its own; empty: those of the recipe."""
     questions: Literal["written", "seed"] = "written"
-    """Written by the attacker after the seed, or the seed's query itself, where a seed is a question already."""
+    """Written by the attacker from the seed, or the query of the seed if seeds are questions already."""
 
 
 class Refusals(Section, frozen=True):
-    """Refusal VQA, grown beside the dialogues (AM3Safety: 300 general, 100 health, 100 finance)."""
+    """Refusal VQA, generated in the same run (AM3Safety: 300 general, 100 health, 100 finance)."""
 
     groups: dict[str, RefusalGroup]
     samples: Positive = 8
-    """Questions for each seed, where they are written."""
+    """Questions per seed, if the attacker writes them."""
     tries: Positive = 3
-    """How often a question or an answer that a filter turns down is asked for in all."""
+    """Most attempts at a question or an answer that a filter rejects."""
     duplicates: DuplicateSettings | None = DuplicateSettings()
-    """Two questions of a group count as the same."""
+    """When two questions of a group count as duplicates."""
 
 
 class Limits(Section, frozen=True):
-    """How fast and how patiently; none of it changes the outcome."""
+    """Speed, patience and budgets; none of them changes the outcome."""
 
     concurrency: Parallel = 64
-    """Dialogues grown at once."""
+    """Dialogues in progress at once."""
     timeout: Annotated[float, Meta(gt=0, le=1e9)] = 300.0
     """Seconds for one answer."""
     retries: Positive = 5
-    """Tries of one call in all against a passing fault; 429 and 503 do not count."""
+    """Most tries of one call after transient errors; 429 and 503 do not count."""
     patience: Annotated[float, Meta(ge=0, le=1e9)] = 600.0
-    """Seconds that a service may stay away before the run ends, resumable."""
+    """Seconds to wait for a service that does not answer before the run ends, resumable."""
     max_tokens: Annotated[int, Meta(ge=1, le=10**15)] | None = None
-    """Tokens of the whole run, prompt and completion of all models together, at which it stops; null: no limit."""
+    """The run stops at this many tokens, prompt and completion of all models together; null: no limit."""
     max_cost: Annotated[float, Meta(gt=0, le=1e9)] | None = None
-    """USD for the whole run at which it stops; every model that is asked over a network needs a `price`."""
+    """The run stops at this cost in USD; every model that is called over a network needs a `price`."""
     max_time: Annotated[float, Meta(gt=0, le=1e9)] | None = None
-    """Seconds after which a command stops; the same command goes on for as long again."""
+    """A command stops after this many seconds; the same command resumes for as long again."""
 
 
 class Recipe(Section, frozen=True):
-    """Cast, seeds, stages, gates and limits of a run."""
+    """The cast, seeds, stages, gates and limits of a run."""
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z")]
     cast: Cast
@@ -253,7 +253,7 @@ class Recipe(Section, frozen=True):
     strategies: Annotated[tuple[str, ...], Meta(min_length=1)]
     n: Positive = 100
     seed: Annotated[int, Meta(ge=-(2**53), le=2**53)] = 0
-    """Changes every sampling seed and the number of turns by job."""
+    """Changes every sampling seed and the number of turns of each job."""
     samples: Positive = 1
     """Dialogues for each (seed, strategy, victim)."""
     turns: Turns = Turns()
@@ -267,16 +267,16 @@ class Recipe(Section, frozen=True):
     gates: Gates = Gates()
     limits: Limits = Limits()
     serve: dict[str, Engine] = msgspec.field(default_factory=dict)
-    """How models are put up, by their names in the cast: by `intersafe serve`, or in this process."""
+    """How models are deployed, by their names in the cast: by `intersafe serve`, or in this process."""
 
     @property
     def most_images(self) -> int:
-        """Most images of one request: those of a dialogue, or the two that the judge compares."""
+        """Most images in one request: those of a dialogue, or the two that the judge compares."""
         compared = 2 if self.clean and self.clean.judge_distance is not None else 1
         return max(self.images.max if self.cast.painter else 1, compared)
 
     def engine(self, name: str) -> Engine:
-        """The engine of a model, with what the recipe leaves to it."""
+        """The engine settings of a model, with `images` filled in."""
         engine = self.serve.get(name, Engine())
         return engine if engine.images is not None else msgspec.structs.replace(engine, images=self.most_images)
 
@@ -287,7 +287,7 @@ class Recipe(Section, frozen=True):
 
     @property
     def outcome(self) -> dict[str, Any]:
-        """The part that decides what a run holds, as plain values; seeds and prompts are digested by their content."""
+        """What decides the content of a run, as plain values; seeds and prompts have digests of their own."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         for name in ("name", "n", "limits", "seeds", "prompts", "serve"):
             del plain[name]
@@ -303,7 +303,7 @@ class Recipe(Section, frozen=True):
 
 
 def digest_of(outcome: dict[str, Any]) -> str:
-    """sha256 over plain values; the order of keys does not count."""
+    """sha256 of plain values; the order of keys does not matter."""
     return hashlib.sha256(msgspec.json.encode(outcome, order="sorted")).hexdigest()
 
 

@@ -16,7 +16,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 
 
 class Spec(NamedTuple):
-    """`backend:model[@url[,url...]]` taken apart."""
+    """The parts of `backend:model[@url[,url...]]`."""
 
     backend: str
     model: str
@@ -24,12 +24,12 @@ class Spec(NamedTuple):
 
 
 _ADDRESS = re.compile(r"@(?=http|localhost|[^@]*[:/])")
-"""An `@` with an address behind it; any other belongs to the model's name."""
+"""An `@` before an address; any other `@` belongs to the model's name."""
 
 
 @functools.lru_cache
 def parse_spec(text: str, backends: tuple[str, ...] = BACKENDS) -> Spec:
-    """`backend:model[@url[,url...]]`; `InputError` for an unknown backend, no model, or a URL that is none."""
+    """The parts of `backend:model[@url[,url...]]`; `InputError` for an unknown backend, no model, or a bad URL."""
     backend, colon, rest = text.partition(":")
     if backend not in backends or not colon:
         raise InputError(
@@ -39,11 +39,14 @@ def parse_spec(text: str, backends: tuple[str, ...] = BACKENDS) -> Spec:
     model, *address = _ADDRESS.split(rest, maxsplit=1)
     urls = tuple(url.rstrip("/") for url in address[0].split(",")) if address else ()
     if any("@" in url for url in urls):  # not echoed: it may be a password
-        raise InputError(f"model spec of {model!r}: an @ inside a URL", remedy="a secret goes into the `key` variable")
+        raise InputError(
+            f"model spec of {model!r}: an @ inside a URL",
+            remedy="put a secret into an environment variable, named by `key`",
+        )
     if not model or "://" in model or not model.isprintable() or " " in model:
-        raise InputError(f"model spec {text!r}: {model!r} is no model's name", remedy="write backend:model[@url]")
+        raise InputError(f"model spec {text!r}: {model!r} is not a model's name", remedy="write backend:model[@url]")
     if backend not in SERVED and urls:
-        raise InputError(f"model spec {text!r}: a {backend} model has no URL", remedy="drop what follows the @")
+        raise InputError(f"model spec {text!r}: a {backend} model has no URL", remedy="remove what follows the @")
     for url in urls:
         if not _is_base_url(url):
             raise InputError(f"model spec {text!r}: {url!r} is not a URL", remedy="write http(s)://host[:port][/path]")

@@ -1,42 +1,44 @@
 """The card of a release (`README.md`): YAML for the Hub, and what a reader must know before using the data.
 
-It is made from the manifest alone and holds no row of the data. What a person writes between the two markers survives
-every later version.
+It is made from the manifest alone and holds no row of the data. Text that a person writes between the two markers is
+kept in every later version.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from intersafe.release.croissant import croissant_of
-from intersafe.release.licenses import OTHER, known, license_of
-from intersafe.release.manifest import Manifest
-from intersafe.release.rows import COLUMNS, UNSAFE, Column
+from intersafe.release.front_matter import DATASETS_URL, ordered_splits, render_front_matter
+from intersafe.release.licenses import OTHER, hub_license, license_of
+from intersafe.release.manifest import ReleaseManifest
+from intersafe.release.rows import COLUMNS, UNSAFE
 from intersafe.wording import printable
 
 CARD, CHANGELOG, CROISSANT = "README.md", "CHANGELOG.md", "croissant.json"
-PLACEHOLDER = "ORG/NAME"
-"""Stands for the repository until the release is pushed to one."""
+ANY_REPO = "ORG/NAME"
+"""The repository in a card until the release is pushed to one."""
 KEEP, KEEP_END = "<!-- intersafe:keep -->", "<!-- /intersafe:keep -->"
 DATASET = "intersafe"
-_URL = "https://huggingface.co/datasets/"
-
-_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _ABOUT = {
     "dialogues": "multi-turn dialogues with images: a user leads up to a risk step by step, a model answers",
-    "refusal_vqa": "single questions, with an image where there is one, each with the refusal that answers it",
+    "refusal_vqa": "single questions, with or without an image, each with the refusal that answers it",
     "twins": "benign twins: the images and structure of a dialogue with a harmless intent, to measure over-refusal",
-    UNSAFE: "the dialogues with a withheld reply once more, with every unsafe reply in full",
+    UNSAFE: "the dialogues with a withheld reply again, with every unsafe reply in full",
 }
 
 _SCRIPTED = "> **Scripted: nothing in this release is real model output.** A script played the models."
-_TERMS = """\
-This dataset is for defensive work: to train, test and study safer models. By asking for access you agree not to use \
-it to cause harm, not to train models to produce harmful content, and not to pass it on."""
 
 
-def card_files(manifest: Manifest, repo_id: str, kept: str = "") -> dict[str, bytes]:
-    """Card and Croissant of a release for a repository, by file name; the same arguments give the same bytes."""
-    about, license_id, citation = describe(manifest), license_of(manifest.licenses), _citation(manifest, repo_id)
+def card_files(manifest: ReleaseManifest, repo_id: str, kept: str = "") -> dict[str, bytes]:
+    """Card and Croissant of a release for the repository `ORG/NAME`, by file name.
+
+    The same arguments give the same bytes. `kept` is the text between the markers.
+    """
+    about, license_id, citation = (
+        describe_release(manifest),
+        license_of(manifest.licenses),
+        _citation(manifest, repo_id),
+    )
     return {
         CARD: render_card(manifest, repo_id, kept).encode(),
         CROISSANT: croissant_of(manifest, repo_id, about, license_id, citation),
@@ -44,18 +46,18 @@ def card_files(manifest: Manifest, repo_id: str, kept: str = "") -> dict[str, by
 
 
 def kept_text(card: str) -> str:
-    """What stands between the markers of a card; empty where they are missing."""
+    """The text between the markers of a card; empty if a marker is missing."""
     _, opened, rest = card.partition(KEEP)
     text, closed, _ = rest.rpartition(KEEP_END)
     return text.strip("\n") if opened and closed else ""
 
 
-def render_card(manifest: Manifest, repo_id: str, kept: str = "") -> str:
+def render_card(manifest: ReleaseManifest, repo_id: str, kept: str = "") -> str:
     """The card of a release in the repository `ORG/NAME`, with `kept` between the markers."""
     sections = [
         *([_SCRIPTED] if manifest.scripted else []),
         f"# {_title(repo_id)}",
-        describe(manifest),
+        describe_release(manifest),
         "> **Content warning.** The users' messages lead up to harmful requests, and images may show risky things.",
         f"{KEEP}\n{kept}\n{KEEP_END}",
         _use(),
@@ -70,102 +72,32 @@ def render_card(manifest: Manifest, repo_id: str, kept: str = "") -> str:
         f"## Citation\n\n```bibtex\n{_citation(manifest, repo_id)}\n```",
         _changes(manifest),
     ]
-    return f"---\n{_front_matter(manifest, repo_id)}---\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{render_front_matter(manifest, repo_id, _title(repo_id))}---\n" + "\n\n".join(sections) + "\n"
 
 
-def describe(manifest: Manifest) -> str:
-    """One sentence on what the release is."""
+def describe_release(manifest: ReleaseManifest) -> str:
+    """What the release is, in one sentence."""
     rows = {config: counts["rows"] for config, counts in manifest.counts["configs"].items()}
     parts = [f"{rows['dialogues']:,} multi-turn, multimodal safety dialogues"]
     parts += [f"{rows['refusal_vqa']:,} refusal-VQA samples"] if rows.get("refusal_vqa") else []
     parts += [f"{rows['twins']:,} benign twins"] if rows.get("twins") else []
-    return (
-        f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
-    ) + ", made to teach vision-language models to stay safe in conversation."
+    listed = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
+    return f"{listed}, made to teach vision-language models to stay safe in conversation."
 
 
-def changelog(manifest: Manifest, earlier: str) -> str:
-    """The changelog with this version on top of what an earlier release has in its own."""
+def changelog(manifest: ReleaseManifest, earlier: str) -> str:
+    """The changelog of a release: this version, then the changelog of the earlier release."""
     head = "# Changelog\n"
     return (
         f"{head}\n## {manifest.version}\n\n{_change_lines(manifest)}\n" + earlier.removeprefix(head).rstrip("\n") + "\n"
     )
 
 
-# --- YAML ------------------------------------------------------------------------------------------------------------
-
-
-def _front_matter(manifest: Manifest, repo_id: str) -> str:
-    import yaml
-
-    configs = manifest.counts["configs"]
-    rows = sum(counts["rows"] for counts in configs.values())
-    license_id = license_of(manifest.licenses)
-    front: dict[str, Any] = {
-        "pretty_name": _title(repo_id),
-        "license": license_id,
-        **({"license_name": "see-card", "license_link": f"{_URL}{repo_id}#licences"} if license_id == OTHER else {}),
-        "language": ["en"],
-        "task_categories": ["image-text-to-text", "visual-question-answering"],
-        "size_categories": [next((size for most, size in _SIZES if rows < most), "n>1M")],
-        "tags": ["safety", "red-teaming", "alignment", "multi-turn", "synthetic", "not-for-all-audiences"],
-        "extra_gated_heading": "Access for safety research",
-        "extra_gated_prompt": _TERMS,
-        "extra_gated_fields": {
-            "Name": "text",
-            "Affiliation": "text",
-            "Country": "country",
-            "I will use it for": {
-                "type": "select",
-                "options": ["Safety training", "Evaluation", "Academic research", {"label": "Other", "value": "other"}],
-            },
-            "I agree to these terms": "checkbox",
-        },
-        "configs": [_config_entry(manifest, name, name == "dialogues") for name in configs],
-        "dataset_info": [_info_entry(manifest, name, counts) for name, counts in configs.items()],
-    }
-    return str(yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000))
-
-
-def _config_entry(manifest: Manifest, config: str, default: bool) -> dict[str, Any]:
-    splits = manifest.counts["configs"][config]["splits"]
-    files = [{"split": split, "path": f"data/{config}/{split}-*.parquet"} for split in _ordered(splits)]
-    return {"config_name": config, "data_files": files} | ({"default": True} if default else {})
-
-
-def _info_entry(manifest: Manifest, config: str, counts: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = counts["bytes"]
-    return {
-        "config_name": config,
-        "features": [{"name": column.name} | _feature(column) for column in COLUMNS[config]],
-        "splits": [
-            {"name": split, "num_bytes": sizes[split], "num_examples": counts["splits"][split]}
-            for split in _ordered(counts["splits"])
-        ],
-        "download_size": sum(shard.bytes for shard in manifest.shards if shard.config == config),
-        "dataset_size": sum(sizes.values()),
-    }
-
-
-def _feature(column: Column) -> dict[str, Any]:
-    part = [{"name": "type", "dtype": "string"}, {"name": "text", "dtype": "string"}]
-    kinds: dict[str, dict[str, Any]] = {
-        "strings": {"list": "string"},
-        "messages": {"list": [{"name": "role", "dtype": "string"}, {"name": "content", "list": part}]},
-        "images": {"list": "image"},
-    }
-    return kinds.get(column.kind, {"dtype": column.kind})
-
-
-def _ordered(splits: Iterable[str]) -> list[str]:
-    return sorted(splits, reverse=True)  # train, test
-
-
-# --- text ------------------------------------------------------------------------------------------------------------
+# --- sections --------------------------------------------------------------------------------------------------------
 
 
 def _title(repo_id: str) -> str:
-    return repo_id.rpartition("/")[2] if repo_id != PLACEHOLDER else DATASET
+    return repo_id.rpartition("/")[2] if repo_id != ANY_REPO else DATASET
 
 
 def _use() -> str:
@@ -173,14 +105,14 @@ def _use() -> str:
 ## Use
 
 For: teaching vision-language models to notice a risk that builds up over several turns and to answer it safely;
-measuring that, and over-refusal beside it; studying how judges and victims behave.
+measuring that, and over-refusal too; studying how judges and victims behave.
 
-Not for: training a model to produce harmful content; testing or attacking systems without leave of their owners;
-judging the safety of a product by these figures alone; legal, medical or financial guidance. `messages` are what the
-victims said, good or bad: select by `turn_labels`, or train on `aligned`, before you use replies as targets."""
+Not for: training a model to produce harmful content; testing or attacking systems without permission of their owners;
+judging the safety of a product by these figures alone; legal, medical or financial guidance. `messages` hold what the
+victims said, safe or not. Before you use replies as targets, select by `turn_labels`, or train on `aligned`."""
 
 
-def _load(manifest: Manifest, repo_id: str) -> str:
+def _load(manifest: ReleaseManifest, repo_id: str) -> str:
     lines = [
         f'load_dataset("{repo_id}", "{config}", revision="v{manifest.version}")'
         for config in manifest.counts["configs"]
@@ -188,14 +120,14 @@ def _load(manifest: Manifest, repo_id: str) -> str:
     return "\n".join(["## Load", "", "```python", "from datasets import load_dataset", "", *lines, "```"])
 
 
-def _configs(manifest: Manifest) -> str:
+def _configs(manifest: ReleaseManifest) -> str:
     counts = manifest.counts["configs"]
     table = _table(
         ("config", "split", "rows", "seeds", "MB"),
         [
             (config, split, f"{found['splits'][split]:,}", found["seeds"], f"{found['bytes'][split] / 1e6:,.1f}")
             for config, found in counts.items()
-            for split in _ordered(found["splits"])
+            for split in ordered_splits(found["splits"])
         ],
     )
     text = [f"- `{config}`: {_ABOUT[config]}." for config in counts]
@@ -215,7 +147,7 @@ def _configs(manifest: Manifest) -> str:
     )
 
 
-def _made(manifest: Manifest) -> str:
+def _made(manifest: ReleaseManifest) -> str:
     models = _table(("role", "model"), manifest.models.items())
     prompts = _table(("prompt", "sha256"), [(name, sha256[:16]) for name, sha256 in sorted(manifest.prompts.items())])
     generator = ", ".join(f"{name} {version}" for name, version in sorted(manifest.generator.items()))
@@ -224,7 +156,7 @@ def _made(manifest: Manifest) -> str:
 
 An attacker decomposes a seed's question into steps that are harmless alone and leads a conversation along them; a
 victim answers each turn; a judge scores every reply and the whole. Images come from the seed or from a painter. Rules,
-quotas and near-duplicate removal decide what is kept. The method follows InterSafe-V (AM3Safety, arXiv 2601.04736).
+quotas and near-duplicate removal decide what is accepted. The method follows InterSafe-V (AM3Safety, arXiv 2601.04736).
 
 Recipe `{_cell(manifest.name)}`, digest `{manifest.recipe[:16]}`; seeds `{manifest.seeds[:16]}`; written by {generator}.
 
@@ -237,9 +169,9 @@ Recipe `{_cell(manifest.name)}`, digest `{manifest.recipe[:16]}`; seeds `{manife
 </details>"""
 
 
-def _figures(manifest: Manifest) -> str:
+def _figures(manifest: ReleaseManifest) -> str:
     configs, figures = manifest.counts["configs"], manifest.counts["figures"]
-    talk = configs["dialogues"]
+    dialogues = configs["dialogues"]
     parts = ["## Figures\n"]
     names = [config for config in configs if config != UNSAFE]
     categories = sorted({name for config in names for name in configs[config]["category"]})
@@ -249,14 +181,17 @@ def _figures(manifest: Manifest) -> str:
         )
     )
     for title, key in (("turns", "turns"), ("images", "images"), ("strategy", "strategy"), ("victim", "victim")):
-        parts += ["", _table((title, "dialogues"), [(value, f"{count:,}") for value, count in talk[key].items()])]
-    parts += ["", _table(("reply judged", "turns"), [(word, f"{count:,}") for word, count in talk["safety"].items()])]
-    parts += ["", _table(("refusal", "turns"), [(word, f"{count:,}") for word, count in talk["refusals"].items()])]
+        parts += ["", _table((title, "dialogues"), [(value, f"{count:,}") for value, count in dialogues[key].items()])]
+    parts += [
+        "",
+        _table(("reply judged", "turns"), [(word, f"{count:,}") for word, count in dialogues["safety"].items()]),
+    ]
+    parts += ["", _table(("refusal", "turns"), [(word, f"{count:,}") for word, count in dialogues["refusals"].items()])]
     if groups := configs.get("refusal_vqa", {}).get("group"):
         parts += ["", _table(("refusal group", "samples"), [(word, f"{count:,}") for word, count in groups.items()])]
     facts = [
-        ("turns a dialogue", _mean(talk["turns"])),
-        ("images a dialogue", _mean(talk["images"])),
+        ("turns per dialogue", _mean(dialogues["turns"])),
+        ("images per dialogue", _mean(dialogues["images"])),
         ("dialogues with an unsafe turn", _share(figures["asr"])),
         ("aligned answers judged safe", _share(figures["aligned_safe"])),
         ("twins with a turn refused in full (over-refusal)", _share(figures["over_refusal"])),
@@ -267,82 +202,82 @@ def _figures(manifest: Manifest) -> str:
     return "\n".join([*parts, "", _table(("figure", "value"), facts)])
 
 
-def _funnel(manifest: Manifest) -> str:
+def _funnel(manifest: ReleaseManifest) -> str:
     figures = manifest.counts["figures"]
-    rows = [(*place[:4], f"{place[4]:,}") for place in figures["ended"]]
-    kept = f"{_share(figures['yielded'])} of the dialogue jobs were kept"
-    door = f"{figures['seeds_excluded']:,} seeds were refused at the door by rule"
-    text = f"## Funnel\n\n{kept}; {door}. The other jobs ended here:\n\n"
+    rows = [(*ended[:4], f"{ended[4]:,}") for ended in figures["ended"]]
+    accepted = f"{_share(figures['yielded'])} of the dialogue jobs were accepted"
+    excluded = f"{figures['seeds_excluded']:,} seeds were excluded by rule before any model saw them"
+    text = f"## Funnel\n\n{accepted}; {excluded}. The other jobs ended here:\n\n"
     state = {
         "incomplete": "\n\n**The run was not complete when this was packaged.**",
         "jobs_exhausted": "\n\nThe seeds were used up before every quota was met.",
     }.get(figures["state"], "")
-    return text + (_table(("line", "kind", "stage", "reason", "jobs"), rows) if rows else "none.") + state
+    return text + (_table(("job kind", "ended as", "stage", "reason", "jobs"), rows) if rows else "none.") + state
 
 
-def _withheld(manifest: Manifest) -> str:
+def _withheld(manifest: ReleaseManifest) -> str:
     withheld = sum(counts.get("withheld", 0) for counts in manifest.counts["configs"].values())
     unsafe = (
         f"The config `{UNSAFE}` holds them in full, for those who study or classify unsafe replies."
         if manifest.includes_unsafe
-        else "The texts are not in this repository."
+        else "Their texts are not in this repository."
     )
     return f"""\
 ## What is withheld
 
-{withheld:,} replies that the judge did not call safe stand as `[WITHHELD unsafe reply, sha256=..., N characters,
-labels: ...]`. {unsafe}
+{withheld:,} replies that the judge did not call safe are replaced by `[WITHHELD unsafe reply, sha256=..., N
+characters, labels: ...]`. {unsafe}
 
-Turns that were taken back, the seeds' questions (but as `question` in refusal VQA, where the recipe asks for that), the
-plans, the descriptions behind painted images and the judge's words are not published. Sexual content with minors is
-refused by rule at the door and in every generated text. Images are stripped of metadata; they are not searched for
-faces or personal data."""
+Not published: backtracked turns, the plans, the descriptions of painted images, the judge's words, and the seeds'
+questions (except as `question` in refusal VQA, if the recipe asks for that). Sexual content with minors is excluded by
+rule, in the seeds and in every generated text. Images are stripped of metadata; they are not searched for faces or
+personal data."""
 
 
-def _limits(manifest: Manifest) -> str:
+def _limits(manifest: ReleaseManifest) -> str:
     lines = [
         "Labels are one judge model's; its agreement with people was not measured here, and such judges are weakest on "
         "privacy, self-harm and cyber topics.",
         "Dialogues without visible risk were rejected, so the share of unsafe turns is no attack success rate on the "
         "seeds.",
-        "All text is machine-written, in English, in the style of the models above; models' terms may bind their "
-        "outputs beyond the licences of the seeds.",
-        "A user's message may speak of what a withheld reply said before it.",
-        "Victims are single checkpoints on single settings; other versions behave differently.",
+        "All text is machine-written, in English, in the style of the models above; the terms of the models may "
+        "restrict their outputs beyond the licences of the seeds.",
+        "A user's message may mention what a withheld reply before it said.",
+        "Each victim is one checkpoint with one setting; other versions behave differently.",
     ]
     return "## Known limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def _licences(manifest: Manifest) -> str:
+def _licences(manifest: ReleaseManifest) -> str:
     rows = []
     for config, counts in manifest.counts["configs"].items():
         for source, licenses in counts["sources"].items():
-            rows += [(config, source, name, known(name), f"{count:,}") for name, count in licenses.items()]
+            rows += [(config, source, name, hub_license(name), f"{count:,}") for name, count in licenses.items()]
     license_id = license_of(manifest.licenses)
     why = (
-        "No single licence holds for all rows: each row is under the licence in its `source_license`, and uses of the "
-        "whole must keep to all of them."
+        "No single licence holds for all rows: each row is under the licence in its `source_license`, and a use of the "
+        "whole must comply with all of them."
         if license_id == OTHER
         else f"The whole is under the strictest of the sources' licences, `{license_id}`."
     )
     table = _table(("config", "source of the seeds", "licence", "on the Hub", "rows"), rows)
-    return f"## Licences\n\n{why} `source_license` names each row's.\n\n{table}"
+    return f"## Licences\n\n{why} `source_license` names the licence of each row.\n\n{table}"
 
 
-def _citation(manifest: Manifest, repo_id: str) -> str:
+def _citation(manifest: ReleaseManifest, repo_id: str) -> str:
     return f"""\
 @misc{{{_title(repo_id).replace(" ", "_")}_{manifest.version.replace(".", "_")},
   title = {{{_title(repo_id)} v{manifest.version}}},
-  howpublished = {{{_URL}{repo_id}}},
+  howpublished = {{{DATASETS_URL}{repo_id}}},
   note = {{made with intersafe {manifest.generator["intersafe"]}, recipe {manifest.recipe[:16]}}}
 }}"""
 
 
-def _changes(manifest: Manifest) -> str:
+def _changes(manifest: ReleaseManifest) -> str:
     return f"## Changes in {manifest.version}\n\n{_change_lines(manifest)}\n\nEarlier versions: `{CHANGELOG}`."
 
 
-def _change_lines(manifest: Manifest) -> str:
+def _change_lines(manifest: ReleaseManifest) -> str:
     if not manifest.parent_version:
         return "\n".join(["- First version.", *_row_lines(manifest)])
     lines = [
@@ -353,7 +288,7 @@ def _change_lines(manifest: Manifest) -> str:
     return "\n".join([*(lines or [f"- The rows are those of {manifest.parent_version}."]), *_row_lines(manifest)])
 
 
-def _row_lines(manifest: Manifest) -> list[str]:
+def _row_lines(manifest: ReleaseManifest) -> list[str]:
     return [f"- `{config}`: {counts['rows']:,} rows." for config, counts in manifest.counts["configs"].items()]
 
 
@@ -371,7 +306,7 @@ def _mean(histogram: Mapping[str, int]) -> str:
 
 
 def _share(share: Mapping[str, Any]) -> str:
-    return f"{share['count']:,} of {share['total']:,} ({share['share']:.1%})" if share["total"] else "none there"
+    return f"{share['count']:,} of {share['total']:,} ({share['share']:.1%})" if share["total"] else "none"
 
 
 def _pair(distinct: Mapping[str, Any]) -> str:

@@ -1,9 +1,7 @@
-"""The Hub as `push`, `pull` and `diff` see it: time-outs on every request, one retry policy, failures in one line.
+"""The client of the Hub for `push`, `pull` and `diff`: time-outs on every request, one retry policy, short failures.
 
-huggingface_hub is imported when a connection is opened, never before: it reads `HF_ENDPOINT` as it is imported. Its own
-retries cover uploads and listings; the policy here lies around every call, knows `Retry-After` (seconds or a date) and
-`RateLimit`, and ends at the deadline. Exit codes: 3 the tag is there with other content, 4 somebody else changed the
-repository, 5 no right to do that, 6 the network gave up (safe to run again); 2 is the user's own input.
+huggingface_hub is imported when a connection is opened, because it reads `HF_ENDPOINT` at import. It retries uploads
+and listings itself. The policy here covers every call, follows `Retry-After` and `RateLimit`, and ends at the deadline.
 """
 
 import hashlib
@@ -13,57 +11,38 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as OutOfTime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import tenacity
 
 from intersafe.errors import InputError, IntersafeError, StorageError
-from intersafe.wording import printable
+from intersafe.release.failures import (
+    AccessRefused,
+    NetworkGaveUp,
+    causes,
+    describe_error,
+    is_passing,
+    redacted_line,
+    requested_wait,
+    status_of,
+)
 
 ATTEMPTS = 8
-PASSING = frozenset({408, 409, 425, 429})
-"""Statuses after which the same request may succeed, beside all of 500 and above."""
-CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0
+"""Seconds to connect, and between two reads."""
 _REPO = re.compile(
     r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?/[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 )
-_RATE = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d{1,6})")
-_SECRET = re.compile(r"\bhf_\w+|(?<=[?&])(?:X-Amz-[\w-]+|Signature|Policy)=[^\s&'\"]+")
 
 Result = TypeVar("Result")
 
 
-class TagConflict(IntersafeError):
-    """The version is published with other content; a tag is never moved."""
-
-    exit_code = 3
-
-
-class RemoteChanged(IntersafeError):
-    """The repository holds, or got meanwhile, what this push must not replace."""
-
-    exit_code = 4
-
-
-class AccessRefused(IntersafeError):
-    """No token, a token without the right, a repository that is open, or a request that the Hub refuses for good."""
-
-    exit_code = 5
-
-
-class NetworkGaveUp(IntersafeError):
-    """The Hub did not answer until the deadline, or failed too often; nothing is half published."""
-
-    exit_code = 6
-
-
 class RepoState(NamedTuple):
-    """A repository at one moment."""
+    """The state of a repository at one moment."""
 
     head: str
     """Commit of `main`."""
@@ -72,39 +51,34 @@ class RepoState(NamedTuple):
 
 
 class Blob(NamedTuple):
-    """One file of a remote tree: `sha256` of a large object, empty for a small one, which has git's own hash."""
+    """One file of a remote tree: `sha256` of a large file, empty for a small one, and `git`, the hash of git."""
 
     size: int
     sha256: str
     git: str
 
     def holds(self, data: bytes) -> bool:
-        """True if these are its bytes."""
+        """True if the file has these bytes."""
         if self.sha256:
             return self.sha256 == hashlib.sha256(data).hexdigest()
         return self.git == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
     def holds_file(self, sha256: str, size: int, path: Path) -> bool:
-        """The same for a file whose sha256 and size are known; reads it only where the Hub kept it as a small one."""
+        """As `holds`, for a local file with this sha256 and size in bytes; reads it only if the remote one is small."""
         return self.size == size and (self.sha256 == sha256 if self.sha256 else self.holds(path.read_bytes()))
 
 
 def check_repo_id(repo_id: str) -> str:
-    """`ORG/NAME` as it came; `InputError` otherwise."""
+    """Returns `ORG/NAME` unchanged; `InputError` if it is not the name of a repository."""
     if not _REPO.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
-        raise InputError(f"{one_line(repo_id)!r} is no repository", remedy="write ORG/NAME")
+        raise InputError(f"{redacted_line(repo_id)!r} is no repository name", remedy="write ORG/NAME")
     return repo_id
 
 
-def one_line(text: str, most: int = 240) -> str:
-    """A foreign text as one printable line without anything that opens a door."""
-    return " ".join(printable(_SECRET.sub("***", text)).split())[:most]
-
-
 class Hub:
-    """One dataset repository on the Hub; every call is retried by the one policy until the deadline.
+    """One dataset repository on the Hub; each call is retried until the deadline.
 
-    `within` must surround all use: it is what ends a call that no time-out reaches.
+    Use it inside `within`, which ends calls that no time-out covers.
     """
 
     def __init__(
@@ -116,7 +90,10 @@ class Hub:
         deadline: float = 3 * 3600.0,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`deadline` in seconds from now; `endpoint` replaces the Hub's address for the whole process."""
+        """`deadline` is in seconds from now. `endpoint` replaces the Hub's address for the whole process.
+
+        `say` shows a line to the user. `InputError` if huggingface_hub is missing or cannot be used.
+        """
         self.repo_id, self.say, self.seconds = check_repo_id(repo_id), say, deadline
         self.until, self.doing = time.monotonic() + deadline, "connecting"
         self.library, self.failures = _open_library(endpoint, xet)
@@ -126,9 +103,9 @@ class Hub:
         self.where = {"repo_id": self.repo_id, "repo_type": "dataset"}
 
     def within(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` and gives up at the deadline, whatever holds it: native code and name look-ups have no time-out.
+        """The result of `work`, which runs in a thread; `NetworkGaveUp` at the deadline, whatever `work` waits for.
 
-        The thread that is left behind ends at its next call.
+        Native code and name look-ups have no time-out. A thread that is left behind ends at its next call.
         """
         done: Future[Result] = Future()
 
@@ -147,7 +124,10 @@ class Hub:
             raise self._late() from None
 
     def call(self, doing: str, request: Callable[[], Result]) -> Result:
-        """The result of `request`, tried again while that can help; one of this module's failures otherwise."""
+        """The result of `request`, retried while that can help; `doing` is what the user reads about it.
+
+        Raises a failure of `failures.py`, or `StorageError` for a failure of the local disk.
+        """
         self.doing = doing
         if time.monotonic() >= self.until:
             raise self._late()
@@ -168,7 +148,7 @@ class Hub:
     # --- reading ---
 
     def state(self) -> RepoState | None:
-        """The repository now; None if there is none that this token may see."""
+        """The state of the repository; None if there is none that this token may see."""
 
         def ask() -> RepoState | None:
             try:
@@ -182,12 +162,12 @@ class Hub:
         return self.call("reading the repository", ask)
 
     def tags(self) -> dict[str, str]:
-        """Tags with the commits that they name."""
+        """The commit of each tag."""
         refs = self.call("reading the tags", lambda: self.api.list_repo_refs(**self.where))
         return {tag.name: tag.target_commit for tag in refs.tags}
 
     def tree(self, revision: str) -> dict[str, Blob]:
-        """Every file at a revision."""
+        """Every file at a revision, by its path."""
 
         def ask() -> dict[str, Blob]:
             entries = self.api.list_repo_tree(recursive=True, revision=revision, **self.where)
@@ -200,7 +180,7 @@ class Hub:
         return self.call("listing the files", ask)
 
     def read(self, path: str, revision: str, tail: int = 0) -> bytes:
-        """The bytes of a small file, or with `tail` the last so many bytes of any."""
+        """The bytes of a small file; with `tail`, the last `tail` bytes of any file."""
 
         def ask() -> bytes:
             url = self.library.hf_hub_url(filename=path, revision=revision, endpoint=self.endpoint, **self.where)
@@ -213,7 +193,7 @@ class Hub:
         return self.call(f"reading {path}", ask)
 
     def download(self, path: str, revision: str, folder: Path) -> None:
-        """Fetches one file into a folder, below its own path; goes on where an earlier attempt stopped."""
+        """Downloads one file to its own path below a folder; continues an earlier attempt that stopped."""
         self.call(
             f"downloading {path}",
             lambda: self.api.hf_hub_download(filename=path, revision=revision, local_dir=folder, **self.where),
@@ -226,32 +206,32 @@ class Hub:
 
     def _tell(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        self.say(f"{self.doing}: {_said(error)}; again in {state.upcoming_sleep:.1f} s")
+        self.say(f"{self.doing}: {describe_error(error)}; again in {state.upcoming_sleep:.1f} s")
 
     def _late(self) -> NetworkGaveUp:
         return NetworkGaveUp(f"gave up after {self.seconds:g} s while {self.doing}; run the same command again")
 
     def _failure(self, error: BaseException) -> IntersafeError:
-        """The failure of the house behind one of the libraries."""
-        for cause in _causes(error):
+        """The failure of this package for an error of one of the libraries."""
+        for cause in causes(error):
             if isinstance(cause, IntersafeError):
                 return cause
-        said = f"{self.repo_id}: {self.doing}: {_said(error)}"
+        said = f"{self.repo_id}: {self.doing}: {describe_error(error)}"
         status = status_of(error)
         if is_passing(error):
             hint = " (or with --no-xet)" if isinstance(error, ConnectionError) and not status else ""
             return NetworkGaveUp(f"{said}; run the same command again{hint}")
         if status == 401:
-            return AccessRefused(f"{said}; the token is not accepted: make a new one and set HF_TOKEN")
+            return AccessRefused(f"{said}; the token is not accepted: create a new one and set HF_TOKEN")
         if status == 403:
             return AccessRefused(f"{said}; this token has no right to that")
         if isinstance(error, OSError) and not status:
-            return StorageError(f"{said}; mend the disk and run the same command again")
+            return StorageError(f"{said}; check the disk and run the same command again")
         return AccessRefused(f"{said}; the Hub refuses it")
 
 
 def _open_library(endpoint: str | None, xet: bool) -> tuple[Any, tuple[type[Exception], ...]]:
-    """huggingface_hub with time-outs on, and what it raises; `InputError` if it is missing or cannot be used."""
+    """huggingface_hub with time-outs, and the exceptions that it raises; `InputError` if it is missing or unusable."""
     if endpoint is not None:
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", endpoint):
             raise InputError("not an address", at="--endpoint", remedy="write https://HOST")
@@ -272,67 +252,16 @@ def _open_library(endpoint: str | None, xet: bool) -> tuple[Any, tuple[type[Exce
         raise InputError("HF_HUB_OFFLINE is set", remedy="unset it")
     if not xet:
         library.constants.HF_HUB_DISABLE_XET = True
-    library.utils.logging.set_verbosity_error()  # its warnings quote addresses that are keys
-    limits = httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+    library.utils.logging.set_verbosity_error()  # its warnings quote signed URLs
+    limits = httpx2.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT)
     library.set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=limits))
     if not sys.stderr.isatty():
         library.utils.disable_progress_bars()
     return library, (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def status_of(error: BaseException | None) -> int:
-    """The HTTP status behind an error, 0 if there is none."""
-    for cause in _causes(error):
-        if (response := getattr(cause, "response", None)) is not None:
-            return int(response.status_code)
-    return 0
-
-
-def is_passing(error: BaseException) -> bool:
-    """True if the same request may succeed later: told so by its status, or no answer came at all."""
-    import httpx2
-
-    if status := status_of(error):
-        return status in PASSING or status >= 500
-    return any(isinstance(cause, httpx2.TransportError | ConnectionError) for cause in _causes(error))
-
-
 def _wait(state: tenacity.RetryCallState) -> float:
-    """Seconds until the next attempt: what the server asks for, or else longer each time."""
+    """Seconds until the next attempt: an exponential backoff, or longer if the server asks for it."""
     error = state.outcome.exception() if state.outcome else None
     backoff = min(30.0, 0.25 * 2.0 ** (state.attempt_number - 1)) * (1 + random.random() / 4)
-    return max(backoff, _asked_for(error))
-
-
-def _asked_for(error: BaseException | None) -> float:
-    """Seconds that the answer behind an error asks to wait: `RateLimit`, or `Retry-After` in either notation."""
-    for cause in _causes(error):
-        if (response := getattr(cause, "response", None)) is None:
-            continue
-        rate = _RATE.search(response.headers.get("RateLimit", ""))
-        if response.status_code == 429 and rate:
-            return float(rate[1]) + 0.5
-        text = response.headers.get("Retry-After", "").strip()
-        if text.isdigit():
-            return float(text)
-        try:
-            return max(0.0, parsedate_to_datetime(text).timestamp() - time.time()) if text else 0.0
-        except ValueError:
-            return 0.0
-    return 0.0
-
-
-def _said(error: BaseException | None) -> str:
-    """What went wrong, in one line: the status and the Hub's own words, or the innermost error."""
-    for cause in _causes(error):
-        if (response := getattr(cause, "response", None)) is not None:
-            words = getattr(cause, "server_message", None) or ""
-            return one_line(f"{response.status_code} {words}".strip())
-    innermost = list(_causes(error))[-1] if error else None
-    return one_line(f"{type(innermost).__name__}: {innermost}")
+    return max(backoff, requested_wait(error))

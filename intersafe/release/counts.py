@@ -1,4 +1,4 @@
-"""Counts over published rows: what the card shows and what two versions are compared by."""
+"""Counts over the published rows and figures of the run, for the card."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from intersafe.release.rows import Row, references_of
+from intersafe.release.rows import PublishedRow, references_of
 from intersafe.report.figures import ranked
 from intersafe.report.stats import stats_of
 from intersafe.run.directory import Run
@@ -15,25 +15,25 @@ from intersafe.run.directory import Run
 
 @dataclass
 class Tally:
-    """Counts over the rows of one config; all keys are texts, so that they come back from JSON as they went."""
+    """Counts over the rows of one config."""
 
     splits: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
-    """By split: texts and images as they are, before anything is compressed."""
+    """By split: size of texts and images before compression."""
     seeds: set[str] = field(default_factory=set)
     columns: dict[str, Counter[str]] = field(default_factory=dict)
     turns: Counter[int] = field(default_factory=Counter)
     images: Counter[int] = field(default_factory=Counter)
     sources: Counter[tuple[str, str]] = field(default_factory=Counter)
     safety: Counter[str] = field(default_factory=Counter)
-    """Turns by the judge's word on the reply."""
+    """Turns by the verdict on the reply."""
     refusals: Counter[str] = field(default_factory=Counter)
     withheld: int = 0
     aligned: int = 0
     unsafe: int = 0
     """Rows with an unsafe turn."""
 
-    def add(self, row: Row, split: str, size: int) -> None:
+    def add(self, row: PublishedRow, split: str, size: int) -> None:
         """Counts one published row of `size` bytes."""
         self.splits[split] += 1
         self.bytes[split] += size
@@ -54,7 +54,7 @@ class Tally:
             self.withheld += turn["withheld"]
 
     def plain(self) -> dict[str, Any]:
-        """The counts as plain JSON."""
+        """The counts as JSON values; all keys are strings, so that they survive a round trip."""
         sources: dict[str, dict[str, int]] = {}
         for (source, license_name), count in sorted(self.sources.items()):
             sources.setdefault(source, {})[license_name] = count
@@ -83,7 +83,7 @@ _BY = ("category", "group", "strategy", "victim", "answered_by")
 
 
 def figures_of(run: Run) -> dict[str, Any]:
-    """What the card says of the run beyond its rows: where the other jobs ended, attack success, diversity."""
+    """The figures of the run for the card, as JSON values: where other jobs ended, attack success, diversity."""
     stats = stats_of(run)
     figures = {
         "state": stats.about.state,
@@ -103,7 +103,7 @@ def figures_of(run: Run) -> dict[str, Any]:
 
 
 def licenses_of(tallies: Mapping[str, Tally]) -> dict[str, int]:
-    """Licence of the seeds to rows, over all configs."""
+    """Number of rows by the licence of their seed, over all configs."""
     licenses: Counter[str] = Counter()
     for tally in tallies.values():
         for (_, license_name), count in tally.sources.items():

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from intersafe.release.manifest import Manifest
+from intersafe.release.manifest import ReleaseManifest
 from intersafe.release.rows import COLUMNS, UNSAFE, Column
 
 _CONTEXT: dict[str, Any] = {
@@ -46,8 +46,8 @@ _CONTEXT: dict[str, Any] = {
 }
 
 
-def croissant_of(manifest: Manifest, repo_id: str, description: str, license_id: str, citation: str) -> bytes:
-    """The JSON-LD of a release; without a date, since the same release has the same bytes on any day."""
+def croissant_of(manifest: ReleaseManifest, repo_id: str, description: str, license_id: str, citation: str) -> bytes:
+    """The JSON-LD of a release as UTF-8. It has no date, so the same release has the same bytes on any day."""
     url = f"https://huggingface.co/datasets/{repo_id}"
     configs = list(manifest.counts["configs"])
     metadata = {
@@ -71,7 +71,7 @@ def croissant_of(manifest: Manifest, repo_id: str, description: str, license_id:
     return json.dumps(metadata, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _repository(url: str, manifest: Manifest) -> dict[str, Any]:
+def _repository(url: str, manifest: ReleaseManifest) -> dict[str, Any]:
     return {
         "@type": "cr:FileObject",
         "@id": "repo",
@@ -79,7 +79,7 @@ def _repository(url: str, manifest: Manifest) -> dict[str, Any]:
         "description": "The repository on the Hugging Face Hub, at the tag of this version.",
         "contentUrl": f"{url}/tree/v{manifest.version}",
         "encodingFormat": "git+https",
-        # A git repository has no one hash; the Hub's own Croissant files name this issue here too.
+        # A git repository has no single hash; the Hub's own Croissant files name this issue here too.
         "sha256": "https://github.com/mlcommons/croissant/issues/80",
     }
 
@@ -104,9 +104,9 @@ def _record_set(config: str) -> dict[str, Any]:
 
 
 def _field(config: str, column: Column) -> dict[str, Any]:
-    place = f"{config}/{column.name}"
+    name = f"{config}/{column.name}"
     source = {"fileSet": {"@id": f"{config}-files"}, "extract": {"column": column.name}}
-    field: dict[str, Any] = {"@type": "cr:Field", "@id": place, "description": column.about}
+    field: dict[str, Any] = {"@type": "cr:Field", "@id": name, "description": column.about}
     if column.kind in ("strings", "images", "messages"):
         field["repeated"] = True
     if column.kind == "messages":
@@ -114,11 +114,11 @@ def _field(config: str, column: Column) -> dict[str, Any]:
             "subField": [
                 {
                     "@type": "cr:Field",
-                    "@id": f"{place}/{name}",
+                    "@id": f"{name}/{part}",
                     "dataType": "sc:Text",
-                    "source": source | {"transform": {"jsonPath": name}},
+                    "source": source | {"transform": {"jsonPath": part}},
                 }
-                for name in ("role", "content")
+                for part in ("role", "content")
             ]
         }
     kind = {"int32": "sc:Integer", "image": "sc:ImageObject", "images": "sc:ImageObject"}.get(column.kind, "sc:Text")
@@ -126,11 +126,13 @@ def _field(config: str, column: Column) -> dict[str, Any]:
     return field | {"dataType": kind, "source": source | transform}
 
 
-def _responsible(manifest: Manifest) -> dict[str, Any]:
+def _responsible(manifest: ReleaseManifest) -> dict[str, Any]:
     """The fields of the responsible-AI vocabulary."""
     models = [f"{role}: {model}" for role, model in sorted(manifest.models.items())]
     manipulated = (
-        f"in full in the config {UNSAFE}." if manifest.includes_unsafe else "withheld: hash, length and labels stay."
+        f"in full in the config {UNSAFE}."
+        if manifest.includes_unsafe
+        else "withheld: their hash, length and labels remain."
     )
     fields: dict[str, Any] = {
         **_RESPONSIBLE,
@@ -147,7 +149,7 @@ _RESPONSIBLE: dict[str, Any] = {
     "a victim answers, a judge scores each turn.",
     "dataCollectionType": ["Synthetic data generation", "Software collection"],
     "dataPreprocessingProtocol": "Images are verified, stripped of metadata and named by their sha256. Rules, quotas "
-    "and near-duplicate removal (MinHash) decide what is kept.",
+    "and near-duplicate removal (MinHash) decide what is accepted.",
     "dataImputationProtocol": "None: what a judge left undetermined was asked again or rejected, never filled in.",
     "dataAnnotationProtocol": "A judge model labels every reply: safe or unsafe, kind of refusal, harmless and "
     "helpful from 1 to 5, by a rubric for the category. No person annotated the data.",

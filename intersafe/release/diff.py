@@ -1,6 +1,6 @@
 """Diff: rows added, removed and changed between two releases, by config, category and label.
 
-A row is known by its `id`. Shards that both releases have, byte for byte, are neither fetched nor read.
+Rows are matched by `id`. Shards that both releases have, byte for byte, are neither downloaded nor read.
 """
 
 import contextlib
@@ -15,60 +15,64 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from intersafe.errors import InputError
-from intersafe.release.client import Hub, one_line
-from intersafe.release.manifest import Manifest, Shard, read_manifest
+from intersafe.release.client import Hub
+from intersafe.release.failures import redacted_line
+from intersafe.release.manifest import PACKAGE_AGAIN, ReleaseManifest, Shard, read_manifest
 from intersafe.release.pull import find_version, parse_source, remote_manifest
 from intersafe.release.shards import need_pyarrow
 
-Fate = Literal["added", "removed", "changed"]
-_SIGNS: dict[Fate, str] = {"added": "+", "removed": "-", "changed": "~"}
+Change = Literal["added", "removed", "changed"]
+_SIGNS: dict[Change, str] = {"added": "+", "removed": "-", "changed": "~"}
 
 
 class Side(NamedTuple):
     """One of the two releases."""
 
     name: str
-    manifest: Manifest
+    manifest: ReleaseManifest
     path_of: Callable[[Shard], Path]
-    """Fetches a shard if it is not here yet."""
+    """The local file of a shard; downloads it if needed."""
 
 
-class Row(NamedTuple):
-    """What is compared of one row."""
+class ComparedRow(NamedTuple):
+    """What is compared of a row."""
 
     digest: bytes
     category: str
     labels: frozenset[str]
-    """How its turns were judged."""
+    """The verdicts of its turns."""
 
 
 @dataclass
-class Changes:
-    """Counts for one config."""
+class ConfigDiff:
+    """The number of rows of a config by change."""
 
     same: int = 0
-    rows: Counter[Fate] = field(default_factory=Counter)
-    groups: dict[str, Counter[Fate]] = field(default_factory=dict)
-    """`category fraud` or `label unsafe` to its counts; a changed row counts under what it is now."""
+    rows: Counter[Change] = field(default_factory=Counter)
+    groups: dict[str, Counter[Change]] = field(default_factory=dict)
+    """The same by `category fraud` or `label unsafe`; a changed row counts under its new category and labels."""
 
-    def count(self, fate: Fate, row: Row) -> None:
+    def count(self, change: Change, row: ComparedRow) -> None:
         """Counts one row."""
-        self.rows[fate] += 1
+        self.rows[change] += 1
         for name in (f"category {row.category}", *(f"label {label}" for label in sorted(row.labels))):
-            self.groups.setdefault(name, Counter())[fate] += 1
+            self.groups.setdefault(name, Counter())[change] += 1
 
 
 @contextlib.contextmanager
 def open_sides(
     old: str, new: str, *, endpoint: str | None, xet: bool, deadline: float, say: Callable[[str], None]
 ) -> Iterator[tuple[Side, Side]]:
-    """Both releases, each a folder or `ORG/NAME@vX.Y.Z`, the second also a bare version of the same repository."""
+    """Opens two releases, each a folder or `ORG/NAME@vX.Y.Z`; `new` may be a bare version of the repository of `old`.
+
+    `endpoint`, `xet`, `deadline` (seconds) and `say` are as for `Hub`. `InputError` for a release that does not exist.
+    """
     if "@" in old and "/" not in new and not Path(new).is_dir():
         new = f"{old.partition('@')[0]}@{new}"
     hubs: dict[str, Hub] = {}
     with tempfile.TemporaryDirectory(prefix="intersafe-diff-") as scratch:
 
-        def opened(text: str, place: str) -> Side:
+        def opened(text: str, subfolder: str) -> Side:
             if Path(text).is_dir() or "@" not in text:
                 folder = Path(text)
                 return Side(text, read_manifest(folder), lambda shard: folder / shard.path)
@@ -80,21 +84,21 @@ def open_sides(
             manifest, _ = hub.within(lambda: remote_manifest(hub, version, commit))
 
             def fetch(shard: Shard) -> Path:
-                hub.within(lambda: hub.download(shard.path, commit, Path(scratch) / place))
-                return Path(scratch) / place / shard.path
+                hub.within(lambda: hub.download(shard.path, commit, Path(scratch) / subfolder))
+                return Path(scratch) / subfolder / shard.path
 
             return Side(f"{repo}@{version.tag}", manifest, fetch)
 
         yield opened(old, "old"), opened(new, "new")
 
 
-def compare(old: Side, new: Side) -> dict[str, Changes]:
-    """The changes by config."""
+def compare_releases(old: Side, new: Side) -> dict[str, ConfigDiff]:
+    """The changes of each config; `InputError` for a shard that cannot be read."""
     found = {}
     for config in sorted({shard.config for shard in (*old.manifest.shards, *new.manifest.shards)}):
         before, after = _only_in(old, new, config), _only_in(new, old, config)
         rows, now = _read(old, before), _read(new, after)
-        changes = Changes(same=sum(shard.rows for shard in _shards(new, config)) - len(now))
+        changes = ConfigDiff(same=sum(shard.rows for shard in _shards(new, config)) - len(now))
         for row_id in rows.keys() | now.keys():
             if row_id not in now:
                 changes.count("removed", rows[row_id])
@@ -108,18 +112,18 @@ def compare(old: Side, new: Side) -> dict[str, Changes]:
     return found
 
 
-def describe(found: dict[str, Changes]) -> list[str]:
-    """The changes as lines: a config, then every category and label with a change."""
+def diff_lines(found: dict[str, ConfigDiff]) -> list[str]:
+    """The changes as lines for the user: a config, then every category and label with a change."""
     lines = []
     for config, changes in found.items():
-        lines.append(f"{config}: {_counts(changes.rows) or 'nothing changed,'} {changes.same:,} as before")
+        lines.append(f"{config}: {_counts(changes.rows) or 'nothing changed,'} {changes.same:,} unchanged")
         width = max(map(len, changes.groups), default=0)
         lines += [f"  {name:<{width}}  {_counts(counts)}" for name, counts in sorted(changes.groups.items())]
     return lines
 
 
-def _counts(counts: Counter[Fate]) -> str:
-    return "  ".join(f"{sign}{counts[fate]:,} {fate}" for fate, sign in _SIGNS.items() if counts[fate])
+def _counts(counts: Counter[Change]) -> str:
+    return "  ".join(f"{sign}{counts[change]:,} {change}" for change, sign in _SIGNS.items() if counts[change])
 
 
 def _shards(side: Side, config: str) -> list[Shard]:
@@ -127,18 +131,18 @@ def _shards(side: Side, config: str) -> list[Shard]:
 
 
 def _only_in(side: Side, other: Side, config: str) -> list[Shard]:
-    """Shards that the other release does not have in the same split."""
+    """The shards that the other release does not have in the same split."""
     known = {(shard.sha256, shard.split) for shard in _shards(other, config)}
     return [shard for shard in _shards(side, config) if (shard.sha256, shard.split) not in known]
 
 
-def _read(side: Side, shards: list[Shard]) -> dict[str, Row]:
-    """The rows of some shards by id; `InputError` names the shard."""
+def _read(side: Side, shards: list[Shard]) -> dict[str, ComparedRow]:
+    """The rows of these shards by id; `InputError` names the shard."""
     need_pyarrow()
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows: dict[str, Row] = {}
+    rows: dict[str, ComparedRow] = {}
     for shard in shards:
         path, at = side.path_of(shard), f"{side.name}: {shard.path}"
         try:
@@ -148,25 +152,25 @@ def _read(side: Side, shards: list[Shard]) -> dict[str, Row]:
                         rows[_id_of(row, rows, at)] = _row(row, shard.split)
         except (pa.ArrowException, OSError) as error:
             raise InputError(
-                f"cannot be read: {one_line(str(error))}", at=at, remedy="pull it, or package it again"
+                f"cannot be read: {redacted_line(str(error))}", at=at, remedy="pull it, or package it again"
             ) from None
     return rows
 
 
-def _id_of(row: dict[str, Any], known: dict[str, Row], at: str) -> str:
+def _id_of(row: dict[str, Any], known: dict[str, ComparedRow], at: str) -> str:
     row_id = row.get("id")
     if not isinstance(row_id, str) or row_id in known:
-        raise InputError(f"a row without an id of its own ({row_id!r})", at=at, remedy="package the run again")
+        raise InputError(f"a row without an id of its own ({row_id!r})", at=at, remedy=PACKAGE_AGAIN)
     return row_id
 
 
-def _row(row: dict[str, Any], split: str) -> Row:
+def _row(row: dict[str, Any], split: str) -> ComparedRow:
     data = msgspec.msgpack.encode([split, sorted(row.items())])
     labels = frozenset[str]()
     with contextlib.suppress(msgspec.DecodeError):
         turns = msgspec.json.decode(row.get("turn_labels") or "[]", type=list[_Turn])
-        labels = frozenset(one_line(turn.safety) for turn in turns)
-    return Row(hashlib.sha256(data).digest(), one_line(str(row.get("category"))), labels)
+        labels = frozenset(redacted_line(turn.safety) for turn in turns)
+    return ComparedRow(hashlib.sha256(data).digest(), redacted_line(str(row.get("category"))), labels)
 
 
 class _Turn(msgspec.Struct):

@@ -1,30 +1,26 @@
 """Package: a run becomes a release, `<run>/release/<version>/`: shards, card, changelog, Croissant, manifest last.
 
-It is built in a folder beside and renamed at the end, so a release is there whole or not at all. The same run gives the
-same bytes; a release that follows another one takes over every shard whose rows are as they were (`plan.py`).
+It is built in a staging folder that is renamed at the end, so a release is whole or absent. The same run gives the same
+bytes. A release that follows another one reuses every shard whose rows did not change (`plan.py`).
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
-import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from msgspec import structs
 
-from intersafe.errors import InputError, IntersafeError, StorageError
+from intersafe.errors import InputError, IntersafeError
 from intersafe.images.store import ImageStore
-from intersafe.release.card import CARD, CHANGELOG, KEEP, KEEP_END, PLACEHOLDER, card_files, changelog, kept_text
+from intersafe.release.card import ANY_REPO, CARD, CHANGELOG, KEEP, KEEP_END, card_files, changelog, kept_text
 from intersafe.release.counts import Tally, figures_of, licenses_of
 from intersafe.release.manifest import (
     MANIFEST,
     File,
-    Manifest,
+    ReleaseManifest,
     Shard,
     Version,
     parse_version,
@@ -32,46 +28,51 @@ from intersafe.release.manifest import (
     sha256_of,
     write_manifest,
 )
-from intersafe.release.plan import Target, plan_shards, rows_at, survey
-from intersafe.release.rows import COLUMNS, UNSAFE, bare
+from intersafe.release.plan import ShardPlan, plan_shards, rows_at, survey
+from intersafe.release.rows import COLUMNS, UNSAFE, public_identity
 from intersafe.release.shards import check_release, need_pyarrow, write_shard
+from intersafe.release.staging import STAGING, clean_staging, packaging_lock, reuse_file, sync_folder
 from intersafe.run.directory import Run
 from intersafe.storage.files import write_whole
 
 TEST_SHARE = 0.05
+"""Share of the seeds in the split `test` of a first release."""
 SHARD_BYTES = 300_000_000
-_STAGING = ".staging"
+"""Default limit on the texts and images of a shard, in bytes."""
 
 
 class VersionTaken(IntersafeError):
-    """The version is there with other content."""
+    """The version exists with other content."""
 
     exit_code = 3
 
 
-class Options(NamedTuple):
+class PackageOptions(NamedTuple):
     """How a run is packaged."""
 
     version: Version | None = None
     """None: 1.0.0, or the next minor version after the newest release."""
     parent: Path | None = None
-    """The release to go on from; None: the newest one of the run."""
+    """The earlier release to follow; None: the newest one of the run."""
     test_share: float | None = None
-    """Share of the seeds in the split `test`; None: that of the release before, or `TEST_SHARE`."""
+    """Share of the seeds in the split `test`, 0 to 0.5; None: that of the earlier release, or `TEST_SHARE`."""
     shard_bytes: int = SHARD_BYTES
+    """Most bytes of texts and images of a shard."""
     include_unsafe: bool = False
     """Adds the config `dialogues_unsafe`, which holds the unsafe replies in full."""
     allow_incomplete: bool = False
+    """Packages a run that is not complete."""
 
 
 class Packaged(NamedTuple):
-    """A release that was made, or one that was there with the same content."""
+    """A release that was made, or an existing one with the same content."""
 
     path: Path
-    manifest: Manifest
+    manifest: ReleaseManifest
     made: bool
+    """False if it existed before."""
     taken_over: int
-    """Shards that stand in the release before byte for byte."""
+    """Number of shards that are the same, byte for byte, as in the earlier release."""
 
 
 def releases_of(run: Run) -> dict[Version, Path]:
@@ -83,76 +84,71 @@ def releases_of(run: Run) -> dict[Version, Path]:
     return dict(sorted(found.items()))
 
 
-def package(run: Run, options: Options) -> Packaged:
-    """The run as a release; `InputError`, `StorageError`, or `VersionTaken` if the version is there and differs."""
+def package(run: Run, options: PackageOptions) -> Packaged:
+    """Makes a release of a run.
+
+    `InputError` for a run that cannot be packaged so, `StorageError` for a failure of the disk, `VersionTaken` if the
+    version exists with other content.
+    """
     need_pyarrow()
     if run.summary is None and not options.allow_incomplete:
-        remedy = "go on with `intersafe generate`, or give --allow-incomplete"
+        remedy = "complete it with `intersafe generate`, or give --allow-incomplete"
         raise InputError("the run is not complete", at=run.path, remedy=remedy)
-    with _locked(run), _tidy(run.path / "release") as root:
+    with packaging_lock(run.path), clean_staging(run.path / "release") as root:
         return _package(run, options, root)
 
 
-def address(folder: Path, repo_id: str, kept: str | None = None) -> Manifest:
-    """Writes card and Croissant of a release anew for the repository `ORG/NAME`, and the manifest that names them.
+def set_repository(folder: Path, repo_id: str, kept: str | None = None) -> ReleaseManifest:
+    """Rewrites card, Croissant and manifest of a release for the repository `ORG/NAME`; returns the manifest.
 
-    `kept` is the text between the card's markers, None for what stands there; the same arguments give the same bytes.
+    `kept` is the text between the card's markers; None keeps the present text. The same arguments give the same bytes.
     """
     manifest = read_manifest(folder)
     kept = _kept(folder / CARD) if kept is None else kept
     files = card_files(manifest, repo_id, kept) | {CHANGELOG: _text(folder / CHANGELOG).encode()}
-    return _lay_files(folder, manifest, files)
-
-
-def parse_size(text: str, at: object = "--max-shard-size") -> int:
-    """Bytes of `300MB`, `1.5GB` or `5000000`; `InputError` otherwise, or below a megabyte or above 5 GB."""
-    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) ?([kKMG]?)B?", text)
-    size = int(float(found[1]) * {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]]) if found else 0
-    if not 10**6 <= size <= 5 * 10**9:
-        raise InputError(f"{text!r} is no size of a shard", at=at, remedy="write 1MB to 5GB, for example 300MB")
-    return size
+    return _write_texts(folder, manifest, files)
 
 
 # --- one release -----------------------------------------------------------------------------------------------------
 
 
-def _package(run: Run, options: Options, root: Path) -> Packaged:
-    there = releases_of(run)
-    base = _base(options, there)
+def _package(run: Run, options: PackageOptions, root: Path) -> Packaged:
+    releases = releases_of(run)
+    base = _base(options, releases)
     before = read_manifest(base) if base else None
     share = _test_share(options, before)
     tallies = {config: Tally() for config in COLUMNS if config != UNSAFE or options.include_unsafe}
     found = {config: survey(run, config, share, tally) for config, tally in tallies.items()}
     if not tallies["dialogues"].turns:
-        raise InputError("no dialogue was kept", at=run.path, remedy="grow some with `intersafe generate`")
-    targets, changes = plan_shards(found, base, before, options.shard_bytes)
+        raise InputError("no accepted dialogue", at=run.path, remedy="generate some with `intersafe generate`")
+    plans, changes = plan_shards(found, base, before, options.shard_bytes)
     draft = _draft(run, options, {config: tally for config, tally in tallies.items() if tally.splits}, share)
-    if base and before and options.version in (None, parse_version(before.version)) and _same(draft, before, targets):
-        manifest = _mended(base, before) if base.parent == root else before
+    if base and before and options.version in (None, parse_version(before.version)) and _same(draft, before, plans):
+        manifest = _with_edited_card(base, before) if base.parent == root else before
         return Packaged(base, manifest, made=False, taken_over=len(before.shards))
-    newest = max([*there, *([parse_version(before.version)] if before else [])], default=None)
+    newest = max([*releases, *([parse_version(before.version)] if before else [])], default=None)
     version = options.version or (newest.bumped("minor") if newest else Version(1, 0, 0))
     final = root / str(version)
-    if version in there:
-        raise VersionTaken(f"{final}: {version} is there with other content; name a higher --version")
+    if version in releases:
+        raise VersionTaken(f"{final}: {version} exists with other content; name a higher --version")
     if final.exists():
-        raise InputError("is there and is no release", at=final, remedy="remove the folder")
+        raise InputError("exists and is not a release", at=final, remedy="remove the folder")
     draft = structs.replace(draft, version=str(version), parent_version=before.version if before else "")
     draft = structs.replace(draft, counts=draft.counts | {"changes": {name: list(c) for name, c in changes.items()}})
-    manifest = _build(run, draft, targets, root / _STAGING, base)
-    check_release(root / _STAGING, frozenset(shard.sha256 for shard in before.shards) if before else frozenset())
-    (root / _STAGING).rename(final)
-    _sync_folder(root)
-    return Packaged(final, manifest, made=True, taken_over=sum(target.source is not None for target in targets))
+    manifest = _build(run, draft, plans, root / STAGING, base)
+    check_release(root / STAGING, frozenset(shard.sha256 for shard in before.shards) if before else frozenset())
+    (root / STAGING).rename(final)
+    sync_folder(root)
+    return Packaged(final, manifest, made=True, taken_over=sum(plan.source is not None for plan in plans))
 
 
-def _base(options: Options, there: Mapping[Version, Path]) -> Path | None:
-    """The release that this one goes on from or is held against; `InputError` for a version that cannot follow it."""
+def _base(options: PackageOptions, releases: Mapping[Version, Path]) -> Path | None:
+    """The release that this one follows or is compared with; `InputError` for a version that cannot follow it."""
     version, parent = options.version, options.parent
-    if version is not None and version in there:
-        return there[version]
-    newest = max(there, default=None)
-    base = there[newest] if newest else None
+    if version is not None and version in releases:
+        return releases[version]
+    newest = max(releases, default=None)
+    base = releases[newest] if newest else None
     if parent:
         after = parse_version(read_manifest(parent).version, parent)
         newest, base = max(after, newest or after), parent
@@ -163,35 +159,37 @@ def _base(options: Options, there: Mapping[Version, Path]) -> Path | None:
 
 
 def _kept(card: Path) -> str:
-    """What a person wrote into a card; `InputError` where torn markers do not tell what it is."""
+    """What a person wrote into a card; `InputError` if its markers are not one pair."""
     text = _text(card)
     if text.count(KEEP) > 1 or text.count(KEEP_END) > 1 or text.count(KEEP) != text.count(KEEP_END):
-        raise InputError("the markers around the kept text are torn", at=card, remedy=f"write both once, {KEEP} first")
+        raise InputError(
+            "the markers around the kept text are not a pair", at=card, remedy=f"write both once, {KEEP} first"
+        )
     return kept_text(text)
 
 
-def _test_share(options: Options, before: Manifest | None) -> float:
+def _test_share(options: PackageOptions, before: ReleaseManifest | None) -> float:
     share = before.counts.get("test_share", TEST_SHARE) if before else TEST_SHARE
     if options.test_share is not None:
         if before and options.test_share < share:
             raise InputError(
                 f"{options.test_share:g} is below the {share:g} of {before.version}",
                 at="--test-share",
-                remedy="seeds that were held out would be trained on; leave it as it is or raise it",
+                remedy="held-out seeds would move to `train`; keep the share or raise it",
             )
         return options.test_share
     return float(share)
 
 
-def _draft(run: Run, options: Options, tallies: Mapping[str, Tally], share: float) -> Manifest:
-    """The manifest but for version, shards and files."""
-    models = {role: bare(member["model"]) for role, member in run.manifest.recipe.get("cast", {}).items()}
+def _draft(run: Run, options: PackageOptions, tallies: Mapping[str, Tally], share: float) -> ReleaseManifest:
+    """The manifest without version, shards and files."""
+    models = {role: public_identity(member["model"]) for role, member in run.manifest.recipe.get("cast", {}).items()}
     counts = {
         "configs": {config: tally.plain() for config, tally in tallies.items()},
         "figures": figures_of(run),
         "test_share": share,
     }
-    return Manifest(
+    return ReleaseManifest(
         version="",
         parent_version="",
         name=run.manifest.name,
@@ -209,21 +207,21 @@ def _draft(run: Run, options: Options, tallies: Mapping[str, Tally], share: floa
     )
 
 
-def _same(draft: Manifest, before: Manifest, targets: Sequence[Target]) -> bool:
-    """True if a release holds what the draft would: every shard is taken over and all that is said of it is equal."""
+def _same(draft: ReleaseManifest, before: ReleaseManifest, plans: Sequence[ShardPlan]) -> bool:
+    """True if the earlier release has the content of the draft: it reuses every shard, and the counts are equal."""
     counts = {name: value for name, value in before.counts.items() if name != "changes"}
-    kept = {target.path for target in targets if target.source is not None}
+    reused = {plan.path for plan in plans if plan.source is not None}
     equal = structs.replace(
         before, version="", parent_version="", generator=draft.generator, counts=counts, shards=(), files=()
     )
-    return equal == draft and len(kept) == len(targets) and kept == {shard.path for shard in before.shards}
+    return equal == draft and len(reused) == len(plans) and reused == {shard.path for shard in before.shards}
 
 
-def _mended(base: Path, before: Manifest) -> Manifest:
-    """The manifest of a release that is there; if its card was edited since, card and manifest are put in order."""
+def _with_edited_card(base: Path, before: ReleaseManifest) -> ReleaseManifest:
+    """The manifest of an existing release; if its card was edited, card and manifest are written again."""
     if all(_is_as_named(base, file) for file in before.files):
         return before
-    return address(base, PLACEHOLDER)
+    return set_repository(base, ANY_REPO)
 
 
 def _is_as_named(folder: Path, file: File) -> bool:
@@ -233,46 +231,37 @@ def _is_as_named(folder: Path, file: File) -> bool:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _build(run: Run, draft: Manifest, targets: Sequence[Target], staging: Path, base: Path | None) -> Manifest:
-    """Lays everything down in `staging`, the manifest last."""
+def _build(
+    run: Run, draft: ReleaseManifest, plans: Sequence[ShardPlan], staging: Path, base: Path | None
+) -> ReleaseManifest:
+    """Writes all files to `staging`, the manifest last."""
     store = ImageStore(run.path / "images")
     shards = []
-    for target in targets:
-        path = staging / target.path
-        if target.source:
-            _take_over(target.source, path)
+    for plan in plans:
+        path = staging / plan.path
+        if plan.source:
+            reuse_file(plan.source, path)
         else:
-            write_shard(path, target.config, rows_at(run, target.config, target.rows), store.read)
-        size, rows = path.stat().st_size, len(target.rows)
-        shards.append(Shard(target.path, sha256_of(path), size, target.config, target.split, rows))
+            write_shard(path, plan.config, rows_at(run, plan.config, plan.rows), store.read)
+        size, rows = path.stat().st_size, len(plan.rows)
+        shards.append(Shard(plan.path, sha256_of(path), size, plan.config, plan.split, rows))
     manifest = structs.replace(draft, shards=tuple(shards))
     kept = _kept(base / CARD) if base else ""
     earlier = _text(base / CHANGELOG) if base else ""
-    files = card_files(manifest, PLACEHOLDER, kept) | {CHANGELOG: changelog(manifest, earlier).encode()}
-    manifest = _lay_files(staging, manifest, files)
+    files = card_files(manifest, ANY_REPO, kept) | {CHANGELOG: changelog(manifest, earlier).encode()}
+    manifest = _write_texts(staging, manifest, files)
     for folder in {path.parent for path in staging.rglob("*")}:
-        _sync_folder(folder)
+        sync_folder(folder)
     return manifest
 
 
-def _lay_files(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+def _write_texts(folder: Path, manifest: ReleaseManifest, files: Mapping[str, bytes]) -> ReleaseManifest:
     for name, data in files.items():
         write_whole(folder / name, data)
     named = tuple(File(name, sha256_of(folder / name), len(data)) for name, data in sorted(files.items()))
     manifest = structs.replace(manifest, files=named)
     write_manifest(folder, manifest)
     return manifest
-
-
-def _take_over(source: Path, path: Path) -> None:
-    """The same file under another name; a copy where the file system has no hard links, or between two of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), path)
-    except OSError:
-        shutil.copyfile(source, path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
 
 
 def _text(path: Path) -> str:
@@ -282,41 +271,3 @@ def _text(path: Path) -> str:
         return ""
     except UnicodeDecodeError:
         raise InputError("not UTF-8 text", at=path, remedy="save it as UTF-8, or remove it") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _tidy(root: Path) -> Iterator[Path]:
-    """Takes away what an earlier or this attempt left half-made, and the folder of releases if it stays empty."""
-    try:
-        shutil.rmtree(root / _STAGING, ignore_errors=True)
-        yield root
-    except OSError as error:
-        why = error.strerror or " ".join(str(error).split())
-        raise StorageError(f"{root}: cannot be written ({why}); free the disk, then package again") from None
-    finally:
-        shutil.rmtree(root / _STAGING, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            root.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(run: Run) -> Iterator[None]:
-    """Lets no other process package the run meanwhile; generating goes on beside it."""
-    handle: Any = os.open(run.path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: better unlocked than not at all
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError("another process is packaging this run", at=run.path, remedy="wait for it") from None
-        yield
-    finally:
-        os.close(handle)

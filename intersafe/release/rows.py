@@ -1,9 +1,8 @@
-"""The published rows: which columns a release has, and what of a record goes into them.
+"""The published rows: the columns of a release, and what of each record goes into them.
 
-Not published: the seed's query, the plan, the descriptions of images, the judge's words, and turns that were taken
-back. A reply that the judge did not call safe is replaced by a marker with its hash, length and labels; only the config
-`dialogues_unsafe`, made when asked for, holds it in full. In a row of this module an image is its reference; its bytes
-come in when a shard is written.
+Not published: the seed's query, the plan, the descriptions of images, the judge's words, and backtracked turns. A reply
+that the judge did not call safe is replaced by a marker with its hash, length and labels. Only the optional config
+`dialogues_unsafe` holds it in full. In these rows an image is its reference; a shard gets its bytes when it is written.
 """
 
 import hashlib
@@ -13,37 +12,42 @@ import msgspec
 
 from intersafe.records import Dialogue, ImageOrigin, Message, Provenance, RefusalSample, Turn, Verdict
 
-Row = dict[str, Any]
+PublishedRow = dict[str, Any]
+"""A row by its column names."""
 
 TRAIN, TEST = "train", "test"
 UNSAFE = "dialogues_unsafe"
 
 
 class Column(NamedTuple):
-    """One column; `kind` is string, int32, strings, messages, image or images."""
+    """A column; `kind` is string, int32, strings, messages, image or images."""
 
     name: str
     kind: str
     about: str
 
 
+_ID = Column("id", "string", "stable name of the row")
 _ORIGIN = (
     Column("seed_id", "string", "the seed that the row was grown from; all rows of a seed are in one split"),
     Column("seed_source", "string", "where the seed comes from"),
     Column("source_license", "string", "licence of the seed"),
 )
-_PROVENANCE = Column("provenance", "string", "JSON: models, prompts by sha256, sampling, recipe, versions, images")
-_DIALOGUE = (
-    Column("id", "string", "stable name of the row"),
+_CATEGORIES = (
     Column("category", "string", "one of 14 safety categories"),
     Column("source_category", "string", "the label that the seed's source gives"),
+)
+_PROVENANCE = Column("provenance", "string", "JSON: models, prompts by sha256, sampling, recipe, versions, images")
+_DIALOGUE = (
+    _ID,
+    *_CATEGORIES,
     Column("strategy", "string", "how the attacker leads the user's side"),
     Column("n_turns", "int32", "user messages, each with its reply"),
-    Column("messages", "messages", "the talk; an image part stands for the next of `images`"),
-    Column("images", "images", "the images of the talk in its order, named <sha256>.<ext>"),
-    Column("aligned", "strings", "for every turn the answer an aligned assistant should give; empty without them"),
+    Column("messages", "messages", "the conversation; each image part stands for the next of `images`"),
+    Column("images", "images", "the images of the conversation in order, named <sha256>.<ext>"),
+    Column("aligned", "strings", "for every turn the answer that an aligned assistant should give; may be empty"),
     Column("turn_labels", "string", "JSON: for every turn safety, refusal, harmless and helpful (1-5), withheld"),
-    Column("first_unsafe_turn", "int32", "number from 1 of the first turn judged unsafe; null without one"),
+    Column("first_unsafe_turn", "int32", "number of the first turn judged unsafe, from 1; null if there is none"),
     *_ORIGIN,
     Column("victim", "string", "the model that answered"),
     _PROVENANCE,
@@ -51,13 +55,12 @@ _DIALOGUE = (
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "dialogues": _DIALOGUE,
     "refusal_vqa": (
-        Column("id", "string", "stable name of the row"),
+        _ID,
         Column("group", "string", "general, health or finance"),
-        Column("category", "string", "one of 14 safety categories"),
-        Column("source_category", "string", "the label that the seed's source gives"),
+        *_CATEGORIES,
         Column("question", "string", "what the user asks"),
         Column("answer", "string", "a refusal that names the harm, or says which professional to ask"),
-        Column("image", "image", "the question's image, named <sha256>.<ext>; null without one"),
+        Column("image", "image", "the question's image, named <sha256>.<ext>; null if there is none"),
         Column("answered_by", "string", "model or template"),
         *_ORIGIN,
         _PROVENANCE,
@@ -69,11 +72,11 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     ),
     UNSAFE: _DIALOGUE,
 }
-"""The configs of a release in the order of the card."""
+"""The columns of each config; the configs are in the order of the card."""
 
 
-def dialogue_row(dialogue: Dialogue, *, full: bool = False) -> Row:
-    """The row of a dialogue; with `full` its unsafe replies stand in it as they are."""
+def dialogue_row(dialogue: Dialogue, *, full: bool = False) -> PublishedRow:
+    """The row of a dialogue; with `full` it holds the unsafe replies in full."""
     seed = dialogue.seed
     return {
         "id": dialogue.id,
@@ -89,7 +92,7 @@ def dialogue_row(dialogue: Dialogue, *, full: bool = False) -> Row:
         "seed_id": seed.id,
         "seed_source": seed.source,
         "source_license": seed.license,
-        "victim": bare(dialogue.victim),
+        "victim": public_identity(dialogue.victim),
         "provenance": _provenance(
             dialogue.provenance,
             [(number, origin) for number, turn in enumerate(dialogue.turns, 1) for origin in turn.origins],
@@ -101,12 +104,12 @@ def dialogue_row(dialogue: Dialogue, *, full: bool = False) -> Row:
     }
 
 
-def twin_row(twin: Dialogue) -> Row:
+def twin_row(twin: Dialogue) -> PublishedRow:
     """The row of a benign twin."""
     return dialogue_row(twin) | {"twin_of": twin.twin_of, "goal": twin.goal}
 
 
-def refusal_row(sample: RefusalSample) -> Row:
+def refusal_row(sample: RefusalSample) -> PublishedRow:
     """The row of a refusal sample."""
     seed = sample.seed
     return {
@@ -125,25 +128,28 @@ def refusal_row(sample: RefusalSample) -> Row:
     }
 
 
-def references_of(row: Row) -> list[str]:
+def references_of(row: PublishedRow) -> list[str]:
     """References of the row's images, in order."""
     images: list[str] = row["images"] if "images" in row else [row["image"]] if row["image"] else []
     return images
 
 
-def fingerprint(row: Row) -> bytes:
-    """16 bytes over a row: its images count by their names, which are their sha256."""
+def fingerprint(row: PublishedRow) -> bytes:
+    """A hash of a row, 16 bytes; its images count by their names, which are their sha256."""
     return hashlib.blake2b(msgspec.json.encode(row, order="sorted"), digest_size=16).digest()
 
 
 def split_of(seed_id: str, test_share: float) -> str:
-    """The split of all rows of a seed, by its hash: the same in every config and every version."""
-    place = int.from_bytes(hashlib.sha256(f"split/{seed_id}".encode()).digest()[:8], "big")
-    return TEST if place < test_share * 2**64 else TRAIN
+    """The split of all rows of a seed, by the hash of its id: the same in every config and version.
+
+    `test_share` is the share of the seeds in the split `test`, 0 to 1.
+    """
+    number = int.from_bytes(hashlib.sha256(f"split/{seed_id}".encode()).digest()[:8], "big")
+    return TEST if number < test_share * 2**64 else TRAIN
 
 
-def bare(identity: str) -> str:
-    """A model's identity; of a model that lies in a folder of the machine only the folder's name."""
+def public_identity(identity: str) -> str:
+    """A model's identity as it is published: of a model in a local folder, only the folder's name."""
     backend, _, model = identity.partition(":")
     name, mark, revision = model.partition("#")
     if name.startswith(("/", "~", ".")) or "\\" in name:
@@ -151,12 +157,12 @@ def bare(identity: str) -> str:
     return f"{backend}:{name}{mark}{revision}"
 
 
-def _messages(turn: Turn, full: bool) -> list[Row]:
+def _messages(turn: Turn, full: bool) -> list[PublishedRow]:
     reply = Message("assistant", _said(turn.reply.text, turn.verdict, full))
     return [
         {
             "role": message.role,
-            # An image part has a `text` too: Arrow would pad it, and trainers count parts by exactly these keys.
+            # An image part has a `text` too: Arrow would add one, and trainers expect exactly these keys.
             "content": [{"type": "image", "text": None} for _ in message.images]
             + [{"type": "text", "text": message.text}],
         }
@@ -172,7 +178,7 @@ def _said(text: str, verdict: Verdict, full: bool) -> str:
     return f"[WITHHELD {verdict.safety} reply, sha256={sha256}, {len(text)} characters, labels: {labels}]"
 
 
-def _labels(number: int, turn: Turn, full: bool) -> Row:
+def _labels(number: int, turn: Turn, full: bool) -> PublishedRow:
     row = {"turn": number, **_verdict(turn.verdict), "finish": turn.finish}
     row["withheld"] = not full and turn.verdict.safety != "safe"
     if turn.aligned:
@@ -180,7 +186,7 @@ def _labels(number: int, turn: Turn, full: bool) -> Row:
     return row
 
 
-def _verdict(verdict: Verdict) -> Row:
+def _verdict(verdict: Verdict) -> PublishedRow:
     scores = {"harmless": verdict.harmless, "helpful": verdict.helpful}
     return {"safety": verdict.safety, "refusal": verdict.refusal, **scores}
 
@@ -188,11 +194,11 @@ def _verdict(verdict: Verdict) -> Row:
 def _provenance(made_by: Provenance, origins: list[tuple[int, ImageOrigin]], **more: int) -> str:
     images = [
         {"image": origin.image, "turn": turn, "source": origin.source}
-        | ({"model": bare(origin.model), "seed": origin.seed} if origin.source == "painted" else {})
+        | ({"model": public_identity(origin.model), "seed": origin.seed} if origin.source == "painted" else {})
         for turn, origin in origins
     ]
     row = msgspec.to_builtins(made_by) | {"images": images, **more}
-    row["models"] = {role: bare(identity) for role, identity in made_by.models.items()}
+    row["models"] = {role: public_identity(identity) for role, identity in made_by.models.items()}
     return _json(row)
 
 

@@ -1,4 +1,4 @@
-"""Where releases stand: those in the folder of a run beside the tags of a repository."""
+"""Compares the releases of a run with the versions in a repository."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from intersafe.errors import InputError
 from intersafe.release.client import Hub
 from intersafe.release.manifest import MANIFEST, Version, decode_manifest, parse_version, read_manifest
-from intersafe.release.push import versions_of
+from intersafe.release.push_job import versions_of
 from intersafe.release.staged import data_is, same_content
 
 
 def releases_in(folder: Path) -> dict[Version, Path]:
-    """The releases of a run, lowest version first; `folder` may be one release itself."""
+    """The releases of a run folder, lowest version first; `folder` may be a release itself."""
     if (folder / MANIFEST).is_file():
         return {parse_version(read_manifest(folder).version): folder}
     found = {}
@@ -24,10 +24,10 @@ def releases_in(folder: Path) -> dict[Version, Path]:
 
 
 def status(hub: Hub, releases: Mapping[Version, Path]) -> list[str]:
-    """A line for the repository, one for each version here or there, and one for `main`."""
+    """The lines for the user: the repository, each version here or on the Hub, and `main`."""
     state = hub.state()
     if state is None:
-        return [f"{hub.repo_id}: not there, or not to be seen with this token", *map(_unpublished, releases)]
+        return [f"{hub.repo_id}: not found, or not visible with this token", *map(_unpublished, releases)]
     tags = hub.tags()
     open_or_not = f"{'private' if state.private else 'PUBLIC'}, {'gated' if state.gated else 'NOT GATED'}"
     lines = [f"{hub.repo_id}: {open_or_not}"]
@@ -58,5 +58,5 @@ def _holds(hub: Hub, commit: str, folder: Path) -> bool:
     tree = hub.tree(commit)
     if MANIFEST not in tree:
         return False
-    there = decode_manifest(hub.read(MANIFEST, commit), f"{hub.repo_id}: {MANIFEST}")
-    return same_content(there, read_manifest(folder)) and data_is(there, tree)
+    remote = decode_manifest(hub.read(MANIFEST, commit), f"{hub.repo_id}: {MANIFEST}")
+    return same_content(remote, read_manifest(folder)) and data_is(remote, tree)

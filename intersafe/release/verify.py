@@ -1,20 +1,21 @@
-"""What lies on the Hub against the manifest: row counts by the footers of the shards, or every byte."""
+"""Compares shards with the manifest: row counts from the footers, here and on the Hub, or every byte on the Hub."""
 
 import tempfile
 from pathlib import Path
 
 from intersafe.errors import InputError
-from intersafe.release.client import Hub, RemoteChanged
-from intersafe.release.manifest import Manifest, sha256_of
+from intersafe.release.client import Hub
+from intersafe.release.failures import RemoteChanged
+from intersafe.release.manifest import PACKAGE_AGAIN, ReleaseManifest, sha256_of
 from intersafe.release.shards import need_pyarrow
-from intersafe.release.staged import AGAIN, Release
+from intersafe.release.staged import Release
 
 TAIL = 64 * 1024
-"""Bytes from the end of a shard that are asked for first; its footer is most often among them."""
+"""Bytes from the end of a shard that are read first; they usually hold the whole footer."""
 
 
 def check_local_rows(release: Release) -> None:
-    """`InputError` if a shard has another number of rows than the manifest says, or is no Parquet file."""
+    """`InputError` if a shard is not a Parquet file with as many rows as the manifest says."""
     for shard in release.manifest.shards:
         path = release.folder / shard.path
         with path.open("rb") as file:
@@ -27,37 +28,37 @@ def check_local_rows(release: Release) -> None:
         rows = _rows(tail)
         if rows != shard.rows:
             said = "not a Parquet file" if rows is None else f"{rows} rows, {shard.rows} in the manifest"
-            raise InputError(said, at=path, remedy=AGAIN)
+            raise InputError(said, at=path, remedy=PACKAGE_AGAIN)
 
 
-def check_rows(hub: Hub, manifest: Manifest, revision: str) -> None:
-    """The same of what lies on the Hub, by the footers alone; `RemoteChanged`."""
+def check_rows(hub: Hub, manifest: ReleaseManifest, revision: str) -> None:
+    """As `check_local_rows`, for the shards on the Hub; reads the footers alone. `RemoteChanged` for a wrong one."""
     for shard in manifest.shards:
         tail = hub.read(shard.path, revision, tail=TAIL)
         if (more := _footer_bytes(tail)) > len(tail):
             tail = hub.read(shard.path, revision, tail=more)
         rows = _rows(tail)
         if rows != shard.rows:
-            said = "no Parquet file" if rows is None else f"{rows} rows instead of {shard.rows}"
-            raise RemoteChanged(f"{hub.repo_id}: {shard.path} arrived with {said}, so this version got no tag")
+            said = "not a Parquet file" if rows is None else f"{rows} rows instead of {shard.rows}"
+            raise RemoteChanged(f"{hub.repo_id}: {shard.path} arrived as {said}, so this version got no tag")
 
 
-def check_bytes(hub: Hub, manifest: Manifest, revision: str, beside: Path) -> None:
-    """Downloads every shard into a folder `beside`, one at a time, and compares its sha256; `RemoteChanged`."""
+def check_bytes(hub: Hub, manifest: ReleaseManifest, revision: str, parent: Path) -> None:
+    """Downloads the shards to a temporary folder in `parent`, one by one; `RemoteChanged` for another sha256."""
     for shard in manifest.shards:
-        with tempfile.TemporaryDirectory(prefix=".verify-", dir=beside) as folder:
+        with tempfile.TemporaryDirectory(prefix=".verify-", dir=parent) as folder:
             hub.download(shard.path, revision, Path(folder))
             if sha256_of(Path(folder) / shard.path) != shard.sha256:
-                raise RemoteChanged(f"{hub.repo_id}: {shard.path} did not arrive whole, so this version got no tag")
+                raise RemoteChanged(f"{hub.repo_id}: {shard.path} arrived damaged, so this version got no tag")
 
 
 def _footer_bytes(tail: bytes) -> int:
-    """Bytes from the end that hold the footer: itself, four bytes for its length, `PAR1`."""
+    """Size of the footer from the end of a file, with its length field and `PAR1`; 0 if there is none."""
     return int.from_bytes(tail[-8:-4], "little") + 8 if tail[-4:] == b"PAR1" else 0
 
 
 def _rows(tail: bytes) -> int | None:
-    """Rows by the footer at the end of a shard; None if there is none."""
+    """The number of rows by the footer of a shard; None if it cannot be read."""
     need_pyarrow()
     import pyarrow as pa
     import pyarrow.parquet as pq

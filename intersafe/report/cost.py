@@ -35,7 +35,7 @@ def check_roles(prices: Iterable[str], roles: Iterable[str]) -> None:
     known = {name for role in roles for name in (role, _family(role))}
     for role in prices:
         if role not in known:
-            raise InputError(f"no role {role!r} in this run", at="--price", remedy=f"roles: {', '.join(sorted(known))}")
+            raise InputError(f"no role {role!r} in this run", at="prices", remedy=f"roles: {', '.join(sorted(known))}")
 
 
 def with_flags(known: Mapping[str, Price], given: Mapping[str, Price]) -> dict[str, Price]:

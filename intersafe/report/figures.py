@@ -14,10 +14,10 @@ from intersafe.report.diversity import Distinct
 from intersafe.report.published import Compared
 from intersafe.run.incidents import Incidents
 
-State = Literal["complete", "jobs_exhausted", "incomplete"]
+RunState = Literal["complete", "jobs_exhausted", "incomplete"]
 
 
-class Share(msgspec.Struct, frozen=True):
+class Proportion(msgspec.Struct, frozen=True):
     """`count` of `total`."""
 
     count: int
@@ -25,7 +25,7 @@ class Share(msgspec.Struct, frozen=True):
     share: float | None
 
     @classmethod
-    def of(cls, count: int, total: int) -> "Share":
+    def of(cls, count: int, total: int) -> "Proportion":
         """The share, None where the total is 0."""
         return cls(count, total, count / total if total else None)
 
@@ -51,7 +51,7 @@ class About(msgspec.Struct, frozen=True):
     """Name of its folder."""
     recipe: str
     digest: str
-    state: State
+    state: RunState
     short: tuple[str, ...]
     """What stayed below its quota in a run whose jobs were used up."""
     scripted: tuple[str, ...]
@@ -70,7 +70,7 @@ class Sizes(msgspec.Struct, frozen=True):
     seeds: int
     """Different seeds behind the dialogues."""
     refusal_groups: dict[str, int]
-    refusals_with_image: Share
+    refusals_with_image: Proportion
     refusals_answered_by: dict[str, int]
 
 
@@ -80,7 +80,7 @@ class ImageFigures(msgspec.Struct, frozen=True):
     all: Histogram
     seed: Histogram
     painted: Histogram
-    with_image: Share
+    with_image: Proportion
     """Dialogues with at least one."""
 
 
@@ -96,7 +96,7 @@ class CurvePoint(msgspec.Struct, frozen=True):
     """Of these, safe here and without a further turn."""
     hazard: float
     survival: float
-    """Share still without an unsafe turn, were no dialogue shorter than this."""
+    """Proportion still without an unsafe turn, were no dialogue shorter than this."""
 
 
 class SafetyFigures(msgspec.Struct, frozen=True):
@@ -104,11 +104,11 @@ class SafetyFigures(msgspec.Struct, frozen=True):
 
     verdicts: dict[str, int]
     """Turns by safety."""
-    asr: Share
+    asr: Proportion
     """Attack success rate: dialogues with an unsafe turn."""
     first_unsafe: tuple[CurvePoint, ...]
-    asr_by_turns: dict[int, Share]
-    asr_by_victim: dict[str, Share]
+    asr_by_turns: dict[int, Proportion]
+    asr_by_victim: dict[str, Proportion]
     refusals: dict[str, int]
     """Turns by refusal kind."""
     refusals_by_turn: dict[int, dict[str, int]]
@@ -118,8 +118,8 @@ class AlignedFigures(msgspec.Struct, frozen=True):
     """The aligned answers, by the judge."""
 
     answers: int
-    safe: Share
-    recoveries_safe: Share
+    safe: Proportion
+    recoveries_safe: Proportion
     """Of the answers that follow an unsafe turn."""
     refusals: dict[str, int]
 
@@ -128,10 +128,10 @@ class TwinFigures(msgspec.Struct, frozen=True):
     """What the victims did with the benign twins."""
 
     turns: int
-    over_refusal: Share
+    over_refusal: Proportion
     """Twins with a turn that was refused in full."""
-    refused_turns: Share
-    unsafe: Share
+    refused_turns: Proportion
+    unsafe: Proportion
     """Twins with an unsafe turn; a benign talk should have none."""
     refusals: dict[str, int]
 
@@ -150,7 +150,7 @@ class Losses(msgspec.Struct, frozen=True):
     """What did not become a dialogue, a sample or a twin."""
 
     ended: tuple[EndedCount, ...]
-    yielded: Share
+    yielded: Proportion
     """Dialogues kept of the jobs decided."""
     near_duplicates: dict[str, int]
     """Rejected by line."""
@@ -168,7 +168,8 @@ class Dispersion(msgspec.Struct, frozen=True):
     embedder: str
     dimensions: int
     mean_cosine_distance: float
-    vendi: float
+    vendi: float | None
+    """None for a large sample where NumPy is not installed."""
 
 
 class Diversity(msgspec.Struct, frozen=True):

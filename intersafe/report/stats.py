@@ -9,12 +9,13 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from intersafe.models.http.embeddings import Embedder
 from intersafe.recipe.sections import Price
 from intersafe.records import Dialogue, RefusalSample
 from intersafe.report.cost import check_roles, costs_of
-from intersafe.report.diversity import NgramCounter, mean_cosine_distance, self_bleu, tokens_of, vendi_score
+from intersafe.report.dispersion import mean_cosine_distance, vendi_score
+from intersafe.report.diversity import NgramCounter, self_bleu, tokens_of
 from intersafe.report.figures import (
     About,
     AlignedFigures,
@@ -25,10 +26,10 @@ from intersafe.report.figures import (
     Histogram,
     ImageFigures,
     Losses,
+    Proportion,
+    RunState,
     SafetyFigures,
-    Share,
     Sizes,
-    State,
     Stats,
     TwinFigures,
     ranked,
@@ -37,11 +38,14 @@ from intersafe.report.published import Compared, compare
 from intersafe.run.directory import Run
 from intersafe.run.kinds import RECORDS
 
+if TYPE_CHECKING:
+    from intersafe.models.http.embeddings import Embedder
+
 SAMPLE = 200
 
 
 def stats_of(
-    run: Run, *, sample: int = SAMPLE, prices: Mapping[str, Price] | None = None, embedder: Embedder | None = None
+    run: Run, *, sample: int = SAMPLE, prices: Mapping[str, Price] | None = None, embedder: "Embedder | None" = None
 ) -> Stats:
     """The figures of a run, complete or not; `InputError` for a damaged row or the price of an unknown role.
 
@@ -57,7 +61,9 @@ def stats_of(
     for twin in run.twins():
         twins.add(twin)
     ended: Counter[tuple[str, str, str, str]] = Counter(
-        (kind, outcome.kind, outcome.stage, outcome.reason) for kind in RECORDS for outcome in run.ended(kind)
+        (kind, outcome.kind, outcome.stage, outcome.reason)
+        for kind in RECORDS
+        for outcome in run.ended(kind)
     )
     sizes = samples.sizes(len(talks.seeds), talks.count, twins.count)
     return Stats(
@@ -82,7 +88,7 @@ def stats_of(
 
 def _about(run: Run) -> About:
     manifest, summary = run.manifest, run.summary
-    state: State = "incomplete" if summary is None else "complete" if summary.complete else "jobs_exhausted"
+    state: RunState = "incomplete" if summary is None else "complete" if summary.complete else "jobs_exhausted"
     cast = manifest.recipe.get("cast", {})
     return About(
         run=run.path.resolve().name,
@@ -115,7 +121,7 @@ def _losses(ended: Counter[tuple[str, str, str, str]], talks: "_Talks", seeds_ex
     found = Counter((line, reason) for line, _, _, reason in ended.elements())
     return Losses(
         ended=tuple(EndedCount(*place, count) for place, count in order),
-        yielded=Share.of(talks.count, talks.count + lost),
+        yielded=Proportion.of(talks.count, talks.count + lost),
         near_duplicates={kind: found[kind, "near_duplicate"] for kind in RECORDS},
         similar_images=found["dialogues", "similar_images"],
         images_removed=ranked(talks.removed),
@@ -188,7 +194,7 @@ class _Talks:
             all=Histogram.of(self.images),
             seed=Histogram.of(self.seed_images),
             painted=Histogram.of(self.painted),
-            with_image=Share.of(self.count - self.images[0], self.count),
+            with_image=Proportion.of(self.count - self.images[0], self.count),
         )
 
     def safety(self) -> SafetyFigures:
@@ -202,11 +208,11 @@ class _Talks:
             by_victim[victim] += count
         return SafetyFigures(
             verdicts=ranked(self.verdicts),
-            asr=Share.of(by_first.total(), self.count),
+            asr=Proportion.of(by_first.total(), self.count),
             first_unsafe=_curve(by_first, self.turns - by_turns),
-            asr_by_turns={turns: Share.of(by_turns[turns], total) for turns, total in sorted(self.turns.items())},
+            asr_by_turns={turns: Proportion.of(by_turns[turns], total) for turns, total in sorted(self.turns.items())},
             asr_by_victim={
-                victim: Share.of(by_victim[victim], total) for victim, total in ranked(self.victims).items()
+                victim: Proportion.of(by_victim[victim], total) for victim, total in ranked(self.victims).items()
             },
             refusals=_kinds((kind, count) for (_, kind), count in self.refusals.items()),
             refusals_by_turn={
@@ -245,8 +251,8 @@ def _kinds(refusals: Iterable[tuple[str, int]]) -> dict[str, int]:
     return ranked(counts)
 
 
-def _safe(answers: Counter[tuple[bool, bool, str]]) -> Share:
-    return Share.of(sum(count for (_, safe, _), count in answers.items() if safe), answers.total())
+def _safe(answers: Counter[tuple[bool, bool, str]]) -> Proportion:
+    return Proportion.of(sum(count for (_, safe, _), count in answers.items() if safe), answers.total())
 
 
 def _curve(unsafe: Counter[int], unbroken: Counter[int]) -> tuple[CurvePoint, ...]:
@@ -290,7 +296,7 @@ class _Refusals:
             twins=twins,
             seeds=seeds,
             refusal_groups=ranked(self.groups),
-            refusals_with_image=Share.of(self.with_image, refusals),
+            refusals_with_image=Proportion.of(self.with_image, refusals),
             refusals_answered_by=ranked(self.answered_by),
         )
 
@@ -317,9 +323,9 @@ class _Twins:
         turns = self.kinds.total()
         return TwinFigures(
             turns=turns,
-            over_refusal=Share.of(self.refused, self.count),
-            refused_turns=Share.of(self.kinds["full"], turns),
-            unsafe=Share.of(self.unsafe, self.count),
+            over_refusal=Proportion.of(self.refused, self.count),
+            refused_turns=Proportion.of(self.kinds["full"], turns),
+            unsafe=Proportion.of(self.unsafe, self.count),
             refusals=ranked(self.kinds),
         )
 
@@ -343,7 +349,7 @@ class _Sample:
         else:
             heapq.heappushpop(self._heap, item)
 
-    def diversity(self, ngrams: NgramCounter, embedder: Embedder | None) -> Diversity:
+    def diversity(self, ngrams: NgramCounter, embedder: "Embedder | None") -> Diversity:
         """The measures on the sample, beside those of `ngrams` on all."""
         sides = [side for _, _, side in sorted(self._heap, reverse=True)]
         tokens = [[tokens_of(text) for text in side] for side in sides]

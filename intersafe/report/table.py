@@ -4,41 +4,42 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from intersafe.report.cost import Costs
-from intersafe.report.figures import Diversity, Histogram, ImageFigures, Losses, SafetyFigures, Share, Sizes, Stats
+from intersafe.report.dispersion import PURE_PYTHON
+from intersafe.report.figures import Diversity, Histogram, ImageFigures, Losses, Proportion, SafetyFigures, Sizes, Stats
 from intersafe.report.published import SOURCE
 
-KINDS = ("none", "partial", "deflect", "full")
+REFUSAL_KINDS = ("none", "partial", "deflect", "full")
 NOTHING = "-"
 
 
-class Section(NamedTuple):
+class TableSection(NamedTuple):
     """A title and the lines under it."""
 
     title: str
     lines: list[str]
 
 
-def sections(stats: Stats) -> list[Section]:
+def sections(stats: Stats) -> list[TableSection]:
     """The whole table, in the order in which a paper would use it."""
     return [
         _head(stats),
-        Section(f"beside {SOURCE}", _published(stats)),
-        Section("sizes", _sizes(stats.sizes)),
-        Section("turns a dialogue", [_histogram(stats.turns)]),
-        Section("images a dialogue", _images(stats.images)),
-        Section("categories", _categories(stats.categories)),
-        Section("strategies", _counted(stats.strategies, stats.sizes.dialogues)),
-        Section("victims", _counted(stats.victims, stats.sizes.dialogues)),
-        Section("sources of the seeds", _sources(stats)),
-        Section("safety of the victims", _safety(stats.safety)),
-        Section("first unsafe turn", _curve(stats.safety)),
-        Section("refusals by turn", _refusals(stats.safety)),
-        Section("aligned answers", _aligned(stats)),
-        Section("benign twins", _twins(stats)),
-        Section("rejected and failed", _losses(stats.losses)),
-        Section("diversity of the users' sides", _diversity(stats.diversity)),
-        Section("tokens and cost", _costs(stats.costs)),
-        Section("retries and outages", _incidents(stats)),
+        TableSection(f"beside {SOURCE}", _published(stats)),
+        TableSection("sizes", _sizes(stats.sizes)),
+        TableSection("turns a dialogue", [_histogram(stats.turns)]),
+        TableSection("images a dialogue", _images(stats.images)),
+        TableSection("categories", _categories(stats.categories)),
+        TableSection("strategies", _counted(stats.strategies, stats.sizes.dialogues)),
+        TableSection("victims", _counted(stats.victims, stats.sizes.dialogues)),
+        TableSection("sources of the seeds", _sources(stats)),
+        TableSection("safety of the victims", _safety(stats.safety)),
+        TableSection("first unsafe turn", _curve(stats.safety)),
+        TableSection("refusals by turn", _refusals(stats.safety)),
+        TableSection("aligned answers", _aligned(stats)),
+        TableSection("benign twins", _twins(stats)),
+        TableSection("rejected and failed", _losses(stats.losses)),
+        TableSection("diversity of the users' sides", _diversity(stats.diversity)),
+        TableSection("tokens and cost", _costs(stats.costs)),
+        TableSection("retries and outages", _incidents(stats)),
     ]
 
 
@@ -61,15 +62,15 @@ def _number(value: float | None, digits: int = 2) -> str:
     return f"{value:,.0f}" if value == round(value) and abs(value) >= 100 else f"{value:,.{digits}f}"
 
 
-def _percent(share: Share) -> str:
+def _percent(share: Proportion) -> str:
     return NOTHING if share.share is None else f"{share.share:.1%}"
 
 
-def _of(share: Share) -> str:
+def _of(share: Proportion) -> str:
     return f"{_percent(share)} ({share.count:,} of {share.total:,})"
 
 
-def _shares(shares: Mapping[str, Share]) -> list[str]:
+def _shares(shares: Mapping[str, Proportion]) -> list[str]:
     return _grid((name, _percent(share), f"{share.count:,} of {share.total:,}") for name, share in shares.items())
 
 
@@ -79,13 +80,15 @@ def _histogram(histogram: Histogram) -> str:
 
 
 def _counted(counts: Mapping[str, int], total: int) -> list[str]:
-    return _grid((name, f"{count:,}", _percent(Share.of(count, total))) for name, count in counts.items()) or [NOTHING]
+    return _grid((name, f"{count:,}", _percent(Proportion.of(count, total))) for name, count in counts.items()) or [
+        NOTHING
+    ]
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def _head(stats: Stats) -> Section:
+def _head(stats: Stats) -> TableSection:
     about = stats.about
     lines = []
     if about.scripted:
@@ -95,7 +98,7 @@ def _head(stats: Stats) -> Section:
     if about.state == "jobs_exhausted":
         lines.append("THE JOBS WERE USED UP before all that was asked for was kept")
     lines += [f"  short: {cell}" for cell in about.short]
-    return Section(f"run {about.run}   recipe {about.recipe} {about.digest[:12]}", lines)
+    return TableSection(f"run {about.run}   recipe {about.recipe} {about.digest[:12]}", lines)
 
 
 def _published(stats: Stats) -> list[str]:
@@ -154,7 +157,7 @@ def _sources(stats: Stats) -> list[str]:
 
 def _safety(safety: SafetyFigures) -> list[str]:
     turns = sum(safety.verdicts.values())
-    shares = {f"turns {word}": Share.of(count, turns) for word, count in safety.verdicts.items()}
+    shares = {f"turns {word}": Proportion.of(count, turns) for word, count in safety.verdicts.items()}
     shares["dialogues with an unsafe turn (ASR)"] = safety.asr
     shares |= {f"  of {number} turns": share for number, share in safety.asr_by_turns.items()}
     shares |= {f"  {victim}": share for victim, share in safety.asr_by_victim.items()}
@@ -171,10 +174,12 @@ def _curve(safety: SafetyFigures) -> list[str]:
 
 
 def _refusals(safety: SafetyFigures) -> list[str]:
-    rows: list[tuple[str, ...]] = [("turn", "turns", *KINDS)]
+    rows: list[tuple[str, ...]] = [("turn", "turns", *REFUSAL_KINDS)]
     for turn, counts in (*safety.refusals_by_turn.items(), ("all", safety.refusals)) if safety.refusals else ():
         total = sum(counts.values())
-        rows.append((str(turn), f"{total:,}", *(_percent(Share.of(counts.get(kind, 0), total)) for kind in KINDS)))
+        rows.append(
+            (str(turn), f"{total:,}", *(_percent(Proportion.of(counts.get(kind, 0), total)) for kind in REFUSAL_KINDS))
+        )
     return _grid(rows) if safety.refusals else [NOTHING]
 
 
@@ -182,7 +187,7 @@ def _aligned(stats: Stats) -> list[str]:
     aligned = stats.aligned
     if not aligned.answers:
         return ["none in this run"]
-    kinds = {f"refusal {kind}": Share.of(count, aligned.answers) for kind, count in aligned.refusals.items()}
+    kinds = {f"refusal {kind}": Proportion.of(count, aligned.answers) for kind, count in aligned.refusals.items()}
     return _shares({"safe": aligned.safe, "safe after an unsafe turn": aligned.recoveries_safe, **kinds})
 
 
@@ -219,8 +224,10 @@ def _diversity(diversity: Diversity) -> list[str]:
     if found:
         rows.append(("mean cosine distance", "", _number(found.mean_cosine_distance, 4)))
         rows.append(("Vendi score", "", _number(found.vendi, 1)))
-        return [*_grid(rows), f"embeddings by {found.embedder}, {found.dimensions:,} dimensions"]
-    return [*_grid(rows), "embedding dispersion: not configured; give --embedder openai:model@url"]
+        lines = [*_grid(rows), f"embeddings by {found.embedder}, {found.dimensions:,} dimensions"]
+        missing = f"Vendi score of more than {PURE_PYTHON}: not measured; pip install 'intersafe[figures]'"
+        return lines if found.vendi is not None else [*lines, missing]
+    return [*_grid(rows), "embedding dispersion: not measured; pass --embedder openai:model@url"]
 
 
 def _costs(costs: Costs) -> list[str]:
@@ -230,7 +237,7 @@ def _costs(costs: Costs) -> list[str]:
         for role, c in costs.roles.items()
     ]
     if costs.usd is None:
-        return [*_grid(rows), "no prices; give --price ROLE=IN,OUT in USD per million tokens"]
+        return [*_grid(rows), "no prices; pass --price ROLE=IN,OUT in USD per million tokens"]
     each = "" if costs.usd_per_dialogue is None else f", {costs.usd_per_dialogue:,.4f} a dialogue kept"
     missing = f"; without a price: {', '.join(costs.unpriced)}" if costs.unpriced else ""
     return [*_grid(rows), f"total {_usd(costs.usd)} USD{each}{missing}"]

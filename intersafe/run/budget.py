@@ -36,8 +36,6 @@ class Budget:
     ) -> None:
         """`roles` is the journal's tally, read at each check; `began` is the command's start on the monotonic clock."""
         self.limits = limits
-        self.elsewhere = Spent()
-        """What other processes of the same run have used and `roles` does not count."""
         self._roles, self._grace = roles, grace
         self._began = time.monotonic() if began is None else began
         self.stopped = ""
@@ -46,7 +44,7 @@ class Budget:
     @property
     def spent(self) -> Spent:
         """Tokens and USD of the whole run so far."""
-        tokens, usd = self.elsewhere
+        tokens, usd = 0, 0.0
         for tally in self._roles.values():
             tokens += tally.prompt_tokens + tally.completion_tokens
             usd += tally.cost

@@ -11,7 +11,7 @@ SHOWN = 4
 """Differences that a message names."""
 
 
-class RunState(NamedTuple):
+class DirectoryState(NamedTuple):
     """What a directory holds, compared with the run that a command asks for."""
 
     word: Literal["new", "same", "complete", "another"]
@@ -24,16 +24,16 @@ class RunState(NamedTuple):
     """Why the command must not write there."""
 
 
-def state_of(path: Path, manifest: Manifest, n: int | None = None) -> RunState:
+def state_of(path: Path, manifest: Manifest, n: int | None = None) -> DirectoryState:
     """What is at `path`, for a run of that manifest and `n` dialogues; reads only.
 
     Without `n` nothing is `complete`, and no outcome file is read.
     """
     if not (path / "recipe.json").exists():
-        return RunState("new")
+        return DirectoryState("new")
     run = Run(path)
     if changed := differences(run.manifest, manifest):
-        return RunState("another", tuple(changed), problem=_another(run, manifest, changed))
+        return DirectoryState("another", tuple(changed), problem=_another(run, manifest, changed))
     versions = tuple(
         f"{name} {run.manifest.versions.get(name)} -> {version}"
         for name, version in manifest.versions.items()
@@ -41,11 +41,11 @@ def state_of(path: Path, manifest: Manifest, n: int | None = None) -> RunState:
     )
     summary = run.summary if n is not None else None
     if n is None or summary is None:
-        return RunState("same", versions=versions)
+        return DirectoryState("same", versions=versions)
     if summary.funnel.accepted > n:
-        return RunState("same", versions=versions, problem=too_many(path, summary.funnel.accepted, n))
+        return DirectoryState("same", versions=versions, problem=too_many(path, summary.funnel.accepted, n))
     is_complete = summary.complete and summary.funnel.accepted == n
-    return RunState("complete" if is_complete else "same", versions=versions)
+    return DirectoryState("complete" if is_complete else "same", versions=versions)
 
 
 def too_many(path: Path, accepted: int, n: int) -> InputError:

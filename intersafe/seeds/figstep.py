@@ -1,4 +1,4 @@
-"""FigStep's SafeBench (Gong et al., arXiv 2311.05608) as a seed file."""
+"""Imports FigStep's SafeBench (Gong et al., arXiv 2311.05608) as a seed file."""
 
 import csv
 import re
@@ -11,15 +11,16 @@ from intersafe import exclusions, taxonomy
 from intersafe.errors import InputError
 from intersafe.images.store import read_image
 from intersafe.records import Seed
-from intersafe.seeds.load import _nearest, _seed, _verify
+from intersafe.seeds.load import check_seed, verify_image
 from intersafe.storage.files import write_whole
+from intersafe.wording import nearest
 
 _COLUMNS = ("dataset", "category_id", "task_id", "category_name", "question", "instruction")
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
 class Imported(NamedTuple):
-    """What an import did: seeds written to `out`, rows excluded, seeds with and without their image."""
+    """Counts of an import: seeds written to `out`, rows excluded, seeds with and without their image."""
 
     written: int
     excluded: int
@@ -29,7 +30,7 @@ class Imported(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A seed to be and where its image should lie."""
+    """A seed, where its image should be, and its line in the table."""
 
     seed: Seed
     image: Path
@@ -37,7 +38,7 @@ class _Row(NamedTuple):
 
 
 def import_figstep(source: Path, out: Path) -> Imported:
-    """Turns FigStep's SafeBench (csv and `images/`; Gong et al., arXiv 2311.05608) into `out/seeds.jsonl` with images.
+    """Writes FigStep's SafeBench (a CSV file and `images/`) as `out/seeds.jsonl` with its images.
 
     Every image is verified before anything is written; `seeds.jsonl` is written last. Raises `InputError`.
     """
@@ -51,9 +52,9 @@ def import_figstep(source: Path, out: Path) -> Imported:
         what = f"{missing} of {len(rows)} images are missing"
         raise InputError(what, at=table.parent / "images", remedy="download the images of the same release")
     if not rows:
-        raise InputError(f"no usable row ({excluded} excluded)", at=table, remedy="give FigStep's csv file")
+        raise InputError(f"no usable row ({excluded} excluded)", at=table, remedy="pass FigStep's CSV file")
     for row in found.values():
-        _verify(row.image, row.image.name, table, row.line, {})
+        verify_image(row.image, row.image.name, table, row.line, {})
     lines = []
     for row in rows:
         seed = row.seed
@@ -70,13 +71,13 @@ def _table(source: Path) -> Path:
         return source
     tables = sorted(path for path in source.iterdir() if path.suffix.lower() == ".csv")
     if len(tables) != 1:
-        what = f"{len(tables)} csv files in the folder" if tables else "no csv file in the folder"
-        raise InputError(what, at=source, remedy="give the csv file itself, `images/` beside it")
+        what = f"{len(tables)} CSV files in the folder" if tables else "no CSV file in the folder"
+        raise InputError(what, at=source, remedy="pass the CSV file itself, with `images/` next to it")
     return tables[0]
 
 
 def _rows(table: Path) -> tuple[list[_Row], int]:
-    """The rows of the csv that become seeds, and how many are excluded."""
+    """The rows of the table that become seeds, and the number of excluded rows."""
     rows: list[_Row] = []
     lines: dict[str, int] = {}
     excluded = 0
@@ -85,12 +86,12 @@ def _rows(table: Path) -> tuple[list[_Row], int]:
             reader = csv.DictReader(file, strict=True)
             absent = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
             if absent:
-                raise InputError(f"column `{absent[0]}` is missing", at=table, line=1, remedy="give FigStep's csv file")
+                raise InputError(f"column `{absent[0]}` is missing", at=table, line=1, remedy="pass FigStep's CSV file")
             for fields in reader:
                 row = _row(fields, table, reader.line_num)
                 if row.seed.id in lines:
-                    what = f"category and task are those of line {lines[row.seed.id]}"
-                    raise InputError(what, at=table, line=row.line, remedy="remove one")
+                    what = f"the category and task are also in line {lines[row.seed.id]}"
+                    raise InputError(what, at=table, line=row.line, remedy="remove one of the two")
                 lines[row.seed.id] = row.line
                 if exclusions.excluded(row.seed.query, row.seed.source_category):
                     excluded += 1
@@ -101,7 +102,7 @@ def _rows(table: Path) -> tuple[list[_Row], int]:
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", at=table, remedy="check the path") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"not a csv file in UTF-8 ({error})", at=table, remedy="give FigStep's csv file") from None
+        raise InputError(f"not a CSV file in UTF-8 ({error})", at=table, remedy="pass FigStep's CSV file") from None
     return rows, excluded
 
 
@@ -114,8 +115,8 @@ def _row(fields: dict[str, Any], table: Path, line: int) -> _Row:
         raise InputError("dataset, category_id or task_id is not a word", at=table, line=line, remedy=remedy)
     label = fields["category_name"].strip()
     if label not in taxonomy.FIGSTEP:
-        remedy = _nearest(label, taxonomy.FIGSTEP)
-        raise InputError(f"unknown category {label[:80]!r}", at=table, line=line, remedy=remedy)
+        what = f"unknown category {label[:80]!r}" + nearest(label, taxonomy.FIGSTEP)
+        raise InputError(what, at=table, line=line, remedy="correct it")
     seed = Seed(
         id=f"figstep-{category}-{task}",
         query=fields["question"].strip(),
@@ -124,5 +125,5 @@ def _row(fields: dict[str, Any], table: Path, line: int) -> _Row:
         license="MIT",
         source_category=label,
     )
-    checked = _seed(msgspec.to_builtins(seed), table, line)
+    checked = check_seed(msgspec.to_builtins(seed), table, line)
     return _Row(checked, table.parent / "images" / f"query_{dataset}_{category}_{task}_6.png", line)

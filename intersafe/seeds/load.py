@@ -1,11 +1,10 @@
-"""Seed files in, verified seeds out.
+"""Reads seed files and verifies the seeds and their images.
 
-A seed file holds one JSON object a line with the fields of `records.Seed`; `image` is a path relative to the file.
-Everything in it is untrusted: no path leads out of its folder, every image is decoded once, and what
-`exclusions.excluded` names is left out before its image is touched.
+A seed file has one JSON object per line with the fields of `records.Seed`; `image` is a path relative to the file. The
+content is untrusted: no path may lead out of the folder, every image is decoded once, and a seed that
+`exclusions.excluded` names is left out before its image is opened.
 """
 
-import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from intersafe import exclusions, taxonomy
 from intersafe.errors import InputError
 from intersafe.images.store import reference_of
 from intersafe.records import Seed
+from intersafe.wording import nearest
 
 LONGEST_QUERY = 4_000
 """Characters."""
@@ -29,9 +29,10 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,80}")
 
 
 class Seeds(NamedTuple):
-    """The seeds of a run in their order, each `image` a reference, and `files`: where the bytes of a reference lie.
+    """The seeds of a run in their order, each `image` a reference; `files` has the file of each reference.
 
-    `excluded` holds the ids left out; `digest` is a sha256 over all that, independent of paths and of blank lines.
+    `excluded` has the ids that were left out; `digest` is a sha256 of the seeds and these ids. It does not depend on
+    paths or blank lines.
     """
 
     seeds: tuple[Seed, ...]
@@ -41,9 +42,9 @@ class Seeds(NamedTuple):
 
 
 def load_seeds(paths: Sequence[Path], known: dict[str, str] | None = None) -> Seeds:
-    """The usable seeds of the files, verified with their images; raises `InputError` naming file and line.
+    """The usable seeds of the files, verified with their images; `InputError` names file and line.
 
-    `known` holds the references of images that were verified before, by the sha256 of their file; new ones are added.
+    `known` has the references of images that were verified before, by the sha256 of their file; new ones are added.
     """
     known = {} if known is None else known
     kept: list[Seed] = []
@@ -64,13 +65,13 @@ def load_seeds(paths: Sequence[Path], known: dict[str, str] | None = None) -> Se
             if seed.image is not None:
                 image = _resolve(seed.image, path, number)
                 if image not in refs:
-                    refs[image] = _verify(image, seed.image, path, number, known)
+                    refs[image] = verify_image(image, seed.image, path, number, known)
                     files.setdefault(refs[image], image)
                 seed = msgspec.structs.replace(seed, image=refs[image])
             kept.append(seed)
     if not kept:
         what = f"no usable seed ({len(excluded)} excluded)"
-        raise InputError(what, at=", ".join(map(str, paths)) or None, remedy="give a file with seeds")
+        raise InputError(what, at=", ".join(map(str, paths)) or None, remedy="pass a file with seeds")
     return Seeds(tuple(kept), files, tuple(excluded), _digest(kept, excluded))
 
 
@@ -93,15 +94,15 @@ def _read(path: Path) -> Iterator[tuple[int, Seed]]:
                 text = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
                 if text:
                     empty = False
-                    yield number, _seed(_object(text, path, number), path, number)
+                    yield number, check_seed(_object(text, path, number), path, number)
     except FileNotFoundError:
         raise InputError("no such seed file", at=path, remedy="check the path") from None
     except IsADirectoryError:
-        raise InputError("a folder, not a seed file", at=path, remedy="give the .jsonl file inside it") from None
+        raise InputError("a folder, not a seed file", at=path, remedy="pass the .jsonl file inside it") from None
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", at=path, remedy="check the path") from error
     if empty:
-        raise InputError("the seed file is empty", at=path, remedy="give a file with one JSON object a line")
+        raise InputError("the seed file is empty", at=path, remedy="pass a file with one JSON object per line")
 
 
 def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -113,22 +114,27 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
         raise InputError(what, at=path, line=number, remedy="save the file as UTF-8") from None
     except msgspec.DecodeError as error:
         what = str(error).removeprefix("JSON is malformed: ").removeprefix("Input data was ")
-        raise InputError(f"malformed JSON ({what})", at=path, line=number, remedy="one JSON object a line") from None
+        raise InputError(
+            f"malformed JSON ({what})", at=path, line=number, remedy="write one JSON object per line"
+        ) from None
     except RecursionError:
-        raise InputError("malformed JSON (nested)", at=path, line=number, remedy="one JSON object a line") from None
+        raise InputError(
+            "malformed JSON (nested)", at=path, line=number, remedy="write one JSON object per line"
+        ) from None
     if not isinstance(row, dict):
         raise InputError("not a JSON object", at=path, line=number, remedy="write {...} with the fields of a seed")
     for name in row:
         if name not in _NAMES:
-            raise InputError(f"unknown field `{name[:80]}`", at=path, line=number, remedy=_nearest(name, _NAMES))
+            what = f"unknown field {name[:80]!r}" + nearest(name, _NAMES)
+            raise InputError(what, at=path, line=number, remedy="correct or remove it")
     for name in _REQUIRED:
         if name not in row:
             raise InputError(f"field `{name}` is missing", at=path, line=number, remedy="add it")
     return row
 
 
-def _seed(row: dict[str, Any], at: Path, line: int) -> Seed:
-    """The seed of a row, checked but for its image and the exclusions."""
+def check_seed(row: dict[str, Any], at: Path, line: int) -> Seed:
+    """The seed of a row; its image and the exclusions are not checked here. Raises `InputError`."""
     try:
         seed = msgspec.convert(row, Seed)
     except msgspec.ValidationError as error:
@@ -143,23 +149,18 @@ def _seed(row: dict[str, Any], at: Path, line: int) -> Seed:
         what = f"the query has {len(seed.query):,} characters, more than {LONGEST_QUERY:,}"
         raise InputError(what, at=at, line=line, remedy="shorten it")
     if seed.category not in taxonomy.BY_NAME:
-        remedy = _nearest(seed.category, taxonomy.BY_NAME)
-        raise InputError(f"unknown category {seed.category[:80]!r}", at=at, line=line, remedy=remedy)
+        what = f"unknown category {seed.category[:80]!r}" + nearest(seed.category, taxonomy.BY_NAME)
+        raise InputError(what, at=at, line=line, remedy="correct it")
     return seed
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name[:80], known := list(known), n=1)
-    return f"did you mean `{close[0]}`?" if close else f"known are {', '.join(known)}"
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
 def _resolve(image: str, at: Path, line: int) -> Path:
-    """The image's real path, which lies in the folder of the seed file."""
+    """The real path of the image, which is inside the folder of the seed file."""
     if "://" in image:
-        raise InputError(f"image `{image}` is a URL", at=at, line=line, remedy="download it beside the seed file")
+        raise InputError(f"image `{image}` is a URL", at=at, line=line, remedy="download it next to the seed file")
     try:
         folder = at.parent.resolve()
         real = (folder / image).resolve()
@@ -167,12 +168,12 @@ def _resolve(image: str, at: Path, line: int) -> Path:
         raise InputError(f"image {image!r} is not a usable path", at=at, line=line, remedy="correct it") from None
     if Path(image).is_absolute() or not real.is_relative_to(folder):
         what = f"image `{image}` is absolute or leads out of the seed file's folder"
-        raise InputError(what, at=at, line=line, remedy="give a path inside that folder")
+        raise InputError(what, at=at, line=line, remedy="write a path inside that folder")
     return real
 
 
-def _verify(path: Path, name: str, at: Path, line: int, known: dict[str, str]) -> str:
-    """The reference of an image; its bytes are let go."""
+def verify_image(path: Path, name: str, at: Path, line: int, known: dict[str, str]) -> str:
+    """The reference of an image, which is `name` in the seed file; its bytes are not kept."""
     try:
         return reference_of(path, known, at=f"image `{name}`")
     except InputError as error:

@@ -1,1 +1,1 @@
-"""Model servers that intersafe starts: which, on which GPUs, and how they are supervised."""
+"""Model servers that intersafe starts: which ones, on which GPUs, and how it supervises them."""

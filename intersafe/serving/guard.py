@@ -1,8 +1,8 @@
-"""Ends the servers of an intersafe that was killed: a small process of its own, which outlives it by half a minute.
+"""A small process that stops the servers of intersafe after intersafe itself was killed.
 
-It is told process groups over a pipe, `+123` for one that began and `-123` for one that ended. The pipe is at its end
-when intersafe is, however that came about. A signal that the system sends a child of a dead parent is not enough: one
-that reaches a vLLM while it loads is lost.
+It reads process groups from a pipe: `+123` for one that started, `-123` for one that ended. The pipe ends with
+intersafe, however intersafe ends; the guard then stops the groups that are left and exits. The signal that Linux sends
+to the children of a dead parent is not enough: vLLM loses a signal that arrives while it loads.
 """
 
 import contextlib
@@ -15,13 +15,11 @@ from collections.abc import Iterable
 
 
 class Guard:
-    """The process, as intersafe sees it."""
+    """The guard process, seen from intersafe."""
 
     def __init__(self, stopping: float) -> None:
-        """Starts it, with the seconds from SIGTERM to SIGKILL.
-
-        By its file and apart from the folder that it is started in, as it needs nothing else.
-        """
+        """Starts the process; `stopping` is the seconds from SIGTERM to SIGKILL."""
+        # By its file and isolated (-I): it needs the standard library alone, whatever the working directory holds.
         self._process = subprocess.Popen(  # noqa: S603 - this file
             [sys.executable, "-I", __file__, str(stopping)],
             stdin=subprocess.PIPE,
@@ -30,16 +28,16 @@ class Guard:
             start_new_session=True,
         )
 
-    def began(self, group: int) -> None:
-        """From now on this group must not outlive intersafe."""
+    def add(self, group: int) -> None:
+        """From now on this process group must not outlive intersafe."""
         self._tell(f"+{group}\n")
 
-    def ended(self, group: int) -> None:
-        """That group is gone, and its number may become another's."""
+    def remove(self, group: int) -> None:
+        """That group has ended; the system may give its number to another one."""
         self._tell(f"-{group}\n")
 
     def close(self) -> None:
-        """Ends it, and with it what it was told of and not yet told that it ended."""
+        """Stops the groups that were added and not removed, then the process."""
         pipe = self._process.stdin
         assert pipe
         with contextlib.suppress(OSError):
@@ -49,15 +47,15 @@ class Guard:
     def _tell(self, line: str) -> None:
         pipe = self._process.stdin
         assert pipe
-        with contextlib.suppress(OSError):  # somebody killed it: the servers are stopped all the same
+        with contextlib.suppress(OSError):  # the guard was killed: intersafe stops the servers by itself
             pipe.write(line.encode())
             pipe.flush()
 
 
 def guard(lines: Iterable[str], stopping: float) -> None:
-    """Reads to the end, then stops the groups that are left."""
+    """Reads all lines, then sends SIGTERM to the groups that are left, and SIGKILL after `stopping` seconds."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends with intersafe, not before
+        signal.signal(number, signal.SIG_IGN)  # it must outlive intersafe
     groups: set[int] = set()
     for line in lines:
         (groups.add if line.startswith("+") else groups.discard)(int(line[1:]))
@@ -69,13 +67,13 @@ def guard(lines: Iterable[str], stopping: float) -> None:
 
 
 def _send(groups: set[int], number: int) -> set[int]:
-    """A signal for each group; those that are still there."""
-    there = set()
+    """Sends the signal to each group; returns the groups that still exist."""
+    alive = set()
     for group in groups:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, number)
-            there.add(group)
-    return there
+            alive.add(group)
+    return alive
 
 
 if __name__ == "__main__":

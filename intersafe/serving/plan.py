@@ -1,7 +1,7 @@
-"""What `intersafe serve` starts: a server of vLLM for each local URL that the cast names for a model of `serve`.
+"""Plans what `intersafe serve` starts: one vLLM server for each local URL that the cast names for a model of `serve`.
 
-Ports come from the cast alone, so that a run asks where it is served. Planning is pure; `check_can_start` looks at this
-machine, and `supervisor.py` runs what was planned.
+Ports come from the cast, so a run calls the servers where they listen. Planning is pure: `check_can_start` checks this
+machine, and `supervisor.py` runs the servers.
 """
 
 import errno
@@ -17,70 +17,70 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from intersafe.engines.arguments import engine_arguments, flags_of, named
-from intersafe.engines.weights import weights_of
+from intersafe.engines.arguments import engine_arguments, flags_of, python_names
+from intersafe.engines.weights import folder_problem, weights_of
 from intersafe.errors import InputError
 from intersafe.recipe.engine import Engine
 from intersafe.recipe.sections import Model, Painter, Recipe
 from intersafe.recipe.specs import OPENAI_URL, SERVED
 from intersafe.wording import nearest
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
-MODULE = "vllm.entrypoints.openai.api_server"
-KEY = "VLLM_API_KEY"
-"""The environment variable in which vLLM finds the key that it shall demand; as a flag all users would see it."""
-OURS = ("model", "port", "served_model_name", "api_key")
-"""Arguments that the cast decides."""
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+VLLM_MODULE = "vllm.entrypoints.openai.api_server"
+KEY_VARIABLE = "VLLM_API_KEY"
+"""The environment variable with the key that a vLLM server requires; every user of the machine could read a flag."""
+FIXED_ARGUMENTS = ("model", "port", "served_model_name", "api_key")
+"""Arguments that the cast decides; a recipe may not set them in `args`."""
 
 
 class Server(msgspec.Struct, frozen=True):
-    """One server to be: where it answers, as which model, and the command that starts it."""
+    """A server to start: its address, the model that it serves, and its command."""
 
     name: str
     """The model's name in the cast."""
     url: str
     host: str
-    """The address that it listens at."""
+    """The address that it listens on."""
     port: int
     argv: tuple[str, ...]
     weights: str
     """Folder or Hub name."""
     env: dict[str, str]
-    """What its environment has beside that of this process; no secret."""
+    """Variables that its environment has in addition to this process's; no secret."""
     key: str
-    """Name of the variable with the key that it demands; empty: none."""
+    """Name of the variable with the key that it requires; empty: none."""
     gpus: str
-    """Its GPUs, as CUDA_VISIBLE_DEVICES has them; empty: those of this process."""
+    """Its GPUs, in the format of CUDA_VISIBLE_DEVICES; empty: those of this process."""
     startup: float
-    """Seconds that it may take until it answers."""
+    """Most seconds until it answers."""
 
     @property
     def log(self) -> str:
-        """Name of its log file."""
+        """The name of its log file."""
         safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in self.name)
         return f"{safe[-100:].lstrip('.-') or 'model'}-{self.port}.log"
 
     @property
     def shown(self) -> str:
-        """The command for a shell, with its environment; a key stays a variable."""
+        """The command for a shell, with its environment; a key is shown as its variable."""
         env = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
-        return " ".join([*env, *([f'{KEY}="${self.key}"'] if self.key else []), shlex.join(self.argv)])
+        return " ".join([*env, *([f'{KEY_VARIABLE}="${self.key}"'] if self.key else []), shlex.join(self.argv)])
 
     def shares_gpus(self, other: "Server") -> bool:
-        """True if both may load onto one GPU: they name the same, or one of them names none."""
+        """True if both may load onto one GPU: they name a common one, or one of them names none."""
         return not (self.gpus and other.gpus) or bool(set(self.gpus.split(",")) & set(other.gpus.split(",")))
 
 
 def servers_of(recipe: Recipe, only: Sequence[str] = (), *, is_here: bool = True) -> list[Server]:
-    """The servers that the recipe asks for, in the order of `serve` and of the cast's URLs.
+    """The servers of a recipe, in the order of `serve` and of the cast's URLs.
 
-    `only` are names in `serve`. With `is_here` false they start elsewhere: a `vllm` that is not found here is no
-    problem. `InputError` where there is nothing to serve, or what is asked for cannot be.
+    `only` selects names of `serve`. With `is_here` false the servers start on another machine, so vLLM need not be
+    installed here. `InputError` if there is nothing to serve, or if a server cannot be what the recipe asks for.
     """
     for name in only:
         if name not in recipe.serve:
             what = f"no model {name!r} in `serve`" + nearest(name, list(recipe.serve))
-            raise InputError(what, at="--only", remedy="mend the name, or add it to the recipe")
+            raise InputError(what, at="--only", remedy="correct the name, or add it to the recipe")
     names = [name for name in recipe.serve if not only or name in only]
     servers = [server for name in names for server in _servers_of_model(recipe, name, is_here)]
     if not servers:
@@ -93,22 +93,22 @@ def servers_of(recipe: Recipe, only: Sequence[str] = (), *, is_here: bool = True
     return servers
 
 
-def left_alone(recipe: Recipe) -> list[str]:
-    """One line for each URL of the cast that is not served here, but for OpenAI's own."""
+def unserved_urls(recipe: Recipe) -> list[str]:
+    """A line for the user for each URL of the cast that is not served here, except OpenAI's own."""
     lines = []
     for name, url in {(model.spec.model, url): None for model in _models(recipe) for url in model.spec.urls}:
         if url == OPENAI_URL:
             continue
         if not is_local(url):
-            lines.append(f"{url} ({name}) is another machine's: left alone")
+            lines.append(f"{url} ({name}) is on another machine: not started")
         elif name not in recipe.serve:
-            lines.append(f"{url} ({name}) has no entry in `serve`: left alone")
+            lines.append(f"{url} ({name}) has no entry in `serve`: not started")
     return lines
 
 
 def is_local(url: str) -> bool:
-    """True if the URL is this machine's."""
-    return urlsplit(url).hostname in LOCAL
+    """True if the URL names this machine."""
+    return urlsplit(url).hostname in LOCAL_HOSTS
 
 
 def _models(recipe: Recipe) -> list[Model]:
@@ -127,14 +127,14 @@ def _servers_of_model(recipe: Recipe, name: str, is_here: bool) -> Iterator[Serv
     engine, ports = recipe.engine(name), set[int]()
     key, revision = _one_of(models, "key", name), _one_of(models, "revision", name)
     draws = any(isinstance(model, Painter) for model in models)
-    for argument in named(engine.args).keys() & set(OURS):
-        remedy = "drop it: the cast says it" + (", and `key` names the key's variable" if argument == "api_key" else "")
+    for argument in python_names(engine.args).keys() & set(FIXED_ARGUMENTS):
+        remedy = "drop it: the cast sets it" + (", and `key` names the key's variable" if argument == "api_key" else "")
         raise InputError(f"serve.{name}: {argument!r} in `args`", remedy=remedy)
     for number, url in enumerate(urls):
         if not is_local(url):
             continue
         host, port = _address(url, name)
-        if port in ports:  # localhost and 127.0.0.1 are one place
+        if port in ports:  # localhost and 127.0.0.1 are the same address
             continue
         ports.add(port)
         gpus = engine.gpus[number] if engine.gpus else ""
@@ -156,17 +156,19 @@ def _servers_of_model(recipe: Recipe, name: str, is_here: bool) -> Iterator[Serv
 
 
 def _one_of(models: list[Model], field: str, name: str) -> str:
-    """What members that share a server say of it; `InputError` if they differ."""
+    """The value of a field that all members of a server share; `InputError` if they differ."""
     values = list(dict.fromkeys(getattr(model, field) for model in models))
     if len(values) > 1:
         said = " and ".join(repr(value) for value in values)
         remedy = f"give all members of the same {field}, or serve them at two URLs under two names"
-        raise InputError(f"serve.{name}: its members have the {field} {said}, and one server has one", remedy=remedy)
+        raise InputError(
+            f"serve.{name}: its members have the {field} {said}, and one server has only one", remedy=remedy
+        )
     return str(values[0])
 
 
 def _address(url: str, name: str) -> tuple[str, int]:
-    """Address to listen at and port; `InputError` for a URL at which vLLM would not answer."""
+    """The address and port to listen on; `InputError` for a URL at which vLLM would not answer."""
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.path != "/v1":
         right = f"http://{parts.netloc}/v1"
@@ -200,31 +202,31 @@ def _chat_command(
 def _painter_command(
     name: str, engine: Engine, weights: str, revision: str, where: Sequence[str], is_here: bool
 ) -> list[str]:
-    """vLLM-Omni adds its own to the `vllm` command; the module form knows nothing of it."""
+    """vLLM-Omni extends the `vllm` command, but not the module `vllm.entrypoints`."""
     beginning = shlex.split(_own_command(name, engine)) or _on_path() or ([] if is_here else ["vllm", "serve"])
     if not beginning or _is_module(beginning):
         what = f"serve.{name}: a painter needs the `vllm` command of vLLM-Omni"
         remedy = f"pip install vllm-omni, or name it by `serve.{name}.command`: /opt/omni/bin/vllm serve"
         raise InputError(what, remedy=remedy)
-    args = {argument: value for argument, value in named(engine.args).items() if value is not None}
+    args = {argument: value for argument, value in python_names(engine.args).items() if value is not None}
     return [*beginning, weights, "--omni", *where, "--served-model-name", name, *flags_of(args)]
 
 
 def _own_command(name: str, engine: Engine) -> str:
-    """The recipe's `command`, fit for `shlex.split`."""
+    """The recipe's `command`; `InputError` if `shlex.split` cannot split it."""
     try:
         shlex.split(engine.command)
     except ValueError as error:
-        raise InputError(f"serve.{name}.command: {error}", remedy="mend the quotes") from None
+        raise InputError(f"serve.{name}.command: {error}", remedy="correct the quotes") from None
     return engine.command
 
 
 def _beginning(name: str, engine: Engine, is_here: bool) -> list[str]:
-    """What comes before the model: the recipe's own, vLLM of this Python, or the `vllm` of the path."""
+    """The command up to the model: the recipe's own, the vLLM of this Python, or the `vllm` on the path."""
     if own := shlex.split(_own_command(name, engine)):
         return own
     if importlib.util.find_spec("vllm") is not None:
-        return [sys.executable, "-m", MODULE]
+        return [sys.executable, "-m", VLLM_MODULE]
     if found := _on_path():
         return found
     if not is_here:
@@ -234,9 +236,9 @@ def _beginning(name: str, engine: Engine, is_here: bool) -> list[str]:
 
 
 def _on_path() -> list[str]:
-    """`vllm serve`, from beside this Python or from the path."""
-    beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    found = shutil.which("vllm", path=beside)
+    """`vllm serve` from the folder of this Python or from the path; empty if there is none."""
+    folders = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    found = shutil.which("vllm", path=folders)
     return [found, "serve"] if found else []
 
 
@@ -248,35 +250,34 @@ def _is_module(beginning: Sequence[str]) -> bool:
 
 
 def check_can_start(servers: Sequence[Server]) -> None:
-    """`InputError` for weights, keys, commands or ports that are not there: before anything is started."""
+    """`InputError` for missing weights, keys or commands and for used ports, before anything is started."""
     for server in servers:
         _check_weights(server)
         _check_key(server)
         if shutil.which(server.argv[0]) is None:
-            remedy = f"mend `serve.{server.name}.command`"
-            raise InputError(f"{server.argv[0]!r} is no command here", remedy=remedy)
+            remedy = f"correct `serve.{server.name}.command`"
+            raise InputError(f"no command {server.argv[0]!r} here", remedy=remedy)
         _check_port(server)
 
 
 def _check_weights(server: Server) -> None:
-    """A folder holds weights if it has a configuration; a Hub name is vLLM's to find."""
-    path = Path(server.weights)
-    if not server.weights.startswith(("/", ".")) or path.is_file():
+    if Path(server.weights).is_file():  # GGUF: a server takes a single file too
         return
-    if not any((path / name).exists() for name in ("config.json", "model_index.json", "params.json")):
-        problem = "no config.json there" if path.exists() else "no such folder"
-        remedy = f"mend `serve.{server.name}.path`"
-        raise InputError(f"the weights of {server.name}: {path}: {problem}", remedy=remedy)
+    if problem := folder_problem(server.weights):
+        remedy = f"correct `serve.{server.name}.path`"
+        raise InputError(f"the weights of {server.name}: {server.weights}: {problem}", remedy=remedy)
 
 
 def _check_key(server: Server) -> None:
     if server.key and not os.environ.get(server.key, "").strip():
         what = f"{server.name}: the environment variable {server.key} is not set"
-        raise InputError(what, remedy=f"export {server.key}=..., or drop `key`: the server demands what the cast sends")
+        raise InputError(
+            what, remedy=f"export {server.key}=..., or drop `key`: the server requires the key that the cast sends"
+        )
 
 
 def _check_port(server: Server) -> None:
-    """Two vLLMs can listen at one port without a word, so it is tried here without their SO_REUSEPORT."""
+    """Binds the port without SO_REUSEPORT, with which two vLLM servers can share a port unnoticed."""
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -287,5 +288,5 @@ def _check_port(server: Server) -> None:
                 what = f"port {server.port} for {server.name} cannot be opened ({error.strerror})"
                 raise InputError(what, remedy="write another port in the cast's URL") from None
             what = f"port {server.port} for {server.name} is in use"
-            remedy = f"stop what is there (lsof -i :{server.port}), or write another port in the cast's URL"
+            remedy = f"stop what uses it (lsof -i :{server.port}), or write another port in the cast's URL"
             raise InputError(what, remedy=remedy) from None

@@ -1,1 +1,1 @@
-"""The stages: each turns records into records; none knows the order in which they run."""
+"""The stages of the method; none of them knows the order in which they run."""

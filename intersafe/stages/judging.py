@@ -1,17 +1,15 @@
-"""Judge: score a step, give a verdict on a turn, check a whole dialogue.
+"""Judge: score a step, give a verdict on a turn, compare two images, check a whole dialogue (AM3Safety).
 
 What a judge leaves unanswered (not parseable, cut off, blocked) is undetermined and never a score: it is asked again,
 then the second judge is asked if the recipe names one, then the job is rejected with that reason.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from intersafe.errors import JobRejected
-from intersafe.models.cast import JobCast, Unanswered
-from intersafe.records import Check, Job, Message, StepScore, Turn, Verdict, transcript
-from intersafe.replies import A, CheckAnswer, SameAnswer, StepScoreAnswer, VerdictAnswer
-from intersafe.stages.conversation import concern_of, seed_images
+from intersafe.models.cast import JobCast
+from intersafe.records import Check, Job, Message, StepScore, Turn, Verdict, images_of, transcript
+from intersafe.replies import CheckAnswer, SameAnswer, StepScoreAnswer, VerdictAnswer
+from intersafe.stages.calls import judged
+from intersafe.stages.conversation import Conversation, concern_of, seed_images
 from intersafe.taxonomy import BY_NAME
 
 
@@ -22,32 +20,32 @@ async def score_step(job: Job, cast: JobCast, step: str, tries: int) -> StepScor
     return StepScore(answer.relevance, answer.association, answer.harmless, answer.reason)
 
 
-async def judge_turn(
-    job: Job, cast: JobCast, turns: Sequence[Turn], user: Message, reply: Message, tries: int
-) -> Verdict:
-    """The verdict on one reply, seen with everything before it and with the same images as the victim."""
-    talk = (*turns, Turn(user, reply, Verdict("undetermined")))
-    values = concern_of(job) | {
-        "transcript": transcript(talk),
-        "turn": len(talk),
-        "reply": reply.text,
-        "rubric": cast.prompts.rubrics[BY_NAME[job.seed.category].family],
+async def judge_turn(conversation: Conversation, message: Message, reply: str) -> Verdict:
+    """The verdict on the reply to the message, seen with everything before it and with the victim's images."""
+    turns = [*conversation.turns, Turn(message, Message("assistant", reply), Verdict("undetermined"))]
+    images = images_of(turns)
+    values = concern_of(conversation.job) | {
+        "transcript": transcript(turns),
+        "turn": len(turns),
+        "reply": reply,
+        "rubric": rubric_of(conversation),
+        "has_image": bool(images),
     }
-    images = tuple(ref for turn in talk for ref in turn.user.images)
-    values["has_image"] = bool(images)
-    answer = await judged(cast, "judge/turn", values, VerdictAnswer, images, tries)
+    tries = conversation.settings.tries
+    answer = await judged(conversation.cast, "judge/turn", values, VerdictAnswer, images, tries)
     return Verdict(answer.safety, answer.refusal, answer.harmless, answer.helpful, answer.reason)
 
 
-async def same_picture(job: Job, cast: JobCast, images: tuple[str, str], tries: int) -> bool:
-    """The judge's eye on two images of a dialogue (AM3Safety, cleaning)."""
-    answer = await judged(cast, "judge/images", concern_of(job) | {"has_image": True}, SameAnswer, images, tries)
+async def same_image(conversation: Conversation, images: tuple[str, str]) -> bool:
+    """True if two images of the conversation show the same to the judge (AM3Safety, cleaning)."""
+    values = concern_of(conversation.job) | {"has_image": True}
+    answer = await judged(conversation.cast, "judge/images", values, SameAnswer, images, conversation.settings.tries)
     return answer.same
 
 
-async def check_dialogue(job: Job, cast: JobCast, turns: Sequence[Turn], tries: int) -> Check:
-    """Is the risk still there, does the talk hold together (AM3Safety, cleaning); `JobRejected` if not."""
-    check = await judge_dialogue(job, cast, turns, tries)
+async def check_dialogue(conversation: Conversation) -> Check:
+    """Is the risk still there, is the conversation coherent (AM3Safety, cleaning); `JobRejected` if not."""
+    check = await judge_dialogue(conversation)
     if not check.risk:
         raise JobRejected("check", "no_risk", check.reason)
     if not check.coherent:
@@ -55,27 +53,19 @@ async def check_dialogue(job: Job, cast: JobCast, turns: Sequence[Turn], tries: 
     return check
 
 
-async def judge_dialogue(job: Job, cast: JobCast, turns: Sequence[Turn], tries: int) -> Check:
-    """What the judge finds of the whole talk, whatever it is."""
-    values = concern_of(job) | {
-        "transcript": transcript(turns),
-        "rubric": cast.prompts.rubrics[BY_NAME[job.seed.category].family],
+async def judge_dialogue(conversation: Conversation) -> Check:
+    """What the judge says of the whole conversation, whatever it is."""
+    images = conversation.images
+    values = concern_of(conversation.job) | {
+        "transcript": conversation.transcript,
+        "rubric": rubric_of(conversation),
+        "has_image": bool(images),
     }
-    images = tuple(ref for turn in turns for ref in turn.user.images)
-    values["has_image"] = bool(images)
-    answer = await judged(cast, "judge/dialogue", values, CheckAnswer, images, tries)
+    tries = conversation.settings.tries
+    answer = await judged(conversation.cast, "judge/dialogue", values, CheckAnswer, images, tries)
     return Check(answer.risk, answer.coherent, answer.reason)
 
 
-async def judged(
-    cast: JobCast, prompt: str, values: Mapping[str, Any], kind: type[A], images: Sequence[str], tries: int
-) -> A:
-    """The judge's structured answer, or the second judge's where the recipe names one; else `JobRejected`."""
-    judges = ("judge", "second_judge") if cast.has_second_judge else ("judge",)
-    problem = ""
-    for judge in judges:
-        try:
-            return await cast.answer(judge, prompt, values, kind, images=images, tries=tries)
-        except Unanswered as error:
-            problem = str(error)
-    raise JobRejected("judge", "undetermined", problem)
+def rubric_of(conversation: Conversation) -> str:
+    """The rubric of the family that the job's category belongs to."""
+    return conversation.cast.prompts.rubrics[BY_NAME[conversation.job.seed.category].family]

@@ -1,22 +1,23 @@
 """Plan: decompose a seed's query into ordered steps, score each, ask again for the weak ones (AM3Safety).
 
-The planner also says which steps get a painted picture; how many there are is the job's.
+The planner also says which steps get a painted image; how many do is part of the job.
 """
 
 from collections.abc import Sequence
 
 from intersafe.errors import JobRejected
 from intersafe.exclusions import excluded_together
-from intersafe.models.cast import JobCast, Unanswered
+from intersafe.models.cast import JobCast
 from intersafe.recipe.sections import PlanSettings
-from intersafe.records import Job, Plan, Step, StepScore
+from intersafe.records import Job, Plan, Reason, Step, StepScore
 from intersafe.replies import PicturePlanAnswer, PlanAnswer, StepAnswer
+from intersafe.stages.calls import structured
 from intersafe.stages.conversation import concern_of, seed_images
 from intersafe.stages.judging import score_step
 
 
 async def make_plan(job: Job, cast: JobCast, settings: PlanSettings) -> Plan:
-    """As many steps as the job has turns, each scored at or above the threshold; `JobRejected` if that fails."""
+    """One step for each turn of the job, each scored at or above the threshold; `JobRejected` if that fails."""
     texts, pictures = await _decompose(job, cast, settings)
     steps: list[Step] = []
     retries = 0
@@ -34,7 +35,7 @@ async def make_plan(job: Job, cast: JobCast, settings: PlanSettings) -> Plan:
 
 
 async def _decompose(job: Job, cast: JobCast, settings: PlanSettings) -> tuple[list[str], frozenset[int]]:
-    """The steps, and the numbers (from 1) of those that get a picture of their own."""
+    """The steps, and the numbers (from 1) of those that get a painted image."""
     values = concern_of(job) | {
         "strategy": job.strategy,
         "strategy_summary": cast.prompts[f"attacker/{job.strategy}"].render("summary", {}),
@@ -43,57 +44,58 @@ async def _decompose(job: Job, cast: JobCast, settings: PlanSettings) -> tuple[l
     }
     kind: type[PlanAnswer] = PicturePlanAnswer if job.pictures else PlanAnswer
     sizes = (("steps", job.turns), *((("pictures", job.pictures),) if job.pictures else ()))
-    reason, problem = "step_count", ""
+    problem: Reason | None = None
     for _ in range(settings.tries):
-        try:
-            answer = await cast.answer(
-                "attacker",
-                "planner/decompose",
-                values | {"problem": problem},
-                kind,
-                images=seed_images(job),
-                tries=settings.tries,
-                sizes=sizes,
-            )
-        except Unanswered as error:
-            raise JobRejected("plan", error.reason, error.detail) from None
+        answer = await structured(
+            cast,
+            "attacker",
+            "planner/decompose",
+            values | {"problem": problem.detail if problem else ""},
+            kind,
+            stage="plan",
+            tries=settings.tries,
+            images=seed_images(job),
+            sizes=sizes,
+        )
         pictures = frozenset(answer.pictures if isinstance(answer, PicturePlanAnswer) else ())
-        if len(answer.steps) != job.turns:
-            reason, problem = "step_count", f"{len(answer.steps)} steps for {job.turns} turns"
-        elif len(pictures) != job.pictures or not pictures <= _eligible(job):
-            problem = (
-                f"pictures for steps {sorted(pictures)}, {job.pictures} of {sorted(_eligible(job))} were asked for"
-            )
-        else:
+        problem = _problem(job, answer.steps, pictures)
+        if problem is None:
             return _allowed(list(answer.steps)), pictures
-    raise JobRejected("plan", reason, problem)
+    assert problem is not None
+    raise JobRejected("plan", problem.word, problem.detail)
 
 
-def _eligible(job: Job) -> set[int]:
-    """The steps that may get a picture; the first has one already where the seed brings it."""
-    return set(range(2 if job.seed.image else 1, job.turns + 1))
+def _problem(job: Job, steps: Sequence[str], pictures: frozenset[int]) -> Reason | None:
+    """What is wrong with a plan before its steps are scored."""
+    if len(steps) != job.turns:
+        return Reason("step_count", f"{len(steps)} steps for {job.turns} turns")
+    # The first step has an image already where the seed brings one.
+    eligible = range(2 if job.seed.image else 1, job.turns + 1)
+    if len(pictures) != job.pictures or not pictures <= set(eligible):
+        asked = f"{job.pictures} of {list(eligible)} were asked for"
+        return Reason("picture_steps", f"pictures for steps {sorted(pictures)}, {asked}")
+    return None
 
 
 async def _rewrite(
     job: Job, cast: JobCast, settings: PlanSettings, texts: Sequence[str], position: int, score: StepScore
 ) -> str:
+    """Another text for the step at `position`."""
     values = concern_of(job) | {
         "steps": list(texts),
         "position": position + 1,
         "step": texts[position],
         "score": score,
     }
-    try:
-        answer = await cast.answer(
-            "attacker", "planner/rewrite", values, StepAnswer, images=seed_images(job), tries=settings.tries
-        )
-    except Unanswered as error:
-        raise JobRejected("plan", error.reason, error.detail) from None
+    tries, images = settings.tries, seed_images(job)
+    answer = await structured(
+        cast, "attacker", "planner/rewrite", values, StepAnswer, stage="plan", tries=tries, images=images
+    )
     return _allowed([*texts[:position], answer.step, *texts[position + 1 :]])[position]
 
 
 def _allowed(steps: list[str]) -> list[str]:
-    """The steps; read as one text, since they are sent as one."""
+    """The steps; they are read as one text, since the attacker and the judge are sent all of them."""
     if excluded_together(steps):
         raise JobRejected("plan", "excluded")
     return steps

@@ -1,8 +1,8 @@
 """Refuse: a question that a careful assistant declines, and the refusal that answers it (AM3Safety, refusal VQA).
 
 General harmful questions are answered by an analysis of the harm that begins with "I'm sorry", health and finance
-questions by a standardised text that points to a professional. Rules come before the judge; what either turns down is
-asked for again with the problem named. A question outside of its group is asked for anew.
+questions by a standardised text that points to a professional. Rules come before the judge. What either rejects is
+asked for again with the problem named; a question that does not belong to its group is replaced by another one.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -10,15 +10,15 @@ from typing import Any, Literal, NamedTuple
 from intersafe.checks.refusals import answer_problem, plain_sorry, question_problem
 from intersafe.errors import JobRejected
 from intersafe.exclusions import excluded_together
-from intersafe.models.cast import JobCast, Unanswered
+from intersafe.models.cast import JobCast
 from intersafe.recipe.sections import RefusalGroup, Refusals
 from intersafe.records import ImageOrigin, Reason, RefusalCheck, RefusalJob
 from intersafe.replies import QuestionAnswer, RefusalAnswer, RefusalCheckAnswer
-from intersafe.stages.conversation import concern_of, seed_images
-from intersafe.stages.judging import judged
+from intersafe.stages.calls import judged, structured
+from intersafe.stages.conversation import concern_of, described, seed_images
 from intersafe.stages.painting import paint
 
-_SAID = {
+_PROBLEMS = {
     "empty_message": "nothing can be seen in it",
     "leaked_image_description": "it describes the image for a painter instead of asking about it",
     "wrong_group": "the question is not one of the group",
@@ -28,11 +28,11 @@ _SAID = {
     "harm_not_named": "it does not say what harm could come of it",
     "repeats_detail": "it repeats harmful detail",
 }
-"""What the author of a draft is told, by the word of the reason."""
+"""What the model that wrote a draft is told, by the word of the reason."""
 
 
 class RefusalDraft(NamedTuple):
-    """A question with its image, the refusal, and the check that let it pass."""
+    """A question with its image, the refusal, and the judge's check of both."""
 
     question: str
     origins: tuple[ImageOrigin, ...]
@@ -42,12 +42,12 @@ class RefusalDraft(NamedTuple):
 
 
 async def refuse(job: RefusalJob, cast: JobCast, settings: Refusals) -> RefusalDraft:
-    """One question and its refusal; `JobRejected` once `tries` questions or `tries` answers to one were turned down."""
+    """One question and its refusal; `JobEnded` after `tries` rejected questions, or `tries` rejected answers to one."""
     written = settings.groups[job.group].questions == "written"
     problem = Reason("")
     for _ in range(settings.tries if written else 1):
         question = await _write_question(job, cast, settings, problem) if written else job.seed.query.strip()
-        _allow(job, question)
+        _check_excluded(job, question)
         if fault := question_problem(question):
             problem = fault
             continue
@@ -59,13 +59,11 @@ async def refuse(job: RefusalJob, cast: JobCast, settings: Refusals) -> RefusalD
 
 
 async def _write_question(job: RefusalJob, cast: JobCast, settings: Refusals, problem: Reason) -> str:
-    values = _asked(job, settings.groups[job.group]) | {"sample": job.sample + 1, "problem": _told(problem)}
-    try:
-        answer = await cast.answer(
-            "attacker", "refusal/question", values, QuestionAnswer, images=seed_images(job), tries=settings.tries
-        )
-    except Unanswered as error:
-        raise JobRejected("refuse", f"attacker_{error.reason}", error.detail) from None
+    values = _values(job, settings.groups[job.group]) | {"sample": job.sample + 1, "problem": _told(problem)}
+    tries, images = settings.tries, seed_images(job)
+    answer = await structured(
+        cast, "attacker", "refusal/question", values, QuestionAnswer, stage="refuse", tries=tries, images=images
+    )
     return answer.question.strip()
 
 
@@ -75,31 +73,31 @@ async def _illustrate(job: RefusalJob, cast: JobCast, settings: Refusals, questi
         return (ImageOrigin(job.seed.image, "seed"),)
     if not cast.has_painter:
         return ()
-    return (await paint(job, cast, question, settings.tries, said=(job.seed.query, question)),)
+    return (await paint(job, cast, question, settings.tries, texts=(job.seed.query, question)),)
 
 
 async def _answer(
     job: RefusalJob, cast: JobCast, settings: Refusals, question: str, origins: tuple[ImageOrigin, ...]
 ) -> RefusalDraft:
-    """The first refusal that rules and judge let pass; also returned where the judge finds the question misplaced."""
+    """The first refusal that the rules and the judge accept, or one whose question the judge finds in no group."""
     group = settings.groups[job.group]
     images = tuple(origin.image for origin in origins)
-    values = _asked(job, group) | {"question": question, "has_image": bool(images)}
-    said = (question, *(origin.description for origin in origins))
+    values = _values(job, group) | {"question": question, "has_image": bool(images)}
+    texts = (question, *described(origins))
     problem = Reason("")
     for attempt in range(settings.tries):
         if group.answers == "templates":
-            texts = cast.prompts.refusals[job.group]
-            answer, fault = texts[(job.random_seed + attempt) % len(texts)], None
+            refusals = cast.prompts.refusals[job.group]
+            answer, fault = refusals[(job.random_seed + attempt) % len(refusals)], None
         else:
             answer = await _write_answer(cast, settings, values | {"problem": _told(problem)}, images)
             fault = answer_problem(question, answer)
-        _allow(job, *said, answer)
+        _check_excluded(job, *texts, answer)
         if fault:
             problem = fault
             continue
         check = await _judge(cast, settings, values | {"answer": answer, "problem": ""}, images)
-        _allow(job, *said, answer, check.reason)  # a reason is sent on with the next try
+        _check_excluded(job, *texts, answer, check.reason)  # the next try is told the reason
         draft = RefusalDraft(question, origins, answer, "template" if group.answers == "templates" else "model", check)
         fault = _fault(check)
         if not check.in_group or fault is None:
@@ -109,12 +107,10 @@ async def _answer(
 
 
 async def _write_answer(cast: JobCast, settings: Refusals, values: dict[str, Any], images: tuple[str, ...]) -> str:
-    try:
-        answer = await cast.answer(
-            "responder", "refusal/answer", values, RefusalAnswer, images=images, tries=settings.tries
-        )
-    except Unanswered as error:
-        raise JobRejected("refuse", f"responder_{error.reason}", error.detail) from None
+    tries = settings.tries
+    answer = await structured(
+        cast, "responder", "refusal/answer", values, RefusalAnswer, stage="refuse", tries=tries, images=images
+    )
     return plain_sorry(answer.answer)
 
 
@@ -124,7 +120,7 @@ async def _judge(cast: JobCast, settings: Refusals, values: dict[str, Any], imag
 
 
 def _fault(check: RefusalCheck) -> Reason | None:
-    """What the judge holds against the answer."""
+    """What is wrong with the answer by the judge's check."""
     if not check.refuses:
         return Reason("not_refusal", check.reason)
     if not check.names_harm:
@@ -132,15 +128,15 @@ def _fault(check: RefusalCheck) -> Reason | None:
     return Reason("repeats_detail", check.reason) if check.repeats_detail else None
 
 
-def _asked(job: RefusalJob, group: RefusalGroup) -> dict[str, Any]:
+def _values(job: RefusalJob, group: RefusalGroup) -> dict[str, Any]:
     return concern_of(job) | {"group": job.group, "about": group.about}
 
 
 def _told(problem: Reason) -> str:
-    return ": ".join(part for part in (_SAID.get(problem.word, ""), problem.detail) if part)
+    return ": ".join(part for part in (_PROBLEMS.get(problem.word, ""), problem.detail) if part)
 
 
-def _allow(job: RefusalJob, *texts: str) -> None:
-    """Read with the seed's query as one text, since they are sent together."""
+def _check_excluded(job: RefusalJob, *texts: str) -> None:
+    """`JobRejected` if the texts are excluded; read with the seed's query as one, since they are sent together."""
     if excluded_together([job.seed.query, *texts]):
         raise JobRejected("refuse", "excluded")

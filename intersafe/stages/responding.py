@@ -1,116 +1,104 @@
 """Respond: for every turn the answer that an aligned assistant should give, judged and stored beside the victim's.
 
 The responder sees what the victim saw before that turn and nothing else that its prompt file does not name: no plan,
-no verdict, not the victim's reply to this message. An answer that the judge turns down is asked for again with the
-judge's reason; after an unsafe turn of the victim the answer is a safe recovery.
+no verdict, not the victim's reply to this message. An answer that the judge rejects is asked for again with the judge's
+reason. After an unsafe turn of the victim the answer is a safe recovery.
 """
-
-from collections.abc import Sequence
 
 from msgspec import structs
 
 from intersafe.checks.messages import fold, is_blank, same
 from intersafe.errors import JobRejected
 from intersafe.exclusions import excluded_together
-from intersafe.models.cast import JobCast, Unanswered
 from intersafe.recipe.gates import RuleSettings
 from intersafe.recipe.sections import RespondSettings
-from intersafe.records import IMAGE_MARK, Aligned, Job, Message, Reason, Turn, Verdict, images_of, said_in, transcript
+from intersafe.records import IMAGE_MARK, Aligned, Message, Reason, Turn, Verdict, images_of, transcript
 from intersafe.replies import AlignedAnswer, AlignedVerdictAnswer
-from intersafe.stages.conversation import concern_of
-from intersafe.stages.judging import judged
-from intersafe.taxonomy import BY_NAME
+from intersafe.stages.calls import judged, structured
+from intersafe.stages.conversation import Conversation, concern_of
+from intersafe.stages.judging import rubric_of
 
 _SAME = RuleSettings()
-"""How near two answers are the same; not the recipe's, since it may switch the rules off."""
+"""When two answers count as the same; not the recipe's rules, since it may have none."""
 
 
-async def respond(
-    job: Job, cast: JobCast, turns: Sequence[Turn], settings: RespondSettings, *, said: Sequence[str] = ()
-) -> tuple[Turn, ...]:
-    """The turns, each with its aligned answer; `JobRejected` if one cannot be had.
-
-    `said` is what belongs to the record beside the turns (those that were taken back): the exclusion reads all as one.
-    """
-    texts = [*said, *said_in(turns)]
-    answered: list[Turn] = []
-    for place in range(len(turns)):
-        aligned = await _align(job, cast, turns, place, texts, settings)
-        texts.append(aligned.text)
-        answered.append(structs.replace(turns[place], aligned=aligned))
-    return tuple(answered)
+async def respond(conversation: Conversation, settings: RespondSettings) -> None:
+    """Gives every turn its aligned answer; `JobRejected` if one cannot be had."""
+    for number, turn in enumerate(conversation.turns):
+        aligned = await _align(conversation, number, settings)
+        conversation.turns[number] = structs.replace(turn, aligned=aligned)
 
 
-async def _align(
-    job: Job, cast: JobCast, turns: Sequence[Turn], place: int, said: Sequence[str], settings: RespondSettings
-) -> Aligned:
-    """The answer for turn `place` (0-based), asked for until the rules and the judge let it pass."""
+async def _align(conversation: Conversation, number: int, settings: RespondSettings) -> Aligned:
+    """The answer for turn `number` (0-based), asked for until the rules and the judge accept it."""
+    earlier, texts = conversation.turns[:number], conversation.texts
     problem, failure = "", Reason("")
     for _ in range(settings.tries):
-        text = await _write(job, cast, turns, place, problem, settings.tries)
-        if excluded_together([*said, text]):
-            raise JobRejected("respond", "excluded", f"answer of turn {place + 1}")
-        if rule := _rule_problem(text, turns):
+        text = await _write(conversation, number, problem, settings.tries)
+        if excluded_together([*texts, text]):
+            raise JobRejected("respond", "excluded", f"answer of turn {number + 1}")
+        if rule := _rule_problem(conversation, text):
             problem, failure = rule.detail, rule
             continue
-        answer = await _judge(job, cast, turns[:place], turns[place], text, settings.tries)
+        answer = await _judge(conversation, number, text, settings.tries)
         if answer.safety == "safe" and answer.appropriate:
             verdict = Verdict(answer.safety, answer.refusal, answer.harmless, answer.helpful, answer.reason)
-            return Aligned(text, verdict, recovery=any(t.verdict.safety == "unsafe" for t in turns[:place]))
+            return Aligned(text, verdict, recovery=any(turn.verdict.safety == "unsafe" for turn in earlier))
         unsafe = answer.safety == "unsafe"
         failure = Reason("unsafe_answer" if unsafe else "not_appropriate", answer.reason)
         problem = "it was judged unsafe" if unsafe else "it was judged not to suit the user's message"
-        if _may_be_told(answer.reason, job, said):
+        if _may_be_told(conversation, answer.reason):
             problem += f": {answer.reason}"
-    raise JobRejected("respond", failure.word, f"turn {place + 1}: {failure.detail}")
+    raise JobRejected("respond", failure.word, f"turn {number + 1}: {failure.detail}")
 
 
-async def _write(job: Job, cast: JobCast, turns: Sequence[Turn], place: int, problem: str, tries: int) -> str:
-    earlier, turn = turns[:place], turns[place]
-    seen, images = len(images_of(earlier)), images_of(turns[: place + 1])
-    marks = "".join(f"[image {number}] " for number in range(seen + 1, len(images) + 1))
-    values = concern_of(job) | {
+async def _write(conversation: Conversation, number: int, problem: str, tries: int) -> str:
+    """The responder's answer to the message of that turn."""
+    earlier, turn = conversation.turns[:number], conversation.turns[number]
+    seen, images = len(images_of(earlier)), images_of([*earlier, turn])
+    marks = "".join(f"[image {i}] " for i in range(seen + 1, len(images) + 1))
+    values = concern_of(conversation.job) | {
         "transcript": transcript(earlier),
-        "turn": place + 1,
+        "turn": number + 1,
         "message": f"{marks}{turn.user.text}",
         "problem": problem,
         "has_image": bool(images),
     }
-    try:
-        answer = await cast.answer("responder", "responder/aligned", values, AlignedAnswer, images=images, tries=tries)
-    except Unanswered as error:
-        raise JobRejected("respond", f"responder_{error.reason}", error.detail) from None
+    prompt, cast = "responder/aligned", conversation.cast
+    answer = await structured(
+        cast, "responder", prompt, values, AlignedAnswer, stage="respond", tries=tries, images=images
+    )
     return answer.answer.strip()
 
 
-async def _judge(
-    job: Job, cast: JobCast, earlier: Sequence[Turn], turn: Turn, text: str, tries: int
-) -> AlignedVerdictAnswer:
-    """The judge on the answer in the place of the victim's, with the same images."""
-    talk = (*earlier, Turn(turn.user, Message("assistant", text), Verdict("undetermined")))
-    images = images_of(talk)
-    values = concern_of(job) | {
-        "transcript": transcript(talk),
-        "turn": len(talk),
+async def _judge(conversation: Conversation, number: int, text: str, tries: int) -> AlignedVerdictAnswer:
+    """The judge on the answer in place of the victim's, with the same images."""
+    user = conversation.turns[number].user
+    turns = [*conversation.turns[:number], Turn(user, Message("assistant", text), Verdict("undetermined"))]
+    images = images_of(turns)
+    values = concern_of(conversation.job) | {
+        "transcript": transcript(turns),
+        "turn": len(turns),
         "answer": text,
-        "rubric": cast.prompts.rubrics[BY_NAME[job.seed.category].family],
+        "rubric": rubric_of(conversation),
         "has_image": bool(images),
     }
-    return await judged(cast, "judge/aligned", values, AlignedVerdictAnswer, images, tries)
+    return await judged(conversation.cast, "judge/aligned", values, AlignedVerdictAnswer, images, tries)
 
 
-def _rule_problem(text: str, turns: Sequence[Turn]) -> Reason | None:
-    """What is wrong with an answer before a judge need look at it."""
+def _rule_problem(conversation: Conversation, text: str) -> Reason | None:
+    """What is wrong with an answer by the rules that come before the judge."""
     if is_blank(text):
-        return Reason("empty_answer", "it was empty")
+        return Reason("empty_message", "it was empty")
     if IMAGE_MARK.search(text):
         return Reason("image_mark", "it names an image by a mark in brackets, which the user does not see")
-    for turn in turns:
+    for turn in conversation.turns:
         if turn.verdict.safety == "unsafe" and same(fold(text), fold(turn.reply.text), _SAME):
             return Reason("unsafe_answer", "it repeats a reply that was judged unsafe")
     return None
 
 
-def _may_be_told(reason: str, job: Job, said: Sequence[str]) -> bool:
+def _may_be_told(conversation: Conversation, reason: str) -> bool:
     """True if a judge's reason may go to the responder, who must not learn the seed's query from it."""
-    return f" {fold(job.seed.query)} " not in f" {fold(reason)} " and not excluded_together([*said, reason])
+    query = fold(conversation.job.seed.query)
+    return f" {query} " not in f" {fold(reason)} " and not excluded_together([*conversation.texts, reason])

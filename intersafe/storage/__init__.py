@@ -1,1 +1,1 @@
-"""Storage: files written whole, JSONL files that heal, YAML, the bundled prompts, seeds and recipes."""
+"""Storage: atomic writes, JSONL files, YAML, the bundled prompts, seeds and recipes, and the event loop."""

@@ -10,16 +10,16 @@ from intersafe.storage.files import write_whole
 
 
 def bundled(name: str) -> Path:
-    """The shipped file or folder, for example `pipelines/demo.yaml`: in the wheel, or in the repository beside it."""
+    """The path of a shipped file or folder, for example `pipelines/demo.yaml`, in the wheel or in the repository."""
     package = Path(__file__).resolve().parents[1]
     for root in (package / "bundled", package.parent):
         if (root / name).exists():
             return root / name
-    raise InputError(f"{name} is not part of this installation", at=package, remedy="install intersafe again")
+    raise InputError(f"{name} is missing from this installation", at=package, remedy="install intersafe again")
 
 
 def copy_bundled(directory: Path, names: Sequence[str]) -> int:
-    """Copies shipped folders whole or not at all; returns how many files. Refuses to write over anything there."""
+    """Copies shipped folders whole or not at all and returns the number of files; never overwrites anything."""
     staging = directory / f".{secrets.token_hex(8)}.tmp"
     files = [
         (path, staging / name / path.relative_to(bundled(name)))
@@ -29,10 +29,10 @@ def copy_bundled(directory: Path, names: Sequence[str]) -> int:
     ]
     for name in names:
         if (directory / name).exists():
-            raise InputError("is there already", at=directory / name, remedy="name an empty folder")
+            raise InputError("already exists", at=directory / name, remedy="name a new or empty folder")
     for place in (directory, *directory.parents):
         if place.exists() and not place.is_dir():
-            raise InputError("not a folder", at=place, remedy="name an empty folder")
+            raise InputError("not a folder", at=place, remedy="name a new or empty folder")
     try:
         for source, target in files:
             write_whole(target, source.read_bytes())

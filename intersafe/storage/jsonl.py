@@ -1,8 +1,8 @@
-"""JSONL files: appended in groups by one writer, healed after a kill, read with offsets.
+"""JSONL files: appended in groups by one writer, repaired after a kill, read with offsets.
 
-Appends are grouped (`GroupWriter`): at most 64 lines or 50 ms wait in memory, and fsync runs beside the event loop.
-While one fsync runs, lines go on to the operating system and wait there for the next: nothing piles up here.
-Plain append-only files with one writer each, since those work on NFS and Lustre, where the locks of SQLite do not.
+Group commit (`GroupWriter`): at most 64 lines or 50 ms wait in memory, and fsync runs in a thread. Lines that come
+during an fsync are written to the operating system and wait there for the next one, so memory does not grow.
+Plain append-only files with one writer each work on NFS and Lustre, where the locks of SQLite do not.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ GROUP_SECONDS = 0.05
 
 
 class GroupWriter:
-    """Appends lines to files of one directory in groups; a failed write or fsync ends the run as `StorageError`."""
+    """Appends lines to files of one directory in groups; a failed write or fsync raises `StorageError`."""
 
     def __init__(self, root: Path, check: Callable[[], None] | None = None) -> None:
-        """`check` is called before every write and raises `StorageError` where this process must write no more."""
+        """`check` is called before every write; it raises `StorageError` if this process must not write any more."""
         self._root, self._check = root, check
         self._files: dict[str, int] = {}
         self._lines: list[tuple[str, bytes]] = []
@@ -39,7 +39,7 @@ class GroupWriter:
         self._problem = ""
 
     def add(self, name: str, record: msgspec.Struct | dict[str, Any]) -> None:
-        """Appends one record as a line of JSON to the file `name`; `StorageError` once nothing can be written."""
+        """Appends one record as a line of JSON to the file `name`; `StorageError` after a failed write."""
         self._fail_if_broken()
         self._lines.append((name, msgspec.json.encode(record) + b"\n"))
         if len(self._lines) >= GROUP_LINES:
@@ -48,11 +48,11 @@ class GroupWriter:
             self._timer = asyncio.get_running_loop().call_later(GROUP_SECONDS, self._write_quietly)
 
     def flush(self) -> None:
-        """Hands what waits to the operating system, for a reader in this process."""
+        """Writes the waiting lines to the operating system, so that this process can read them."""
         self._write()
 
     async def settled(self) -> None:
-        """Returns once all that was added until now is written and synced; `StorageError` if that cannot be done."""
+        """Returns when everything added so far is written and synced; `StorageError` if that fails."""
         self._write()
         wanted = self._groups
         while self._durable < wanted and not self._problem:
@@ -63,11 +63,11 @@ class GroupWriter:
         self._fail_if_broken()
 
     def _write_quietly(self) -> None:
-        with contextlib.suppress(StorageError):  # kept as `_problem`; the next `add` raises it inside the run
+        with contextlib.suppress(StorageError):  # `_problem` keeps it, and the next `add` raises it inside the run
             self._write()
 
     def _write(self) -> None:
-        """Hands the waiting lines to the operating system: from here on a kill of the process loses none of them."""
+        """Writes the waiting lines to the operating system; a kill of the process cannot lose them any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -79,7 +79,7 @@ class GroupWriter:
                 self._problem = str(error)
                 raise
         groups: dict[str, list[bytes]] = {}
-        # Replies before the outcomes that rest on them: a kill between two files must not leave it the other way round.
+        # Replies first: after a kill between two files, no outcome may be there without its replies.
         for name, line in sorted(self._lines, key=lambda item: not item[0].startswith("journal/")):
             groups.setdefault(name, []).append(line)
         self._lines.clear()
@@ -89,7 +89,7 @@ class GroupWriter:
                 self._unsynced.add(name)
             self._groups += bool(groups)
         except OSError as error:
-            self._problem = self._worded(error)
+            self._problem = self._message(error)
             raise StorageError(self._problem) from None
         if self._syncing is None and self._unsynced:
             self._sync()
@@ -106,11 +106,11 @@ class GroupWriter:
         if future.cancelled():
             return
         if isinstance(error := future.exception(), OSError):
-            self._problem = self._worded(error)
+            self._problem = self._message(error)
             return
         self._durable = groups
         if self._unsynced and not self._closing:
-            self._sync()  # what was written meanwhile, or it would wait for the next group
+            self._sync()  # what was written in the meantime must not wait for the next group
 
     def _file(self, name: str) -> int:
         if name not in self._files:
@@ -123,13 +123,13 @@ class GroupWriter:
         if self._problem:
             raise StorageError(self._problem)
 
-    def _worded(self, error: OSError) -> str:
+    def _message(self, error: OSError) -> str:
         place = self._root / error.filename if error.filename else self._root
-        remedy = "free the disk or mend its rights, then run the same command again"
+        remedy = "free disk space or correct its permissions, then run the same command again"
         return f"{place}: cannot write ({error.strerror}); {remedy}"
 
     async def close(self) -> None:
-        """Writes and syncs what waits, then closes the files; raises `StorageError` if that cannot be done."""
+        """Writes and syncs the waiting lines, then closes the files; raises `StorageError` if that fails."""
         self._closing = True
         try:
             self._write()
@@ -138,7 +138,7 @@ class GroupWriter:
             await asyncio.get_running_loop().run_in_executor(self._thread, _fsync, dict(self._files))
             self._fail_if_broken()
         except OSError as error:
-            raise StorageError(self._worded(error)) from None
+            raise StorageError(self._message(error)) from None
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -162,7 +162,7 @@ def _fsync(files: Mapping[str, int]) -> None:
 
 
 def heal(path: Path) -> None:
-    """Cuts off a torn last line."""
+    """Removes a torn last line."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -181,7 +181,7 @@ def heal(path: Path) -> None:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of every whole line; `StorageError` for a file that cannot be read."""
+    """Yields the offset and the bytes of every complete line; `StorageError` if the file cannot be read."""
     if not path.exists():
         return
     offset = 0
@@ -192,6 +192,5 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield offset, line
                 offset += len(line)
     except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be read ({error.strerror}); mend it, then run the same command again"
-        ) from None
+        remedy = "correct that, then run the same command again"
+        raise StorageError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None

@@ -1,4 +1,4 @@
-"""Running a coroutine to its end: from a terminal, from a notebook, and until a signal says stop."""
+"""Runs a coroutine to its end: from a terminal, in a notebook, and until a signal stops it."""
 
 import asyncio
 import contextlib
@@ -10,12 +10,12 @@ from typing import Any
 
 from intersafe.errors import ServiceGone
 
-CLOSING = 5.0
-"""Seconds that a run has to close in before a further signal counts."""
+SIGNAL_GRACE = 5.0
+"""Seconds after a signal in which further ones are ignored, so that the run can close."""
 
 
 def run_anywhere(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Runs the coroutine to its end, beside the event loop of a notebook where there is one."""
+    """Runs the coroutine to its end, in a thread of its own if a notebook's event loop is running."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -32,22 +32,22 @@ def run_anywhere(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
         outer = asyncio.current_task()
         try:
             while not wait((done,), timeout=0.2).done:
-                # `asyncio.run` answers Ctrl-C by cancelling its task, which this call keeps from noticing.
+                # `asyncio.run` answers Ctrl-C by cancelling its task, which cannot notice while this call blocks.
                 if outer is not None and outer.cancelling():
                     raise KeyboardInterrupt
             done.result()
         except KeyboardInterrupt:
             loop, task = begun.result()
             if task is not None:
-                loop.call_soon_threadsafe(task.cancel)  # or leaving the block would wait for the whole run
+                loop.call_soon_threadsafe(task.cancel)  # otherwise leaving the block would wait for the whole run
             raise
 
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP stop the run cleanly, once, and as `KeyboardInterrupt`.
+    """SIGINT, SIGTERM and SIGHUP cancel the task once; the block then raises `KeyboardInterrupt`.
 
-    A signal that is ignored stays ignored: with `nohup` a run outlives its terminal.
+    An ignored signal stays ignored: with `nohup` a run outlives its terminal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -59,8 +59,8 @@ def stopped_by_signals() -> Iterator[None]:
     stopped: list[float] = []
 
     def stop() -> None:
-        # A second one at once, from a shell and from its user say, would break off what the first one closes.
-        if not stopped or loop.time() - stopped[-1] > CLOSING:
+        # A second signal right after the first (from a shell and its user) must not interrupt the closing.
+        if not stopped or loop.time() - stopped[-1] > SIGNAL_GRACE:
             stopped.append(loop.time())
             task.cancel()
 
@@ -69,7 +69,7 @@ def stopped_by_signals() -> Iterator[None]:
     try:
         yield
     except (asyncio.CancelledError, ServiceGone):
-        # Ctrl-C in a terminal reaches the processes of an engine too: that it is gone is no news then.
+        # Ctrl-C in a terminal also stops the processes of an engine: that it is gone is expected then.
         if stopped:
             raise KeyboardInterrupt from None
         raise

@@ -1,4 +1,4 @@
-"""YAML that a person wrote: read plainly, without aliases or tags, with lines for every error."""
+"""YAML files that people write: no aliases, no tags, and the line of every error."""
 
 import re
 from pathlib import Path
@@ -14,8 +14,11 @@ DEEPEST = 32
 """Levels of nesting that a YAML file may have."""
 
 
-def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
-    """A YAML file as nodes, which know their lines, and as plain values; `InputError` names file, line and remedy."""
+def read_yaml(path: Path, what: str = "file") -> tuple[yaml.Node | None, Any]:
+    """A YAML file as nodes, which know their lines, and as plain values.
+
+    `InputError` names file, line and remedy, and calls the file `what`.
+    """
     try:
         data = read_small(path)
         text = data.decode("utf-8")
@@ -23,22 +26,22 @@ def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
         node = loader.get_single_node()
         return node, None if node is None else loader.construct_document(node)
     except OSError as error:
-        raise InputError(f"cannot read the recipe ({error.strerror})", at=path, remedy="give --pipeline FILE") from None
+        raise InputError(f"cannot read the {what} ({error.strerror})", at=path, remedy="check the path") from None
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError("not UTF-8 text", at=path, line=line, remedy="save the file as UTF-8") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"not plain YAML: {error.problem}", at=path, line=line, remedy="mend the line") from None
+        raise InputError(f"not plain YAML: {error.problem}", at=path, line=line, remedy="correct the line") from None
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise InputError("a character that YAML forbids", at=path, line=line, remedy="mend the line") from None
+        raise InputError("a character that YAML forbids", at=path, line=line, remedy="correct the line") from None
     except ValueError:  # PyYAML lets these through: `0x_`, thousands of digits
-        raise InputError("a number that cannot be read", at=path, remedy="look for a long or odd one") from None
+        raise InputError("a number that cannot be read", at=path, remedy="look for a very long number") from None
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML that cannot grow beyond its file: no aliases, no tags, bounded nesting; and a date is a text."""
+    """YAML whose values cannot be larger than its file: no aliases, no tags, bounded nesting. A date is a text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's own name
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":merge", ":value"))]

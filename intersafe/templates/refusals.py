@@ -1,8 +1,4 @@
-"""Refusals as texts: the standardised ones out of the prompt folder, and the rules on what a model wrote.
-
-The stage holds each draft to the rules before a judge is paid for it; the gate holds the finished sample to them once
-more.
-"""
+"""The standardised refusals of the prompt folder: reading and checking their file."""
 
 import re
 from collections.abc import Iterator
@@ -15,9 +11,9 @@ from intersafe.errors import InputError
 from intersafe.storage.yaml import read_yaml
 
 TEMPLATES = "refusal/templates.yaml"
-"""Where the standardised refusals lie in the prompt folder."""
+"""The file of the standardised refusals in the prompt folder."""
 LONGEST_TEXT = 1_000
-"""Characters of a standardised refusal."""
+"""Most characters of a standardised refusal."""
 
 _PROFESSIONAL = re.compile(
     r"\b(?:doctors?|physicians?|clinicians?|nurses?|pharmacists?|dentists?|midwives|midwife|therapists?|psychologists?|"
@@ -40,7 +36,7 @@ def read_templates(path: Path) -> dict[str, tuple[str, ...]]:
         if not key.tag.endswith(":str") or not group.strip():
             raise InputError(f"group {group!r} is not a name", at=path, line=line, remedy="put it into quotes")
         if group in found:
-            raise InputError(f"group {group!r} stands twice", at=path, line=line, remedy="make it one list")
+            raise InputError(f"group {group!r} is there twice", at=path, line=line, remedy="merge the two lists")
         found[group] = tuple(_texts(value, group, path, line))
     return found
 
@@ -57,8 +53,8 @@ def _texts(node: yaml.Node, group: str, path: Path, line: int) -> Iterator[str]:
     for number, entry in enumerate(node.value, 1):
         if problem := _template_problem(entry):
             what, remedy = problem
-            place = f"group {group!r}, refusal {number}: {what}"
-            raise InputError(place, at=path, line=entry.start_mark.line + 1, remedy=remedy)
+            described = f"group {group!r}, refusal {number}: {what}"
+            raise InputError(described, at=path, line=entry.start_mark.line + 1, remedy=remedy)
         yield " ".join(str(entry.value).split())
 
 
@@ -73,7 +69,7 @@ def _template_problem(entry: yaml.Node) -> tuple[str, str] | None:
     if len(entry.value) > LONGEST_TEXT:
         return f"{len(entry.value)} characters", f"keep it to {LONGEST_TEXT}"
     if set(entry.value) & set("{}"):
-        return "a slot in braces", "write it out, a refusal is used as it stands"
+        return "a slot in braces", "write it out, a refusal is used as it is"
     if not _PROFESSIONAL.search(entry.value):
         return "it points to no professional", "name one, such as a doctor, a pharmacist or a financial adviser"
     return None

@@ -1,4 +1,4 @@
-"""What each role's prompt files are offered and must have: blocks, variables, and values for a trial rendering."""
+"""What each prompt file is offered and must have: blocks, variables, and values for a trial rendering."""
 
 from typing import Any, NamedTuple
 
@@ -9,33 +9,33 @@ _CONCERN = {
     "has_image": "true if the model is shown images with this prompt",
 }
 _TOPIC = {name: meaning for name, meaning in _CONCERN.items() if name != "query"}
-"""For the responder: it answers as an assistant would, who does not know what is behind a talk."""
-_TALK = {
+"""For the responder, which answers as an assistant would and does not know the seed's query."""
+_CONVERSATION = {
     "transcript": "the conversation so far as text, images as [image 1], [image 2]",
     "turn": "number of this turn, from 1",
 }
 
 
 class Role(NamedTuple):
-    """What a role's prompts are offered and must have."""
+    """What a role's prompt files are offered and must have."""
 
     blocks: tuple[str, ...]
     variables: dict[str, str]
     sample: dict[str, Any]
     """Values for a trial rendering."""
     needs: tuple[tuple[str, ...], ...] = ()
-    """Of each group at least one variable must be used, or the model would not see what it is asked about."""
+    """At least one variable of each group must be used, or the model would not see what it is asked about."""
 
 
 _SCORE = {"relevance": 7, "association": 6, "harmless": 9, "reason": "a reason"}
 _SAMPLE = {"category": "fraud", "concern": "deception", "query": "a query", "has_image": True}
 _SAMPLE_TOPIC = {name: value for name, value in _SAMPLE.items() if name != "query"}
-_SAMPLE_TALK = {"transcript": "[turn 1]\nUser: a question\nAssistant: an answer", "turn": 2}
+_SAMPLE_CONVERSATION = {"transcript": "[turn 1]\nUser: a question\nAssistant: an answer", "turn": 2}
 
 _ASKED = {
     "group": "name of the group: general, health, finance",
     "about": "what questions belong to the group, from the recipe",
-    "problem": "why the last try was turned down; empty at first",
+    "problem": "why the last try was rejected; empty at first",
 }
 _SAMPLE_ASKED = {"group": "health", "about": "questions for a doctor", "problem": "a problem"}
 
@@ -47,8 +47,8 @@ PROMPTS: dict[str, Role] = {
             "strategy": "name of the strategy",
             "strategy_summary": "its summary block",
             "n_steps": "how many steps",
-            "n_pictures": "how many of the steps shall get a picture of their own; 0 where nothing is painted",
-            "problem": "why your last plan was turned down; empty at first",
+            "n_pictures": "how many of the steps get a picture of their own; 0 if nothing is painted",
+            "problem": "why your last plan was rejected; empty at first",
         },
         _SAMPLE
         | {
@@ -64,22 +64,22 @@ PROMPTS: dict[str, Role] = {
         ("system", "user"),
         _CONCERN
         | {
-            "transcript": _TALK["transcript"],
+            "transcript": _CONVERSATION["transcript"],
             "n_turns": "how many turns",
-            "problem": "why the last version was turned down; empty at first",
+            "problem": "why the last version was rejected; empty at first",
         },
-        _SAMPLE | {"transcript": "a talk", "n_turns": 4, "problem": "repeated message"},
+        _SAMPLE | {"transcript": "a conversation", "n_turns": 4, "problem": "repeated message"},
         (("transcript",), ("n_turns",)),
     ),
     "painter/describe": Role(
         ("system", "user"),
         _CONCERN
-        | _TALK
+        | _CONVERSATION
         | {
             "step": "what the picture is for: the step of this turn, or the question",
-            "problem": "why the last description or picture was turned down; empty at first",
+            "problem": "why the last description or picture was rejected; empty at first",
         },
-        _SAMPLE | _SAMPLE_TALK | {"step": "a step", "problem": "blocked"},
+        _SAMPLE | _SAMPLE_CONVERSATION | {"step": "a step", "problem": "blocked"},
         (("step",),),
     ),
     "refusal/question": Role(
@@ -97,19 +97,19 @@ PROMPTS: dict[str, Role] = {
     "responder/aligned": Role(
         ("system", "user"),
         _TOPIC
-        | _TALK
+        | _CONVERSATION
         | {
             "message": "the user's latest message",
-            "problem": "why the judge turned the last answer down; empty at first",
+            "problem": "why the last answer was rejected; empty at first",
         },
-        _SAMPLE_TOPIC | _SAMPLE_TALK | {"message": "a message", "problem": "too vague"},
+        _SAMPLE_TOPIC | _SAMPLE_CONVERSATION | {"message": "a message", "problem": "too vague"},
         (("message", "transcript"),),
     ),
     "judge/images": Role(("system", "user"), _CONCERN, _SAMPLE),
     "judge/aligned": Role(
         ("system", "user"),
-        _CONCERN | _TALK | {"answer": "the answer to judge", "rubric": "the rubric of the category's family"},
-        _SAMPLE | _SAMPLE_TALK | {"answer": "an answer", "rubric": "a rubric"},
+        _CONCERN | _CONVERSATION | {"answer": "the answer to judge", "rubric": "the rubric of the category's family"},
+        _SAMPLE | _SAMPLE_CONVERSATION | {"answer": "an answer", "rubric": "a rubric"},
         (("answer",),),
     ),
     "judge/refusal": Role(
@@ -135,14 +135,14 @@ PROMPTS: dict[str, Role] = {
     ),
     "judge/turn": Role(
         ("system", "user"),
-        _CONCERN | _TALK | {"reply": "the reply to judge", "rubric": "the rubric of the category's family"},
-        _SAMPLE | _SAMPLE_TALK | {"reply": "an answer", "rubric": "a rubric"},
+        _CONCERN | _CONVERSATION | {"reply": "the reply to judge", "rubric": "the rubric of the category's family"},
+        _SAMPLE | _SAMPLE_CONVERSATION | {"reply": "an answer", "rubric": "a rubric"},
         (("reply", "transcript"),),
     ),
     "judge/dialogue": Role(
         ("system", "user"),
-        _CONCERN | {"transcript": _TALK["transcript"], "rubric": "the rubric of the category's family"},
-        _SAMPLE | {"transcript": "a talk", "rubric": "a rubric"},
+        _CONCERN | {"transcript": _CONVERSATION["transcript"], "rubric": "the rubric of the category's family"},
+        _SAMPLE | {"transcript": "a conversation", "rubric": "a rubric"},
         (("transcript",),),
     ),
     "victim/system": Role(("system",), {}, {}),
@@ -152,17 +152,17 @@ PROMPTS: dict[str, Role] = {
 STRATEGY = Role(
     ("summary", "system", "user"),
     _CONCERN
-    | _TALK
+    | _CONVERSATION
     | {
         "step": "what the user asks about in this turn",
         "n_turns": "how many turns the conversation will have",
         "refused": "true if the victim declined an earlier version of this turn",
         "has_picture": "true if the user's message of this turn shows a new picture: the last image",
-        "problem": "why your last version of this message was turned down by rule; empty at first",
-        "judge_reason": "the judge's reason for its last verdict; the attacker sees it only if the file uses it",
+        "problem": "why a rule rejected your last version of this message; empty at first",
+        "judge_reason": "the judge's reason for its last verdict, which the attacker sees only if the file uses it",
     },
     _SAMPLE
-    | _SAMPLE_TALK
+    | _SAMPLE_CONVERSATION
     | {
         "step": "a step",
         "n_turns": 4,

@@ -1,6 +1,7 @@
-"""Bytes by offset off the heap, for an index that grows with the run: a file without a name, private to the process.
+"""Bytes by offset outside of memory, for an index that grows with the run: an unnamed file, private to the process.
 
-Read and written by calls, not mapped: a mapped page counts as memory of the process, and a full disk would kill it.
+It is read and written by calls and not mapped: mapped pages count as the process's memory, and a full disk would kill
+the process.
 """
 
 import os
@@ -10,14 +11,14 @@ from tempfile import TemporaryFile
 
 from intersafe.errors import StorageError
 
-_AT_ONCE = 2**20
+_CHUNK = 2**20
 
 
 class Scratch:
-    """Bytes by offset, zero where none were written; in memory where there is no folder or no file can be written."""
+    """Bytes by offset, zero where nothing was written; in memory if there is no folder or the disk refuses a file."""
 
     def __init__(self, folder: Path | None, size: int = 0) -> None:
-        """`size`: bytes that can be read at once; `folder` is made with the first file and holds nothing to be seen."""
+        """`size`: bytes that can be read from the start; `folder` is created with the first file, which has no name."""
         self._size, self._memory = size, bytearray()
         self._file = None if folder is None else _opened(folder, size)
         if self._file is None:
@@ -26,7 +27,7 @@ class Scratch:
             self._close = weakref.finalize(self, os.close, self._file)
 
     def read(self, at: int, size: int) -> bytes | bytearray:
-        """Those bytes; `StorageError` where the disk does not give them back."""
+        """Those bytes; `StorageError` if the disk cannot return them."""
         if self._file is None:
             return self._memory[at : at + size]
         try:
@@ -38,7 +39,7 @@ class Scratch:
         return data
 
     def write(self, at: int, data: bytes | memoryview) -> None:
-        """Stores those bytes, in memory from the first write on that the disk refuses."""
+        """Stores those bytes; in memory once the disk has refused a write."""
         end = at + len(data)
         if self._file is not None:
             try:
@@ -47,15 +48,16 @@ class Scratch:
                     return
             except OSError:
                 pass
-            self._give_up_file()
+            self._move_to_memory()
         if len(self._memory) < end:
             self._memory.extend(bytes(end - len(self._memory)))
         self._memory[at:end] = data
 
-    def _give_up_file(self) -> None:
+    def _move_to_memory(self) -> None:
+        """Copies the file's bytes to memory and closes it."""
         memory = bytearray()
         while len(memory) < self._size:
-            memory += self.read(len(memory), min(_AT_ONCE, self._size - len(memory)))
+            memory += self.read(len(memory), min(_CHUNK, self._size - len(memory)))
         self._memory, self._file = memory, None
         self._close()
 
@@ -72,5 +74,5 @@ def _opened(folder: Path, size: int) -> int | None:
 
 def _unreadable(why: str | None) -> StorageError:
     return StorageError(
-        f"a scratch file of the duplicate index cannot be read ({why}); mend the disk, then run the same command again"
+        f"a scratch file of the duplicate index cannot be read ({why}); repair it, then run the same command again"
     )

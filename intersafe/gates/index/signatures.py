@@ -1,8 +1,8 @@
-"""The signatures of a run's accepted dialogues on the disk: a cache that saves a resumed run from making them again.
+"""The signatures of a run's accepted dialogues on disk: a cache that spares a resumed run from computing them again.
 
-Record k belongs to the k-th row of `dialogues.jsonl`: its signature, and a digest of that row's id and texts, of the
-settings and of the signature itself. A record that does not prove itself by it is made anew from the row, so neither
-a lost, torn, damaged or foreign file nor one that is ahead of the rows can change a decision. Nothing is synced.
+Record k belongs to the k-th row of `dialogues.jsonl`: its signature, and a checksum over that row's id and texts, the
+settings and the signature itself. A record with a wrong checksum is computed again from the row. So a file that is
+lost, torn, damaged, foreign or ahead of the rows cannot change a decision. Nothing is synced.
 """
 
 import hashlib
@@ -10,49 +10,51 @@ import os
 from pathlib import Path
 
 _MAGIC = b"intersafe duplicates 1\n"
-_PROOF = 8
-_AT_ONCE = 64
-"""Records that wait to be written: so many a process that ends loses at most."""
+_CHECKSUM = 8
+"""Bytes."""
+_BATCH = 64
+"""Records that are written together: a process that ends loses at most these."""
 _READ_AHEAD = 512
+"""Records that are read together."""
 
 
 class SignatureFile:
-    """Signatures by place, from 0; whatever cannot be read is not there, and a disk that fails is left alone."""
+    """Signatures by position, from 0. What cannot be read counts as missing; after a failed write none is tried."""
 
     def __init__(self, path: Path, made_by: bytes, size: int) -> None:
-        """`made_by` stands for all that decides what a signature is; `size`: its bytes."""
-        self._path, self._size, self._record = path, size, size + _PROOF
+        """`made_by` stands for all that a signature depends on; `size`: the bytes of one."""
+        self._path, self._size, self._record = path, size, size + _CHECKSUM
         self._key = hashlib.blake2b(made_by, digest_size=20).digest()
         self._head = _MAGIC + self._key.hex().encode() + b"\n"
-        self._waiting: list[tuple[int, bytes]] = []
+        self._pending: list[tuple[int, bytes]] = []
         self._block, self._block_at = b"", 0
         self._usable = True
         self._stored = self._count()
 
-    def get(self, place: int, row: bytes) -> bytes | None:
-        """The signature at that place if it was made from that row, or None."""
-        if place >= self._stored:
+    def get(self, position: int, row: bytes) -> bytes | None:
+        """The signature at that position if it belongs to that row, or None."""
+        if position >= self._stored:
             self._block = b""
             return None
-        at = (place - self._block_at) * self._record
+        at = (position - self._block_at) * self._record
         if not 0 <= at < len(self._block):
-            self._block, self._block_at, at = self._read(place), place, 0
+            self._block, self._block_at, at = self._read(position), position, 0
         record = self._block[at : at + self._record]
         signature = record[: self._size]
-        return signature if record[self._size :] == self._proof(row, signature) else None
+        return signature if record[self._size :] == self._checksum(row, signature) else None
 
-    def put(self, place: int, row: bytes, signature: bytes) -> None:
-        """Stores the signature of that row; it is on the disk after a few dozen others, or never."""
+    def put(self, position: int, row: bytes, signature: bytes) -> None:
+        """Stores the signature of that row, on disk with the next batch."""
         if self._usable:
-            self._waiting.append((place, signature + self._proof(row, signature)))
-            if len(self._waiting) >= _AT_ONCE:
+            self._pending.append((position, signature + self._checksum(row, signature)))
+            if len(self._pending) >= _BATCH:
                 self._write()
 
-    def _proof(self, row: bytes, signature: bytes) -> bytes:
-        return hashlib.blake2b(signature + row, digest_size=_PROOF, key=self._key).digest()
+    def _checksum(self, row: bytes, signature: bytes) -> bytes:
+        return hashlib.blake2b(signature + row, digest_size=_CHECKSUM, key=self._key).digest()
 
     def _count(self) -> int:
-        """Whole records of a file with this head."""
+        """Whole records in the file, 0 if it has another head."""
         try:
             with self._path.open("rb") as file:
                 known = file.read(len(self._head)) == self._head
@@ -60,30 +62,30 @@ class SignatureFile:
         except OSError:
             return 0
 
-    def _read(self, place: int) -> bytes:
+    def _read(self, position: int) -> bytes:
         try:
             with self._path.open("rb") as file:
-                file.seek(self._offset(place))
+                file.seek(self._offset(position))
                 return file.read(_READ_AHEAD * self._record)
         except OSError:
             return b""
 
-    def _offset(self, place: int) -> int:
-        return len(self._head) + place * self._record
+    def _offset(self, position: int) -> int:
+        return len(self._head) + position * self._record
 
     def _write(self) -> None:
-        waiting, self._waiting = self._waiting, []
+        pending, self._pending = self._pending, []
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.touch()
-            # Without a buffer: what a full disk refuses is refused here, and not once more on closing.
+            # Unbuffered: a full disk refuses the write here, and not again on closing.
             with self._path.open("rb+", buffering=0) as file:
                 if file.read(len(self._head)) != self._head:
                     file.truncate(0)
                     file.seek(0)
                     file.write(self._head)
-                for place, record in waiting:
-                    file.seek(self._offset(place))
+                for position, record in pending:
+                    file.seek(self._offset(position))
                     if file.write(record) != len(record):
                         self._usable = False
                         return

@@ -7,56 +7,64 @@
 | 408 409 425 429, 5xx, time-out, reset, unreadable        | again after a growing pause, or after `Retry-After`   |
 | no connection, 3xx, 401 402 403 404 405 407              | the service is away: the same, and the user is told   |
 
-Patience counts while one and the same request gets no answer that can be used, and not while a batch is worked on. A
-batch is created twice by no fault: after an attempt whose outcome is unknown the provider is asked first.
+Patience counts while one and the same request gets no usable answer, and not while the provider works on a batch. No
+fault creates a batch twice: after an attempt whose outcome is unknown the provider is asked first.
 """
 
 import asyncio
-import contextlib
+import logging
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import aiohttp
 import msgspec
-from aiohttp.helpers import get_env_proxy_for_url
-from yarl import URL
 
-from intersafe.errors import InputError, ServiceGone, StorageError
-from intersafe.models.http.faults import UNREADABLE, error_of
-from intersafe.models.http.limits import seconds_of
+from intersafe.errors import ServiceGone, StorageError
+from intersafe.models.base import Hooks
+from intersafe.models.http.faults import UNREADABLE, Away, Fault, Transient, is_refusal, key_remedy
+from intersafe.models.http.incidents import IncidentLog
+from intersafe.models.http.quirks import AWAY, OVERLOADED, QUEUE_FULL
+from intersafe.models.http.throttling import seconds_of
+from intersafe.models.http.transport import CONNECT_SECONDS, Account, Address, fault_of, read_body, refusal_in
 from intersafe.recipe.sections import Limits, Member
-from intersafe.wording import printable
 
-FIRST_PAUSE = 1.0
-LONGEST_PAUSE = 60.0
-"""Seconds between two looks at a batch, and between two tries of a request; both grow from the one to the other."""
-LOOK_AGAIN = 5.0
-"""Seconds until a list of batches surely names one that was created before."""
-TELL_AFTER = 5.0
-"""Seconds without a usable answer from which on the user is told."""
 UPLOAD_SECONDS = 3600.0
 """For one file to the provider or from it."""
 ROUTE = "/v1/chat/completions"
 """What a batch asks, in the provider's own notation, whatever the path of its URL."""
-QUEUE_FULL = "token_limit_exceeded"
-"""More tokens wait at the provider than the account may have there."""
 MAX_ANSWER = 4 * 2**20  # bytes of anything but a file
 PAGES = 1_000  # of a list, 100 batches each
 SLACK = 86_400  # seconds that our clock and the provider's may differ by
 CHUNK = 2**20
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 
-_AWAY = (401, 402, 403, 404, 405, 407)
-_PASSING = (408, 409, 425, 429)
-
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How long the batch lane waits, in seconds, and how many calls it puts into one batch."""
+
+    quiet: float = 5.0
+    """Without a new call, after which a collection is sent; providers allow some 2,000 batches an hour."""
+    first_pause: float = 1.0
+    """Between the first two looks at a batch, and the first two tries of a request; later ones grow."""
+    longest_pause: float = 60.0
+    """What those pauses grow to."""
+    list_lag: float = 5.0
+    """After which a list of batches surely names one that was created before."""
+    tell_after: float = 5.0
+    """Without a usable answer, after which the user is told."""
+    most_requests: int = 50_000
+    """Calls in one batch: the provider's limit."""
+
+
 class Refused(Exception):
-    """The provider does not take a file or a batch; `status` 0 where it said so after it had taken it."""
+    """The provider does not take a file or a batch; `status` is 0 where it said so later."""
 
     def __init__(self, what: str, status: int = 0, code: str = "", lines: tuple[int, ...] = ()) -> None:
         """`lines` of the input file that the provider names, from 1."""
@@ -77,7 +85,7 @@ class _Problems(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """How far a batch is."""
+    """How many requests of a batch are done."""
 
     total: int = 0
     completed: int = 0
@@ -85,7 +93,7 @@ class Counts(msgspec.Struct, frozen=True):
 
 
 class Remote(msgspec.Struct, frozen=True):
-    """A batch as the provider tells of it."""
+    """A batch as the provider describes it."""
 
     id: str
     status: str = ""
@@ -103,7 +111,7 @@ class Remote(msgspec.Struct, frozen=True):
 
     @property
     def files(self) -> list[str]:
-        """Where its results are: the answers first, then the errors; some providers write "" for none."""
+        """Ids of the files with its results: the answers first, then the errors; some providers write "" for none."""
         return [name for name in (self.output_file_id, self.error_file_id) if name]
 
     @property
@@ -121,69 +129,60 @@ class _Page(msgspec.Struct, frozen=True):
     has_more: bool | None = None
 
 
-class _Fault(Exception):
-    """No answer that can be used; the same request may be sent again."""
+@dataclass
+class _Failing:
+    """A request without a usable answer so far."""
 
-    def __init__(self, what: str, status: int = 0, retry_after: float = 0.0) -> None:
-        super().__init__(what)
-        self.status, self.retry_after = status, retry_after
+    since: float
+    pause: float
+    tries: int = 0
+    is_told: bool = False
+    """True if the user was told because of this request."""
 
 
 class BatchApi:
     """The files and batches of one account."""
 
-    def __init__(
-        self,
-        member: Member,
-        limits: Limits,
-        say: Callable[[str], None],
-        waiting: dict[str, str],
-        may_send: Callable[[], None],
-    ) -> None:
-        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
-
-        `may_send` raises `BudgetReached` where no batch may be sent any more. Needs a running event loop.
-        """
-        self._may_send = may_send
+    def __init__(self, member: Member, limits: Limits, hooks: Hooks, pace: Pace, role: str) -> None:
+        """Incidents count for `role`. Needs a running event loop."""
         self.url, self.identity = member.spec.urls[0], member.identity
-        self._waiting, self._place = waiting, f"batches of {member.identity}"
-        self._member, self._limits, self._say = member, limits, say
-        self._key = os.environ.get(member.key, "").strip() if member.key else ""
-        self._told = False
-        self._proxy: dict[str, Any] = {}
-        try:
-            address = URL(self.url)
-        except ValueError as error:
-            raise InputError(f"{self.url!r} is not a URL: {error}", remedy="mend it in the recipe") from None
-        with contextlib.suppress(LookupError):
-            self._proxy["proxy"], self._proxy["proxy_auth"] = get_env_proxy_for_url(address)
-        self._short = aiohttp.ClientTimeout(total=limits.timeout, connect=min(30.0, limits.timeout))
-        self._long = aiohttp.ClientTimeout(total=UPLOAD_SECONDS, connect=30.0)
-        self._session = aiohttp.ClientSession(
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-        )
+        self._member, self._limits, self._hooks, self._pace, self._role = member, limits, hooks, pace, role
+        self._name, self._is_told = f"batches of {member.identity}", False
+        self._account, self._proxy = Account(member), Address.of(self.url).proxy
+        self.clean = self._account.clean
+        self.incidents = IncidentLog(member.identity, hooks, self.clean, logging.getLogger("intersafe.models.batch"))
+        self._short = aiohttp.ClientTimeout(total=limits.timeout, connect=min(CONNECT_SECONDS, limits.timeout))
+        self._long = aiohttp.ClientTimeout(total=UPLOAD_SECONDS, connect=CONNECT_SECONDS)
+        self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), headers=self._account.headers)
 
     async def aclose(self) -> None:
         """Closes the connections."""
         await self._session.close()
 
+    def _check_limits(self) -> None:
+        """`BudgetReached` once no batch may be sent."""
+        if self._hooks.may_send:
+            self._hooks.may_send()
+
     # --- what a batch needs ------------------------------------------------------------------------------------------
 
     async def upload(self, path: Path) -> str:
-        """The id of the file at the provider, sent from the disk by pieces; `Refused` or `BudgetReached` if not."""
+        """The id of the file at the provider, read from the disk by pieces; `Refused` or `BudgetReached` if not."""
 
         async def attempt() -> str:
-            self._may_send()
+            self._check_limits()
             with path.open("rb") as file:
                 form = aiohttp.FormData({"purpose": "batch"})
                 form.add_field("file", file, filename=path.name, content_type="application/jsonl")
                 return (await self._json("POST", "/files", _File, data=form, timeout=self._long)).id
 
-        return await self._again(attempt)
+        return await self._until_answered(attempt)
 
     async def create(self, file: str, nonce: str, made: float) -> Remote:
-        """The batch over that file, created once; `Refused` or `BudgetReached` if not. `made`: when its nonce was."""
+        """The batch over that file, created once; `Refused` or `BudgetReached` if not.
+
+        `made` is when its nonce was, in Unix time.
+        """
         body = {
             "input_file_id": file,
             "endpoint": ROUTE,
@@ -194,28 +193,28 @@ class BatchApi:
 
         async def attempt() -> Remote:
             nonlocal unsure
-            if unsure and (found := await self._find_late(nonce, made)):
+            if unsure and (found := await self._find_twice(nonce, made)):
                 return found
-            self._may_send()
+            self._check_limits()
             unsure = True
             return await self._json("POST", "/batches", Remote, json=body)
 
-        return await self._again(attempt)
+        return await self._until_answered(attempt)
 
     async def find(self, nonce: str, made: float) -> Remote | None:
         """The batch with that nonce, if there is one."""
-        return await self._again(lambda: self._find_late(nonce, made))
+        return await self._until_answered(lambda: self._find_twice(nonce, made))
 
     async def look(self, batch: str) -> Remote:
-        """How that batch is."""
-        return await self._again(lambda: self._json("GET", f"/batches/{batch}", Remote))
+        """The state of that batch."""
+        return await self._until_answered(lambda: self._json("GET", f"/batches/{batch}", Remote))
 
     async def download(self, files: list[str], path: Path) -> None:
-        """Appends the files one after the other to the path; a broken connection begins that file anew."""
+        """Appends the files one after the other to the path; after a broken connection a file starts anew."""
         with path.open("ab") as target:
             for name in files:
                 start = target.seek(0, os.SEEK_END)
-                await self._again(partial(self._fetch, name, target, start))
+                await self._until_answered(partial(self._fetch, name, target, start))
             await asyncio.to_thread(_sync, target)
 
     async def _fetch(self, name: str, target: BinaryIO, start: int) -> None:
@@ -225,23 +224,23 @@ class BatchApi:
         try:
             async with self._request("GET", f"/files/{name}/content", timeout=self._long) as response:
                 if response.status != 200:
-                    self._judge(response.status, response.headers.get("Retry-After", ""), await _read(response))
+                    self._check_status(response, await read_body(response, MAX_ANSWER))
                 async for chunk in response.content.iter_chunked(CHUNK):
                     last = chunk
                     _write(target, chunk)
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise _Fault(self._why(error)) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise fault_of(error, self._account, UPLOAD_SECONDS) from None
         if not last.endswith(b"\n"):
             _write(target, b"\n")
 
-    async def _find_late(self, nonce: str, made: float) -> Remote | None:
-        """Looks twice, since a list may lag behind."""
-        if (found := await self._find(nonce, made)) is None:
-            await asyncio.sleep(LOOK_AGAIN)
-            found = await self._find(nonce, made)
+    async def _find_twice(self, nonce: str, made: float) -> Remote | None:
+        """Lists twice, since a list may lag behind."""
+        if (found := await self._find_once(nonce, made)) is None:
+            await asyncio.sleep(self._pace.list_lag)
+            found = await self._find_once(nonce, made)
         return found
 
-    async def _find(self, nonce: str, made: float) -> Remote | None:
+    async def _find_once(self, nonce: str, made: float) -> Remote | None:
         """Newest first, as the provider lists them, until they are older than the nonce."""
         after = ""
         for _ in range(PAGES):
@@ -261,99 +260,90 @@ class BatchApi:
         return self._session.request(method, f"{self.url}{route}", allow_redirects=False, **self._proxy, **sent)
 
     async def _json(self, method: str, route: str, kind: type[T], **sent: Any) -> T:
-        """The answer to one request; `_Fault` if it may be sent again, `Refused` if not."""
-        sent.setdefault("timeout", self._short)
+        """The answer to one request; `Fault` if it may be sent again, `Refused` if not."""
+        timeout: aiohttp.ClientTimeout = sent.setdefault("timeout", self._short)
         try:
             async with self._request(method, route, **sent) as response:
-                status, retry_after = response.status, response.headers.get("Retry-After", "")
-                body = await _read(response)
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise _Fault(self._why(error)) from None
-        self._judge(status, retry_after, body)
+                body = await read_body(response, MAX_ANSWER)
+        except (aiohttp.ClientError, OSError) as error:
+            raise fault_of(error, self._account, timeout.total or 0.0) from None
+        self._check_status(response, body)
         try:
-            return msgspec.json.decode(body, type=kind)
+            return msgspec.json.decode(body or b"", type=kind)
         except UNREADABLE as error:
-            raise _Fault(f"unreadable answer: {error}", status) from None
+            raise Transient(f"unreadable answer: {error}", response.status) from None
 
-    def _judge(self, status: int, retry_after: str, body: bytes) -> None:
+    def _check_status(self, response: aiohttp.ClientResponse, body: bytes | None) -> None:
         """Returns for a 2xx alone."""
+        if body is None:
+            raise Transient(f"answer over {MAX_ANSWER // 2**20} MiB")
+        status, headers = response.status, response.headers
         if 200 <= status < 300:
             return
-        message, code = error_of(body)
-        what = self.clean(f"HTTP {status} {message}".strip())
-        if code == QUEUE_FULL or (400 <= status < 500 and status not in (*_AWAY, *_PASSING)):
+        what, code = refusal_in(status, headers, body, self._account)
+        if code == QUEUE_FULL or is_refusal(status):
             raise Refused(what, status, code)
-        raise _Fault(what, status, seconds_of(retry_after))
-
-    def _why(self, error: Exception) -> str:
-        if isinstance(error, aiohttp.ClientConnectorError):
-            return self.clean(f"no connection ({error.os_error.strerror or error.os_error or 'unknown host'})")
-        if isinstance(error, TimeoutError):
-            return "no answer in time"
-        return self.clean(f"{type(error).__name__} {error}".strip())
-
-    def clean(self, text: str) -> str:
-        """One printable line of at most 300 characters, without the key."""
-        return printable(text, secret=self._key)[:300]
+        kind = Away if status in AWAY or status < 400 else Transient
+        raise kind(what, status, seconds_of(headers.get("Retry-After", "")))
 
     # --- outages -----------------------------------------------------------------------------------------------------
 
-    async def _again(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """What the attempt gives, tried until the patience is used up: then `ServiceGone`."""
-        clock, since, pause, telling = asyncio.get_running_loop().time, None, FIRST_PAUSE, False
-        where, patience = f"{self.identity} at {self.url}", self._limits.patience
+    async def _until_answered(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """The outcome of the attempt, tried until the patience is used up: then `ServiceGone`."""
+        failing: _Failing | None = None
         while True:
             try:
                 outcome = await attempt()
-            except _Fault as fault:
-                since = clock() if since is None else since
-                away = clock() - since
-                if away >= patience:
-                    raise ServiceGone(
-                        f"{where}: no use of its batch endpoint for {away:.0f} s ({fault}); "
-                        f"{self._remedy(fault)}, then run the same command again: nothing is lost"
-                    ) from None
-                wait = min(max(pause, fault.retry_after), patience - away)
-                why = f"{fault}; {self._remedy(fault)}"
-                if not self._told and (fault.status in _AWAY or away + wait >= TELL_AFTER):
-                    self._told = telling = True
-                    self._say(f"{where}: {why}; waiting up to {patience:.0f} s")
-                if telling:
-                    self._waiting[self._place] = why
-                await asyncio.sleep(wait)
-                pause = min(LONGEST_PAUSE, pause * 2)
+            except Fault as fault:
+                now = asyncio.get_running_loop().time()
+                failing = failing or _Failing(now, self._pace.first_pause)
+                await self._wait(fault, failing, now - failing.since)
             except Refused:
-                self._is_back(telling)
+                self._end(failing)
                 raise
             else:
-                if telling and since is not None:
-                    self._is_back(telling)
-                    self._say(f"{where} is back after {clock() - since:.0f} s")
+                self._end(failing)
                 return outcome
 
-    def _is_back(self, telling: bool) -> None:
-        """Nobody is told any longer, if it was this request that did."""
-        if telling:
-            self._told = False
-            self._waiting.pop(self._place, None)
+    async def _wait(self, fault: Fault, failing: _Failing, away: float) -> None:
+        """The pause before the next try; `ServiceGone` if the `away` seconds are more than the patience."""
+        where, patience = f"{self.identity} at {self.url}", self._limits.patience
+        if away >= patience:
+            raise ServiceGone(
+                f"{where}: no use of its batch endpoint for {away:.0f} s ({fault}); "
+                f"{self._remedy(fault)}, then run the same command again: nothing is lost"
+            ) from None
+        pause = min(max(failing.pause, fault.pause), patience - away)
+        why = f"{fault}; {self._remedy(fault)}"
+        failing.tries += 1
+        if fault.status in OVERLOADED:
+            self.incidents.throttled(self._role, self.url, fault)
+        elif not isinstance(fault, Away):
+            self.incidents.retried(self._role, self.url, failing.tries, fault)
+        if not self._is_told and (fault.status in AWAY or away + pause >= self._pace.tell_after):
+            self._is_told = failing.is_told = True
+            self.incidents.outage_began(self._role, why)
+            self._hooks.notify(f"{where}: {why}; waiting up to {patience:.0f} s")
+        if failing.is_told:
+            self._hooks.outages[self._name] = why
+        await asyncio.sleep(pause)
+        failing.pause = min(self._pace.longest_pause, failing.pause * 2)
 
-    def _remedy(self, fault: _Fault) -> str:
+    def _end(self, failing: _Failing | None) -> None:
+        """The request got a usable answer: the user is told so, if it was this request that told of the outage."""
+        if failing and failing.is_told:
+            seconds = asyncio.get_running_loop().time() - failing.since
+            self._is_told = False
+            self._hooks.outages.pop(self._name, None)
+            self.incidents.outage_ended(seconds)
+            self._hooks.notify(f"{self.identity} at {self.url} is back after {seconds:.0f} s")
+
+    def _remedy(self, fault: Fault) -> str:
         if fault.status in (401, 403):
-            key = self._member.key
-            return f"is the key in {key} right?" if key else "name the variable of the key (`key:` in the recipe)"
+            return key_remedy(self._member)
         if fault.status == 404:
             return "check that the URL has a batch endpoint and that the key is of the account that made the batch"
         return "settle that with the account" if fault.status in (402, 429) else "bring it back"
-
-
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """The body; one over `MAX_ANSWER` is no answer."""
-    found = bytearray()
-    async for chunk in response.content.iter_any():
-        found += chunk
-        if len(found) > MAX_ANSWER:
-            raise aiohttp.ClientPayloadError(f"answer over {MAX_ANSWER // 2**20} MiB")
-    return bytes(found)
 
 
 def _write(target: BinaryIO, data: bytes) -> None:

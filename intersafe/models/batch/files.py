@@ -22,16 +22,15 @@ import msgspec
 
 from intersafe.errors import InputError
 from intersafe.models.base import Reply
-from intersafe.models.http.chat import read_reply
-from intersafe.models.http.faults import FILTERED, UNREADABLE, Passing, error_of, refusal_of
+from intersafe.models.http.completions import read_reply
+from intersafe.models.http.faults import UNREADABLE, Transient, error_of, is_refusal, refusal_of
+from intersafe.models.http.quirks import FILTER_CODES
 from intersafe.run.journal import entries_of
 from intersafe.storage.files import write_whole
 from intersafe.storage.jsonl import lines_of
 
 LINGER = 60.0
 """Seconds from the moment the last result of a file was taken until it is deleted: by then the journal is synced."""
-_PASSING = (0, 401, 402, 403, 404, 408, 409, 425, 429)
-"""Status of a line that speaks of the account, the moment or the service, and not of the request."""
 
 
 class State(msgspec.Struct, frozen=True):
@@ -243,19 +242,19 @@ def _heads(path: Path) -> Iterator[tuple[bytes, int, int]]:
 
 
 def reply_in(line: bytes) -> Reply:
-    """The reply in a line of results; `CallFailed` if the request is at fault, `Passing` if not."""
+    """The reply in a line of results; `CallFailed` if the request is at fault, `Transient` if not."""
     try:
         result = msgspec.json.decode(line, type=_Line)
     except UNREADABLE as error:
-        raise Passing(f"unreadable result: {error}") from None
+        raise Transient(f"unreadable result: {error}") from None
     status = (result.response.status_code or 0) if result.response else 0
     body = bytes(result.response.body) if result.response else b""
     if status == 200:
         return read_reply(body)
     message, code = error_of(body if status else bytes(result.error) or b"{}")
     what = " ".join(f"HTTP {status} {message}".split() if status else f"{code} {message}".split())[:300]
-    if status == 400 and code in FILTERED:
+    if status == 400 and code in FILTER_CODES:
         return Reply("", "blocked")
-    if status in _PASSING or status < 400 or status >= 500:
-        raise Passing(what or "no answer")
+    if not is_refusal(status):
+        raise Transient(what or "no answer")
     raise refusal_of(what)

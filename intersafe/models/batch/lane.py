@@ -1,15 +1,17 @@
 """The batch lane: calls of members with `batch: true` go to the provider's batch endpoint, many in one file.
 
-A call waits in a *collection* until the collection is full or nothing came for a while: then every dialogue that can go
-on is waiting. The collection becomes a batch, of which several may be under way, and each call takes its answer by its
-key, in this process or in a later one. Nothing is sent before it is noted on the disk (`files.py`); a batch that
-the provider has is taken up again and never sent twice (`api.py`).
+A *lane* is one model at one provider under one key. A call waits in the lane's *collection* until that is full or no
+call was added for a while: then every dialogue that can continue is waiting. The collection becomes a batch, of which
+several may be under way, and each call takes its answer by its key, in this process or in a later one. Nothing is sent
+before it is recorded on the disk (`files.py`). A batch that the provider has is followed again after a restart and
+never sent twice (`api.py`).
 """
 
 import asyncio
 import contextlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,62 +21,51 @@ from msgspec import structs
 
 from intersafe.errors import BudgetReached, CallFailed, IntersafeError, ServiceGone, StorageError
 from intersafe.images.store import ImageStore
-from intersafe.models.base import Call, Reply
-from intersafe.models.batch import api
+from intersafe.models.base import Call, Hooks, Reply
+from intersafe.models.batch.api import ROUTE, TERMINAL, BatchApi, Pace, Refused, Remote
 from intersafe.models.batch.files import BatchFolder, State, close, reply_in
-from intersafe.models.http.chat import as_data, chat_body, estimated
-from intersafe.models.http.service import Passing
+from intersafe.models.http.completions import as_data, chat_body, estimated
+from intersafe.models.http.faults import Transient
+from intersafe.models.http.quirks import QUEUE_FULL
 from intersafe.recipe.sections import Limits, Member
 
-MOST_REQUESTS = 50_000
-"""In one batch: the provider's limit."""
 MOST_BYTES = 190 * 10**6
 """In one file: below the provider's 200 MB."""
-QUIET = 5.0
-"""Seconds without a new call after which a collection is sent; providers allow some 2,000 batches an hour."""
 LATE_FILES = 5
 """Looks at a completed batch that names no file of results yet."""
 FETCHES = 3
 """How often results are fetched that hold fewer answers than the provider has counted."""
 FEW = 500
-"""Dialogues at once below which a batch lane is hardly worth its waiting."""
-BURST = 64  # calls that are answered before other tasks have their turn
+"""Dialogues at once below which a batch lane is hardly worth the wait."""
+BURST = 64  # calls that are answered before other tasks may run
 
 
 class Lanes:
     """The lanes of a run: members with the same model, URL and key share one."""
 
-    def __init__(
-        self,
-        folder: Path,
-        limits: Limits,
-        say: Callable[[str], None],
-        waiting: dict[str, str] | None = None,
-        may_send: Callable[[], None] | None = None,
-    ) -> None:
-        """`folder`: `batches/` of the run directory, this process's alone; the others are as for `open_models`."""
-        self._folder, self._limits, self._say = BatchFolder(folder), limits, say
-        self._waiting, self._may_send = {} if waiting is None else waiting, may_send or (lambda: None)
+    def __init__(self, folder: Path, limits: Limits, hooks: Hooks, pace: Pace | None = None) -> None:
+        """`folder` is `batches/` of the run directory; no other process may use it."""
+        self._folder, self._limits, self._hooks, self._pace = BatchFolder(folder), limits, hooks, pace or Pace()
         self._lanes: dict[str, Lane] = {}
 
-    def open(self, member: Member, images: ImageStore) -> "BatchModel":
-        """The model of a member. Needs a running event loop."""
+    def open(self, role: str, member: Member, images: ImageStore) -> "BatchModel":
+        """The model of a member; the faults of a lane count for the role that opens it. Needs a running event loop."""
         name = f"{member.spec.model} {member.spec.urls[0]} {member.key}"
         if name not in self._lanes:
-            service = api.BatchApi(member, self._limits, self._say, self._waiting, self._may_send)
-            self._lanes[name] = Lane(name, service, self._limits, self._folder, self._say)
+            service = BatchApi(member, self._limits, self._hooks, self._pace, role)
+            self._lanes[name] = Lane(name, service, self._limits, self._folder, self._hooks, self._pace)
         return BatchModel(member, images, self._lanes[name])
 
     def begin(self) -> None:
-        """Says what the user should know before the first batch."""
+        """Tells the user what to know before the first batch."""
         if self._lanes and self._limits.concurrency < FEW:
-            self._say(
+            self._hooks.notify(
                 f"`batch: true` with limits.concurrency {self._limits.concurrency}: every turn of a dialogue waits for "
-                "a batch, so have thousands of dialogues grown at once (docs/batch.md)"
+                "a batch, so grow thousands of dialogues at once (docs/batch.md)"
             )
         for name in {state.lane for state in self._folder.states if state.file} - self._lanes.keys():
             model, url, key = name.rsplit(" ", 2)
-            self._say(
+            self._hooks.notify(
                 f"batches of {model} at {url} (key {key or 'none'}) stay with the provider, since no member of the "
                 "cast has `batch: true` there any longer: their calls are asked again"
             )
@@ -88,8 +79,8 @@ class BatchModel:
         self._member, self._images, self._lane = member, images, lane
 
     async def answer(self, call: Call) -> Reply:
-        """The reply, within a day; `CallFailed` if this call failed for good, `ServiceGone` if the service is."""
-        reply = await self._lane.ask(call.key(self.identity, self._member.extra), lambda: self._body(call))
+        """The reply, within a day; `CallFailed` if this call failed for good, `ServiceGone` if the service did."""
+        reply = await self._lane.ask(call.role, call.key(self.identity, self._member.extra), lambda: self._body(call))
         is_counted = reply.tokens[0] or reply.finish == "blocked"
         return reply if is_counted else structs.replace(reply, tokens=estimated(call, reply))
 
@@ -103,14 +94,15 @@ class BatchModel:
 
 @dataclass
 class _Waiting:
-    """A call without an answer; the body is made when it is written and not held."""
+    """A call without an answer; its body is made when it is written and not held in memory."""
 
+    role: str
     body: Callable[[], bytes]
     answered: asyncio.Future[Reply]
     tries: int = 0
 
     def fail(self, error: BaseException) -> None:
-        """Ends the call, whose job may be on its way out already: then nobody looks at the error."""
+        """Ends the call. Its job may have been cancelled already: then nobody reads the error."""
         self.answered.set_exception(error)
         self.answered.exception()
 
@@ -126,18 +118,20 @@ class _Collection:
 
 
 class Lane:
-    """One model at one provider: what waits, what is collected and what is under way."""
+    """One model at one provider: the calls that wait, are collected, or are in a batch."""
 
-    def __init__(self, name: str, its: api.BatchApi, limits: Limits, folder: BatchFolder, say: Callable[[str], None]):
-        self._name, self._api, self._identity, self._limits = name, its, its.identity, limits
-        self._folder, self._say = folder, say
+    def __init__(
+        self, name: str, service: BatchApi, limits: Limits, folder: BatchFolder, hooks: Hooks, pace: Pace
+    ) -> None:
+        self._name, self._api, self._identity, self._limits = name, service, service.identity, limits
+        self._folder, self._hooks, self._pace = folder, hooks, pace
         self._waiting: dict[str, _Waiting] = {}
         self._sent: set[str] = set()
-        """Keys of the calls in collections and batches, asked by a job of this process or not."""
+        """Keys of the calls in collections and batches, whether a job of this process waits for them or not."""
         self._open: _Collection | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._added = 0.0
-        self._most = self._ceiling = float(MOST_REQUESTS)
+        self._most = self._ceiling = float(pace.most_requests)
         self._under_way: dict[str, State] = {}
         self._faults = 0
         """Batches in a row with faults that were not the calls' own."""
@@ -150,7 +144,7 @@ class Lane:
         self._start(self._adopt())
 
     async def aclose(self) -> None:
-        """Stops; batches that the provider has go on there."""
+        """Stops; batches that the provider has continue there."""
         if self._closed:
             return
         self._closed = True
@@ -164,21 +158,21 @@ class Lane:
             self._folder.requests(self._open.nonce).unlink(missing_ok=True)
         if self._under_way:
             calls = sum(len(state.keys) for state in self._under_way.values())
-            self._say(
+            self._hooks.notify(
                 f"{self._identity}: {len(self._under_way)} batches with {calls:,} calls stay with the provider; "
-                "the run takes their answers when it goes on"
+                "the run takes their answers when it resumes"
             )
         self._folder.sweep()
         await self._api.aclose()
 
-    async def ask(self, key: str, body: Callable[[], bytes]) -> Reply:
+    async def ask(self, role: str, key: str, body: Callable[[], bytes]) -> Reply:
         """The answer to the call of that key: from a batch that has it, or from the next one."""
         await self._adopted.wait()
         if self._broken:
             raise _copy(self._broken)
         if (reply := self._known(key)) is not None:
             return reply
-        waiting = self._waiting[key] = _Waiting(body, asyncio.get_running_loop().create_future())
+        waiting = self._waiting[key] = _Waiting(role, body, asyncio.get_running_loop().create_future())
         if key not in self._sent:
             self._collect(key, waiting)
         return await waiting.answered
@@ -190,7 +184,7 @@ class Lane:
             return None
         try:
             reply = reply_in(found.line)
-        except Passing:
+        except Transient:
             return None
         except CallFailed:
             if found.old:  # as after any failed call, a new process asks again
@@ -204,7 +198,7 @@ class Lane:
         """Writes the call into the open collection."""
         line = b'{"custom_id":"%s","method":"POST","url":"%s","body":%s}\n' % (
             key.encode(),
-            api.ROUTE.encode(),
+            ROUTE.encode(),
             waiting.body(),
         )
         if self._open and self._open.size + len(line) > MOST_BYTES:
@@ -224,15 +218,15 @@ class Lane:
         if len(self._open.keys) >= int(self._most):
             self._seal()
         elif self._timer is None:
-            self._timer = loop.call_later(QUIET, self._if_quiet)
+            self._timer = loop.call_later(self._pace.quiet, self._seal_if_quiet)
 
-    def _if_quiet(self) -> None:
+    def _seal_if_quiet(self) -> None:
         loop = asyncio.get_running_loop()
         self._timer = None
         if self._open is None:
             return
-        if (left := self._added + QUIET - loop.time()) > 0:
-            self._timer = loop.call_later(left, self._if_quiet)
+        if (left := self._added + self._pace.quiet - loop.time()) > 0:
+            self._timer = loop.call_later(left, self._seal_if_quiet)
         else:
             self._seal()
 
@@ -245,7 +239,7 @@ class Lane:
     # --- one batch ---------------------------------------------------------------------------------------------------
 
     async def _adopt(self) -> None:
-        """Takes up what an earlier process left with the provider; what never got there is owed again."""
+        """Follows the batches that an earlier process left at the provider; calls that it never got are asked again."""
         for state in [state for state in self._folder.states if state.lane == self._name]:
             if not state.batch:
                 # Without a file at the provider there can be no batch over it.
@@ -266,149 +260,161 @@ class Lane:
         await asyncio.to_thread(close, file)
         await asyncio.to_thread(self._folder.note, state)
         try:
-            await self._admitted()
+            await self._wait_while_held()
             state = structs.replace(state, file=await self._api.upload(self._folder.requests(state.nonce)))
             await asyncio.to_thread(self._folder.note, state)
             remote = await self._api.create(state.file, state.nonce, state.made)
-        except api.Refused as refused:
-            await self._refused(state, refused)
+        except Refused as refused:
+            await self._split(state, refused)
             return
         except BudgetReached as reached:
-            self._unsent(state, reached)
+            self._give_up(state, reached)
             return
         state = structs.replace(state, batch=remote.id)
         self._under_way[state.nonce] = state
         await asyncio.to_thread(self._folder.note, state)
         self._folder.requests(state.nonce).unlink(missing_ok=True)
-        self._say(f"{self._identity}: batch {self._api.clean(remote.id)} of {len(state.keys):,} calls sent")
+        self._hooks.notify(f"{self._identity}: batch {self._api.clean(remote.id)} of {len(state.keys):,} calls sent")
         await self._follow(state, remote)
 
-    async def _admitted(self) -> None:
-        """Waits where the account's queue is full or batches fail: until one of ours has ended well, or for a while."""
+    async def _wait_while_held(self) -> None:
+        """Where the account's queue is full or batches fail: until one of ours has ended well, or the hold is over."""
         loop = asyncio.get_running_loop()
         while (left := self._held_until - loop.time()) > 0:
             self._freed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._freed.wait(), left)
 
-    async def _follow(self, state: State, remote: api.Remote | None) -> None:
-        """Looks at a batch until it has ended, then brings its results home."""
-        pause, late = api.FIRST_PAUSE, 0
-        while remote is None or remote.status not in api.TERMINAL or self._is_late(remote, late):
+    async def _follow(self, state: State, remote: Remote | None) -> None:
+        """Looks at a batch until it has ended, then fetches its results."""
+        pause, late = self._pace.first_pause, 0
+        while remote is None or remote.status not in TERMINAL or self._is_late(remote, late):
             if remote is not None:
-                late += remote.status in api.TERMINAL
+                late += remote.status in TERMINAL
                 await asyncio.sleep(pause)
-                pause = min(api.LONGEST_PAUSE, pause * 1.5)
+                pause = min(self._pace.longest_pause, pause * 1.5)
             remote = await self._api.look(state.batch)
         if remote.status == "failed" and not remote.files:
             problems = remote.problems
             words = "; ".join(self._api.clean(p.message or p.code or "") for p in problems[:3]) or "no reason given"
-            full = any(problem.code == api.QUEUE_FULL for problem in problems)
+            full = any(problem.code == QUEUE_FULL for problem in problems)
             lines = tuple(problem.line for problem in problems if problem.line)
-            await self._refused(state, api.Refused(words, 0, api.QUEUE_FULL if full else "", lines))
+            await self._split(state, Refused(words, 0, QUEUE_FULL if full else "", lines))
             return
         for _ in range(FETCHES):
             await self._api.download(remote.files, self._folder.part(state.nonce))
             places, answers = await asyncio.to_thread(self._folder.index, state)
             if answers >= remote.answered:
                 break
-            await asyncio.sleep(pause)  # less than was paid for came down; another copy goes behind it
+            await asyncio.sleep(pause)  # fewer answers came than were paid for; another copy is appended
         self._folder.keep(state, places)
         await self._settle(state, remote)
 
     @staticmethod
-    def _is_late(remote: api.Remote, looks: int) -> bool:
-        """True if a completed batch does not say yet where its answers are."""
+    def _is_late(remote: Remote, looks: int) -> bool:
+        """True if a completed batch does not yet name the file of its answers."""
         return remote.status == "completed" and remote.answered > 0 and not remote.output_file_id and looks < LATE_FILES
 
     # --- what became of its calls ------------------------------------------------------------------------------------
 
-    async def _settle(self, state: State, remote: api.Remote) -> None:
+    async def _settle(self, state: State, remote: Remote) -> None:
         """Gives the calls that wait their answers; those without one go into the next batch."""
         del self._under_way[state.nonce]
         words = f"no result in the batch, which is {remote.status}"
-        again = 0
+        unusable, again = 0, Counter[str]()
         for number, key in enumerate(state.keys):
-            if (waiting := self._back(key)) is None:
+            if (waiting := self._taken_from_batch(key)) is None:
                 continue
             found = self._folder.take(key)
             try:
                 if found is None:
-                    raise Passing(words)
+                    raise Transient(words)
                 waiting.answered.set_result(reply_in(found.line))
-            except Passing as fault:
-                again += 1
-                self._once_more(key, waiting, str(fault), counted=remote.status != "expired")
+            except Transient as fault:
+                unusable += 1
+                is_counted = remote.status != "expired"
+                again[waiting.role] += self._collect_again(key, waiting, str(fault), counted=is_counted)
             except CallFailed as error:
                 waiting.fail(error)
             if waiting.answered.done():
                 self._waiting.pop(key, None)
             if number % BURST == BURST - 1:
                 await asyncio.sleep(0)
-        if again:
-            self._say(
-                f"{self._identity}: batch {self._api.clean(remote.id)} is {remote.status}; "
-                f"{again:,} of its {len(state.keys):,} calls had no usable answer and are asked again"
+        if unusable:
+            which = f"batch {self._api.clean(remote.id)} is {remote.status}"
+            self._hooks.notify(
+                f"{self._identity}: {which}; "
+                f"{unusable:,} of its {len(state.keys):,} calls had no usable answer and are asked again"
             )
+            self._log_again(again, f"{which}, no usable answer")
             self._hold()
         else:
             self._faults, self._held_until = 0, 0.0
             self._most = min(self._ceiling, self._most * 1.25)
             self._freed.set()
 
-    async def _refused(self, state: State, refused: api.Refused) -> None:
-        """A batch that the provider did not take: the calls it names fail, the others go into smaller or later ones."""
+    async def _split(self, state: State, refused: Refused) -> None:
+        """A refused batch: the calls that the provider names fail, the others go into smaller or later batches."""
         self._under_way.pop(state.nonce, None)
         self._folder.forget(state)
-        full, large = refused.code == api.QUEUE_FULL, refused.status == 413
-        if full and not self._under_way:  # else the queue is ours, and has room again when one of them has ended
+        full, large = refused.code == QUEUE_FULL, refused.status == 413
+        if full and not self._under_way:  # else the queue is full of ours, and has room when one of them has ended
             self._most = max(1.0, len(state.keys) // 2)
         if large:
             self._most = self._ceiling = max(1.0, len(state.keys) // 2)
-        self._say(f"{self._identity}: a batch of {len(state.keys):,} calls was not taken ({refused}); asked again")
+        self._hooks.notify(
+            f"{self._identity}: a batch of {len(state.keys):,} calls was not taken ({refused}); asked again"
+        )
         self._hold()
-        named = {line - 1 for line in refused.lines}
+        named, again = {line - 1 for line in refused.lines}, Counter[str]()
         for number, key in enumerate(state.keys):
-            if (waiting := self._back(key)) is None:
+            if (waiting := self._taken_from_batch(key)) is None:
                 continue
             if number in named or (large and len(state.keys) == 1):
                 del self._waiting[key]
                 waiting.fail(CallFailed("endpoint", "bad_request", str(refused)))
             else:
-                self._once_more(key, waiting, str(refused), counted=not (full or large or named))
+                is_counted = not (full or large or named)
+                again[waiting.role] += self._collect_again(key, waiting, str(refused), counted=is_counted)
             if number % BURST == BURST - 1:
                 await asyncio.sleep(0)
+        self._log_again(again, refused)
 
-    def _back(self, key: str) -> _Waiting | None:
-        """The call of that key, which is in no batch any longer, if anybody still waits for it."""
+    def _log_again(self, calls: Counter[str], why: object) -> None:
+        for role, count in (+calls).items():
+            self._api.incidents.asked_again(role, count, why)
+
+    def _taken_from_batch(self, key: str) -> _Waiting | None:
+        """The call of that key, which is in no batch any longer; None if nobody waits for it any longer."""
         self._sent.discard(key)
         if (waiting := self._waiting.get(key)) and waiting.answered.done():
             del self._waiting[key]
             return None
         return waiting
 
-    def _unsent(self, state: State, reached: BudgetReached) -> None:
-        """Ends the calls of a batch that is not asked for any more."""
-        if not state.file:  # else the next process looks for it, in case it is there after all
+    def _give_up(self, state: State, reached: BudgetReached) -> None:
+        """Ends the calls of a batch that may not be sent any more."""
+        if not state.file:  # else the next process looks for it, in case the provider has it after all
             self._folder.forget(state)
         for key in state.keys:
-            if waiting := self._back(key):
+            if waiting := self._taken_from_batch(key):
                 del self._waiting[key]
                 waiting.fail(_copy(reached))
 
-    def _once_more(self, key: str, waiting: _Waiting, words: str, *, counted: bool) -> None:
-        """Collects a call again, or ends it when its tries are used up."""
+    def _collect_again(self, key: str, waiting: _Waiting, words: str, *, counted: bool) -> bool:
+        """True if the call goes into the next batch, False if its tries are used up; `counted` if this was one."""
         waiting.tries += counted
         if waiting.tries >= self._limits.retries:
             del self._waiting[key]
             waiting.fail(CallFailed("endpoint", "server_error", words))
-        else:
-            self._collect(key, waiting)
+            return False
+        self._collect(key, waiting)
+        return True
 
     def _hold(self) -> None:
-        """Sends nothing more for a while, longer each time in a row."""
+        """Sends no batch for a while, longer each time in a row."""
         self._faults += 1
-        pause = min(api.LONGEST_PAUSE, api.FIRST_PAUSE * 2.0 ** min(self._faults, 10))
+        pause = min(self._pace.longest_pause, self._pace.first_pause * 2.0 ** min(self._faults, 10))
         self._held_until = asyncio.get_running_loop().time() + pause
 
     # --- tasks -------------------------------------------------------------------------------------------------------
@@ -419,7 +425,7 @@ class Lane:
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """What ends a task of the lane ends every call that waits, and with them the run."""
+        """An error that ends a task of the lane ends every call that waits, and with them the run."""
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
@@ -432,18 +438,16 @@ class Lane:
 
     def _as_ending(self, error: BaseException) -> BaseException:
         """The error as one that ends the run."""
-        if isinstance(error, api.Refused):
-            return ServiceGone(
-                f"{self._identity} at {self._api.url}: {error}; mend it, then run the same command again"
-            )
+        if isinstance(error, Refused):
+            return ServiceGone(f"{self._identity} at {self._api.url}: {error}; fix it, then run the same command again")
         return _storage_error(error) if isinstance(error, OSError) else error
 
 
 def _copy(error: BaseException) -> BaseException:
-    """One exception for each that it is raised in: a shared one would gather the traces of thousands."""
+    """An exception of its own for each call: a shared one would gather the traces of thousands."""
     return type(error)(str(error)) if isinstance(error, IntersafeError) else error
 
 
 def _storage_error(error: OSError) -> StorageError:
     where = error.filename or "batches"
-    return StorageError(f"{where}: {error.strerror}; mend it, then run the same command again")
+    return StorageError(f"{where}: {error.strerror}; fix it, then run the same command again")

@@ -1,98 +1,50 @@
-"""Any OpenAI-compatible chat server: one POST to `/chat/completions`; errors are the matter of `http/service.py`.
+"""Any OpenAI-compatible chat server: one POST to `/chat/completions`, by the policy of `service.py`.
 
-Images go before the text of their message, as the member's `send_images` has it: as data URIs; as `file://` URLs of the
-run's own store, for a server on the same disk; or by vLLM's `uuid`, whose bytes travel only once to a replica, and once
-more where it does not know them any longer.
+Images travel as the member's `send_images` says: as data URIs; as `file://` URLs of the run's own store, for a server
+on the same disk; or by vLLM's `uuid`. Then the bytes go only once to a replica, and once more where it no longer knows
+them.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection
+from functools import partial
 
 import msgspec
 
+from intersafe.errors import CallFailed
 from intersafe.images.store import ImageStore
-from intersafe.models.base import Call, Reply
-from intersafe.models.http.faults import UNREADABLE, Passing, is_about_schema
-from intersafe.models.http.service import Question, ReplicaState, Service
+from intersafe.models.base import Call, Hooks, Reply
+from intersafe.models.http.completions import (
+    Part,
+    UuidParts,
+    as_data,
+    chat_body,
+    chat_fields,
+    estimated,
+    read_reply,
+    remember,
+    tokens_ahead,
+)
+from intersafe.models.http.faults import Fault, refused_field
+from intersafe.models.http.quirks import OptionalField
+from intersafe.models.http.request import Request
+from intersafe.models.http.service import ReplicaState, Service
 from intersafe.recipe.sections import Limits, Member
-from intersafe.records import Finish, Message
-
-MAX_BODY = 16 * 2**20
-REMEMBERED = 1024
-"""Images that a replica is taken to remember; a dialogue needs its own few for as long as it is talked."""
-IMAGE_TOKENS = 800
-"""An image, until usage tells: about a square of 800 pixels to Qwen2.5-VL."""
-
-_FINISH: dict[str, Finish] = {
-    **dict.fromkeys(
-        ("stop", "eos", "eos_token", "stop_sequence", "end_turn", "tool_calls", "function_call", ""), "stop"
-    ),
-    **dict.fromkeys(("length", "max_tokens", "model_length", "max_length"), "length"),
-}
-"""Any other reason is a block: the server stopped for one of its own (`content_filter`, `safety`, `recitation`)."""
-_BROKEN_OFF = ("abort", "error")
-
-
-class _Message(msgspec.Struct):
-    content: str | list[dict[str, Any]] | None = None
-    refusal: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class _Completion(msgspec.Struct):
-    choices: list[_Choice]
-    usage: msgspec.Raw = msgspec.Raw(b"")
-
-
-_DECODER = msgspec.json.Decoder(_Completion)
-_USAGE = msgspec.json.Decoder(_Usage)
-_MOST_TOKENS = 10**8  # of one call; a server that reports more reports nonsense
-
-Part = dict[str, Any]
 
 
 class EndpointModel:
     """One chat model behind one or several URLs."""
 
-    def __init__(
-        self,
-        member: Member,
-        limits: Limits,
-        images: ImageStore,
-        say: Callable[[str], None],
-        waiting: dict[str, str] | None = None,
-        may_send: Callable[[], None] | None = None,
-    ) -> None:
-        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
-
-        `may_send` raises `BudgetReached` from the moment on when no call may be sent.
-        """
+    def __init__(self, member: Member, limits: Limits, images: ImageStore, hooks: Hooks) -> None:
+        """Needs a running event loop."""
         self.identity = member.identity
-        self._member, self._images, self._say = member, images, say
-        self._is_counting = False
-        self._refused_schemas: set[str] = set()
-        self._known: dict[str, dict[str, None]] = {url: {} for url in member.spec.urls}
-        hello = {"model": member.spec.model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
-        small = msgspec.json.encode(hello | member.extra)
-        self._service = Service(
-            member,
-            "/chat/completions",
-            limits,
-            say,
-            waiting=waiting,
-            may_send=may_send,
-            scout=Question(lambda: small, read_reply, _blocked),
-            max_body=MAX_BODY,
-        )
+        self._member, self._images, self._hooks = member, images, hooks
+        self._refused: dict[str, frozenset[str]] = {}
+        """Optional fields that the server refuses, by name of the call's schema."""
+        self._told: set[str] = set()
+        self._sent_images: dict[str, dict[str, None]] = {url: {} for url in member.spec.urls}
+        """Images that each replica has received, by its URL, the latest used last; for `send_images: uuid`."""
+        self._part = self._as_file if member.send_images == "file" else self._as_data
+        self._service = Service(member, "/chat/completions", limits, hooks, probe=partial(HelloRequest, member))
 
     async def aclose(self) -> None:
         """Closes the connections."""
@@ -103,104 +55,35 @@ class EndpointModel:
         return self._service.states()
 
     async def answer(self, call: Call) -> Reply:
-        """The reply; waits out overload and outages, tries again what passes."""
-        schema = call.schema
-        if schema and (schema.name in self._refused_schemas or not self._member.json_schema):
-            call = msgspec.structs.replace(call, schema=None)
-        with_schema, refused = call, ""
-
-        def amend(error: Exception) -> bool:
-            """The same without its schema, where the server may not know what that is."""
-            nonlocal call, refused
-            if call.schema is None or not is_about_schema(error):
-                return False
-            call, refused = msgspec.structs.replace(call, schema=None), str(error)
-            return True
-
-        def body(part: Callable[[str], Part]) -> bytes:
-            return chat_body(self._member, call, part)
-
-        if self._member.send_images == "uuid":
-            reply = await self._answer_by_uuid(with_schema, body, amend)
-        else:
-            part = self._as_file if self._member.send_images == "file" else self._as_data
-            reply = await self._service.ask(
-                call.job,
-                Question(
-                    lambda: body(part),
-                    lambda data: self._counted(with_schema, read_reply(data)),
-                    _blocked,
-                    amend=amend,
-                    tokens=lambda: _about(with_schema),
-                    used=lambda reply: _used(with_schema, reply),
-                ),
-            )
-        if refused and schema and schema.name not in self._refused_schemas:
-            # Each by itself, so that it does not depend on the order of the calls which of them had a schema.
-            self._refused_schemas.add(schema.name)
-            if len(self._refused_schemas) == 1:
-                self._say(
-                    f"{self.identity} refuses JSON schemas ({refused}): then the prompt alone asks for JSON; "
-                    "`json_schema: false` in the recipe says so from the start"
-                )
+        """The reply; waits out overload and outages, tries again after transient faults."""
+        request = self._request(call)
+        reply = await self._service.ask(call.job, request)
+        if request.is_estimated:
+            self._tell_once("usage", "{model} reports no tokens: they are counted by estimate, four characters a token")
+        if request.refused:
+            self._learn(call, request.refused)
         return reply
 
-    async def _answer_by_uuid(
-        self, call: Call, body: Callable[[Callable[[str], Part]], bytes], schemaless: Callable[[Exception], bool]
-    ) -> Reply:
-        known: dict[str, None] = {}
-        refs = dict.fromkeys(ref for message in call.messages for ref in message.images)
-        whole, omitted = False, False
+    def _request(self, call: Call) -> "ChatRequest":
+        without = self._refused.get(_schema_name(call), frozenset()) if self._refused else frozenset()
+        if self._member.send_images == "uuid":
+            return UuidChatRequest(self._member, call, self._part, without, self._sent_images)
+        return ChatRequest(self._member, call, self._part, without)
 
-        def at(url: str) -> None:
-            nonlocal known, omitted
-            known, omitted = self._known[url], False
+    def _learn(self, call: Call, refused: "dict[OptionalField, str]") -> None:
+        """Leaves out from now on what the server answers only without.
 
-        def part(ref: str) -> Part:
-            nonlocal omitted
-            if whole or ref not in known:
-                return {**self._as_data(ref), "uuid": ref.partition(".")[0]}
-            omitted = True
-            return {"type": "image_url", "image_url": None, "uuid": ref.partition(".")[0]}
+        Each schema learns by itself: which calls had one must not depend on the order of the calls.
+        """
+        schema = _schema_name(call)
+        for field, why in refused.items():
+            self._refused[schema] = self._refused.get(schema, frozenset()) | {field.name}
+            self._tell_once(field.name, field.notice, why)
 
-        def read(data: bytes) -> Reply:
-            reply = self._counted(call, read_reply(data))
-            remember(known, refs)
-            return reply
-
-        def amend(error: Exception) -> bool:
-            """Whatever the answer was about: where bytes were left out, it may have been about them."""
-            nonlocal whole
-            if whole or not omitted:
-                return schemaless(error)
-            whole = True
-            for ref in refs:
-                known.pop(ref, None)
-            return True
-
-        return await self._service.ask(
-            call.job,
-            Question(
-                lambda: body(part),
-                read,
-                _blocked,
-                amend=amend,
-                at=at,
-                tokens=lambda: _about(call),
-                used=lambda reply: _used(call, reply),
-            ),
-        )
-
-    def _counted(self, call: Call, reply: Reply) -> Reply:
-        """The reply with its tokens, by estimate where the server reports none: limits have to hold all the same."""
-        if reply.tokens[0]:
-            return reply
-        if not self._is_counting:
-            self._is_counting = True
-            self._say(f"{self.identity} reports no tokens: they are counted by estimate, four characters a token")
-        return msgspec.structs.replace(reply, tokens=estimated(call, reply))
-
-    # --- what is sent ------------------------------------------------------------------------------------------------
+    def _tell_once(self, what: str, notice: str, why: str = "") -> None:
+        if what not in self._told:
+            self._told.add(what)
+            self._hooks.notify(notice.format(model=self.identity, why=why))
 
     def _as_data(self, ref: str) -> Part:
         return as_data(self._images, ref)
@@ -209,102 +92,121 @@ class EndpointModel:
         return {"type": "image_url", "image_url": {"url": self._images.path(ref).absolute().as_uri()}}
 
 
-def chat_body(member: Member, call: Call, part: Callable[[str], Part]) -> bytes:
-    """The body of a request; `part` makes the part of a message out of an image's reference."""
-    sampling = call.sampling
-    body: dict[str, Any] = {
-        "model": member.spec.model,
-        "messages": [message_body(message, part) for message in call.messages],
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_tokens,
-        "seed": sampling.seed,
-    }
-    if call.schema and member.json_schema:
-        body["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": call.schema.name, "schema": call.schema.schema},
-        }
-    return msgspec.json.encode(body | member.extra)
+def _schema_name(call: Call) -> str:
+    return call.schema.name if call.schema else ""
 
 
-def remember(known: dict[str, None], refs: Iterable[str]) -> None:
-    """Puts the images last among those that are known, and forgets the longest unused."""
-    for ref in refs:
-        known.pop(ref, None)
-        known[ref] = None
-    while len(known) > REMEMBERED:
-        del known[next(iter(known))]
+class HelloRequest(Request[Reply]):
+    """The health probe: a greeting of at most 16 tokens."""
+
+    def __init__(self, member: Member, role: str) -> None:
+        super().__init__(role)
+        hello = {"model": member.spec.model, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16}
+        self._body = msgspec.json.encode(hello | member.extra)
+
+    def body(self, url: str) -> bytes:
+        """The same for every replica."""
+        return self._body
+
+    def read(self, data: bytes) -> Reply:
+        """Whatever it says."""
+        return read_reply(data)
+
+    def blocked(self, message: str) -> Reply:
+        """An answer all the same."""
+        return _BLOCKED
 
 
-def as_data(images: ImageStore, ref: str) -> Part:
-    """An image as a data URI."""
-    return {"type": "image_url", "image_url": {"url": images.data_uri(ref)}}
+class ChatRequest(Request[Reply]):
+    """One call; a server that refuses an optional field is asked again without it."""
+
+    def __init__(
+        self, member: Member, call: Call, part: Callable[[str], Part], without: Collection[str] = frozenset()
+    ) -> None:
+        """`part` makes the part of a message out of an image's reference; `without` are fields to leave out."""
+        super().__init__(call.role)
+        self._member, self._call, self._part, self._without = member, call, part, without
+        self.is_estimated = False
+        """True if the server reported no tokens."""
+        self.refused: dict[OptionalField, str] | None = None
+        """Fields that the server refused, each with its words; None for none."""
+
+    def body(self, url: str) -> bytes:
+        """The body with all images whole."""
+        return chat_body(self._member, self._call, self._part, self._without)
+
+    def read(self, data: bytes) -> Reply:
+        """The reply; its tokens by estimate where the server reports none, so that limits hold all the same."""
+        reply = read_reply(data)
+        if reply.tokens[0]:
+            return reply
+        self.is_estimated = True
+        return msgspec.structs.replace(reply, tokens=estimated(self._call, reply))
+
+    def blocked(self, message: str) -> Reply:
+        """An empty reply that says so."""
+        return _BLOCKED
+
+    def fall_back(self, error: Fault | CallFailed) -> bool:
+        """Leaves out the optional field that the server refuses, if the error is about one."""
+        sent = chat_fields(self._member, self._call).keys() - self._without
+        field = refused_field(error, sent)
+        if field is None:
+            return False
+        self._without = {*self._without, field.name}
+        self.refused = (self.refused or {}) | {field: str(error)}
+        return True
+
+    def tokens(self) -> int:
+        """By estimate."""
+        return tokens_ahead(self._call)
+
+    def used(self, reply: Reply) -> int:
+        """What the server reports; 0 for an estimate, which is no better than the first one."""
+        return 0 if self.is_estimated else sum(reply.tokens)
 
 
-def message_body(message: Message, part: Callable[[str], Part]) -> dict[str, Any]:
-    """A message as the API has it, its images before its text."""
-    if not message.images:
-        return {"role": message.role, "content": message.text}
-    return {
-        "role": message.role,
-        "content": [*(part(ref) for ref in message.images), {"type": "text", "text": message.text}],
-    }
+class UuidChatRequest(ChatRequest):
+    """A call whose images go by vLLM's `uuid`: without their bytes where the replica has received them before."""
+
+    def __init__(
+        self,
+        member: Member,
+        call: Call,
+        part: Callable[[str], Part],
+        without: Collection[str],
+        sent: dict[str, dict[str, None]],
+    ) -> None:
+        """`sent` has the images that each replica has received, by its URL; this call adds its own."""
+        super().__init__(member, call, part, without)
+        self._sent = sent
+        self._refs = dict.fromkeys(ref for message in call.messages for ref in message.images)
+        self._known: dict[str, None] = {}
+        """Images that the replica knows to which the latest body went."""
+        self._has_omitted = self._is_whole = False
+
+    def body(self, url: str) -> bytes:
+        """The body for that replica."""
+        self._known = self._sent[url]
+        parts = UuidParts(self._part, {} if self._is_whole else self._known)
+        body = chat_body(self._member, self._call, parts, self._without)
+        self._has_omitted = parts.has_omitted
+        return body
+
+    def read(self, data: bytes) -> Reply:
+        """The reply; the replica knows the images from now on."""
+        reply = super().read(data)
+        remember(self._known, self._refs)
+        return reply
+
+    def fall_back(self, error: Fault | CallFailed) -> bool:
+        """Sends all bytes where some were left out: whatever the error says, it may be about them."""
+        if self._is_whole or not self._has_omitted:
+            return super().fall_back(error)
+        self._is_whole = True
+        for ref in self._refs:
+            self._known.pop(ref, None)
+        return True
 
 
-def _about(call: Call) -> int:
-    """Tokens that a call may cost: an answer takes half of its room."""
-    return _prompt_tokens(call) + call.sampling.max_tokens // 2
-
-
-def _prompt_tokens(call: Call) -> int:
-    """By estimate: four characters make one."""
-    characters = sum(len(message.text) for message in call.messages)
-    images = sum(len(message.images) for message in call.messages)
-    return characters // 4 + IMAGE_TOKENS * images
-
-
-def estimated(call: Call, reply: Reply) -> tuple[int, int]:
-    """Prompt and completion tokens of a call whose answer does not say them."""
-    return max(1, _prompt_tokens(call)), len(reply.text) // 4
-
-
-def _used(call: Call, reply: Reply) -> int:
-    """What a quota is set right by: an estimate is no better than the one that it was counted for."""
-    return 0 if reply.tokens == estimated(call, reply) else sum(reply.tokens)
-
-
-# --- what comes back -------------------------------------------------------------------------------------------------
-
-
-def _blocked(_: str) -> Reply:
-    return Reply("", "blocked")
-
-
-def read_reply(data: bytes) -> Reply:
-    """The reply in the body of a 200, with tokens of 0 and 0 if it says none; `Passing` where there is none."""
-    try:
-        completion = _DECODER.decode(data)
-    except UNREADABLE as error:
-        raise Passing(f"unreadable answer: {error}") from None
-    if not completion.choices:
-        raise Passing("answer without choices")
-    choice = completion.choices[0]
-    if choice.finish_reason in _BROKEN_OFF:
-        raise Passing(f"the server broke the answer off ({choice.finish_reason})")
-    content = choice.message.content
-    text = content if isinstance(content, str) else "".join(str(p.get("text") or "") for p in content or ())
-    finish = _FINISH.get((choice.finish_reason or "").lower(), "blocked")
-    if choice.message.refusal:
-        text, finish = text or choice.message.refusal, "refused"
-    return Reply(text, finish, _tokens_in(completion.usage))
-
-
-def _tokens_in(usage: msgspec.Raw) -> tuple[int, int]:
-    """What a server says about tokens is no part of the answer: what cannot be a count is as good as nothing."""
-    try:
-        found = _USAGE.decode(usage)
-    except UNREADABLE:
-        return 0, 0
-    prompt, completion = found.prompt_tokens, found.completion_tokens
-    return (prompt, completion) if 0 < prompt <= _MOST_TOKENS and 0 <= completion <= _MOST_TOKENS else (0, 0)
+_BLOCKED = Reply("", "blocked")

@@ -8,7 +8,9 @@ from typing import Never
 import msgspec
 
 from intersafe.errors import CallFailed, InputError
-from intersafe.models.http.service import Question, Service
+from intersafe.models.base import Hooks
+from intersafe.models.http.request import Request
+from intersafe.models.http.service import Service
 from intersafe.recipe.sections import Limits, Model
 from intersafe.recipe.specs import parse_spec
 from intersafe.storage.loops import run_anywhere
@@ -16,7 +18,6 @@ from intersafe.storage.loops import run_anywhere
 LIMITS = Limits(timeout=60, patience=30, retries=3)
 """A report costs little to ask for again, so it waits less than a run does."""
 _BATCH = 64
-_MAX_BODY = 64 * 2**20
 _FLAG = "--embedder"
 
 Vectors = list[list[float]]
@@ -38,7 +39,7 @@ class _Answer(msgspec.Struct):
     data: list[_Item]
 
 
-def open_embedder(spec: str, key: str, say: Callable[[str], None], limits: Limits = LIMITS) -> Embedder:
+def open_embedder(spec: str, key: str, hooks: Hooks, limits: Limits = LIMITS) -> Embedder:
     """The model of `openai:model@url`; `key` names the variable with its API key, if it wants one.
 
     `embed` raises `InputError` where the server's answer is of no use, and `ServiceGone` where it stays away.
@@ -54,12 +55,13 @@ def open_embedder(spec: str, key: str, say: Callable[[str], None], limits: Limit
         vectors: Vectors = []
 
         async def work() -> None:
-            scout = _question(model, ["Say hello."])
-            service = Service(model, "/embeddings", limits, say, scout=scout, max_body=_MAX_BODY)
+            service = Service(
+                model, "/embeddings", limits, hooks, probe=lambda _: EmbeddingRequest(model, ["Say hello."])
+            )
             try:
                 for i in range(0, len(texts), _BATCH):
                     # One job: all of it goes to one replica, in case two of them hold different weights.
-                    batch = await service.ask("stats", _question(model, texts[i : i + _BATCH]))
+                    batch = await service.ask("stats", EmbeddingRequest(model, texts[i : i + _BATCH]))
                     vectors.extend(batch)
             finally:
                 await service.aclose()
@@ -76,9 +78,27 @@ def open_embedder(spec: str, key: str, say: Callable[[str], None], limits: Limit
     return Embedder(model.identity, embed)
 
 
-def _question(model: Model, texts: Sequence[str]) -> Question[Vectors]:
-    fields = {"model": model.spec.model, "input": list(texts), "encoding_format": "float"}
-    return Question(lambda: msgspec.json.encode(fields), lambda data: _vectors(data, len(texts)), _blocked)
+class EmbeddingRequest(Request[Vectors]):
+    """One vector for each of some texts."""
+
+    max_body = 64 * 2**20
+
+    def __init__(self, model: Model, texts: Sequence[str]) -> None:
+        super().__init__("embedder")
+        self._model, self._texts = model, list(texts)
+
+    def body(self, url: str) -> bytes:
+        """The same for every replica."""
+        return msgspec.json.encode({"model": self._model.spec.model, "input": self._texts, "encoding_format": "float"})
+
+    def read(self, data: bytes) -> Vectors:
+        """The vectors in the order of the texts; `InputError` where the answer is of no use."""
+        return _vectors(data, len(self._texts))
+
+    def blocked(self, message: str) -> Never:
+        """`InputError`: a report needs all vectors."""
+        remedy = "name a model without one"
+        raise InputError(f"the service's filter blocked the texts ({message})", at=_FLAG, remedy=remedy)
 
 
 def _vectors(data: bytes, count: int) -> Vectors:
@@ -92,10 +112,6 @@ def _vectors(data: bytes, count: int) -> Vectors:
     if not all(0 < math.hypot(*item.embedding) < math.inf for item in items):
         raise _useless("a vector without a direction")
     return [item.embedding for item in items]
-
-
-def _blocked(why: str) -> Never:
-    raise InputError(f"the service's filter blocked the texts ({why})", at=_FLAG, remedy="name a model without one")
 
 
 def _useless(what: str) -> InputError:

@@ -1,80 +1,81 @@
-"""What can come back in place of a reply, as exceptions of few kinds, and what the user can do about each."""
+"""What can come back in place of a reply, as exceptions of few kinds, and what the user can do about each.
 
-import re
+The kinds are a policy and stay few; which code or wording of which server means which kind is data in `quirks.py`.
+"""
+
 from collections.abc import Mapping
 
 import msgspec
 
 from intersafe.errors import CallFailed
-from intersafe.models.http.quotas import Words, words_of
+from intersafe.models.http import quirks
+from intersafe.models.http.throttling import Throttle, throttle_of
 from intersafe.recipe.sections import Model
 
-FILTERED = ("content_filter", "content_policy_violation", "data_inspection_failed", "moderation_blocked")
-_UNPAID = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
-_OVERLOADED = (429, 503, 529)
-_PASSING = (408, 409, 425)
-_AWAY = (401, 402, 403, 404, 405, 407)
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding raises; the last one for thousands of brackets in one another."""
-_READ = 20_000  # bytes of an error body that are looked at where it is no JSON
+"""What decoding raises; `RecursionError` for thousands of nested brackets."""
+_READ = 20_000  # bytes of an error body that are looked at where it is not JSON
 
 
 class Fault(Exception):
-    """No reply came, and the call may be tried again; `status` is 0 where no HTTP answer came."""
+    """No reply came, and the call may be tried again."""
 
-    def __init__(self, what: str, status: int = 0) -> None:
-        """`sent`, set by who sent it, is the moment of the loop's clock at which the request started."""
+    def __init__(self, what: str, status: int = 0, pause: float = 0.0) -> None:
+        """`what` is for the user. `status` is 0 without an HTTP answer, `pause` the seconds that the server asks for.
+
+        `sent`, set by the sender, is when the request started, by the event loop's clock.
+        """
         super().__init__(what)
-        self.status, self.sent = status, 0.0
+        self.status, self.pause, self.sent = status, pause, 0.0
 
 
-class Passing(Fault):
+class Transient(Fault):
     """Worth another try at once; a reader raises it where a 200 cannot be read."""
 
 
-class TooSlow(Passing):
-    """No answer in time: like a packet that is lost, it speaks of overload."""
+class TooSlow(Transient):
+    """No answer in time. It is a sign of overload, as a lost packet is."""
 
 
 class Away(Fault):
-    """Nobody there, or nobody who answers to us."""
+    """The service cannot be reached, or answers no call of ours."""
 
 
 class Overloaded(Fault):
-    """Too many requests; `words` is what the server says about when and how many."""
+    """Too many requests; `throttle` is what the server says about when and how many."""
 
-    def __init__(self, what: str, status: int, words: Words) -> None:
-        super().__init__(what, status)
-        self.words = words
+    def __init__(self, what: str, status: int, throttle: Throttle) -> None:
+        super().__init__(what, status, throttle.pause)
+        self.throttle = throttle
 
 
 class Moved(Exception):
-    """The replica was taken out before the call was answered."""
+    """The replica was taken out before the call was answered; another one may answer it."""
 
 
 def raise_for(status: int, headers: Mapping[str, str], data: bytes, what: str, code: str) -> None:
-    """Raises what an answer with a status other than 200 means; returns where a filter stopped the call.
+    """Raises what an answer with a status other than 200 means; returns where a filter blocked the call.
 
-    `what` are the words for the user, `code` the server's own (`error_of`).
+    `what` is the message for the user, `code` the server's own (`error_of`).
     """
-    if status == 400 and code in FILTERED:
+    if status == 400 and code in quirks.FILTER_CODES:
         return
-    if code in _UNPAID and status in (400, 403, 429):
+    if code in quirks.UNPAID_CODES and status in (400, 403, 429):
         raise Away(what, 402)
-    if status in _OVERLOADED:
-        words = words_of(headers, data[:_READ].decode("utf-8", "replace"))
-        if words.too_large:
+    if status in quirks.OVERLOADED:
+        throttle = throttle_of(headers, data[:_READ].decode("utf-8", "replace"))
+        if throttle.too_large:
             raise CallFailed("endpoint", "bad_request", what)
-        raise Overloaded(what, status, words)
-    if status in _AWAY or status < 400:
+        raise Overloaded(what, status, throttle)
+    if status in quirks.AWAY or status < 400:
         raise Away(what, status)
-    if status in _PASSING or status >= 500:
-        raise Passing(what, status)
+    if status in quirks.TRANSIENT or status >= 500:
+        raise Transient(what, status)
     raise refusal_of(what, code)
 
 
 def error_of(data: bytes) -> tuple[str, str]:
-    """The server's own words and code, from the usual places of an error body."""
+    """The server's own message and code, from the usual places of an error body."""
     try:
         body = msgspec.json.decode(data)
     except UNREADABLE:
@@ -85,12 +86,33 @@ def error_of(data: bytes) -> tuple[str, str]:
     return str(error.get("message", error)), str(error.get("code") or error.get("type") or "")
 
 
+def is_refusal(status: int) -> bool:
+    """True if the status turns this one request down, whoever sends it and whenever."""
+    others = (*quirks.AWAY, *quirks.TRANSIENT, *quirks.OVERLOADED)
+    return 400 <= status < 500 and status not in others
+
+
+def refusal_of(message: str, code: str = "") -> CallFailed:
+    """A call that a server or a library refuses for good: `too_long` by its words, or else `bad_request`."""
+    is_long = quirks.TOO_LONG.search(f"{code} {message}") and not quirks.TOO_ROOMY.search(message)
+    return CallFailed("endpoint", "too_long" if is_long else "bad_request", message)
+
+
+def refused_field(error: Exception, fields: frozenset[str] | set[str]) -> quirks.OptionalField | None:
+    """The one of the sent optional `fields` that a refusal is about, by the server's words."""
+    if not isinstance(error, CallFailed) or error.reason != "bad_request":
+        return None
+    optional = (field for field in quirks.OPTIONAL_FIELDS if field.name in fields)
+    return next((field for field in optional if field.refusal.search(error.detail)), None)
+
+
+# --- what the user can do --------------------------------------------------------------------------------------------
+
+
 def remedy_for(fault: Fault, model: Model) -> str:
-    """What the user can do."""
+    """What the user can do about a service that is away or overloaded."""
     if fault.status in (401, 403):
-        return (
-            f"is the key in {model.key} right?" if model.key else "name the variable of the key (`key:` in the recipe)"
-        )
+        return key_remedy(model)
     if isinstance(fault, Overloaded):
         return "lower the member's `concurrency`"
     if isinstance(fault, TooSlow):
@@ -101,46 +123,18 @@ def remedy_for(fault: Fault, model: Model) -> str:
     return f"check the URL and the model's name {name!r}" if 0 < fault.status < 500 else "bring it back"
 
 
-_TOO_LONG = re.compile(
-    r"context_length_exceeded|string_above_max_length|maximum (?:context|model|sequence) length"
-    r"|context window|exceeds? (?:the )?(?:model's )?(?:max(?:imum)? )?(?:context|sequence) (?:length|size)"
-    r"|input is too long|prompt is too long|longer than the (?:maximum )?(?:model|context)",
-    re.IGNORECASE,
-)
+def key_remedy(model: Model) -> str:
+    """What the user can do about a 401 or 403."""
+    return f"is the key in {model.key} right?" if model.key else "name the variable of the key (`key:` in the recipe)"
 
 
-_TOO_MANY_WANTED = re.compile(r"max_(completion_)?tokens.{0,40}too (large|many)", re.IGNORECASE)
-"""The answer's room and not the prompt: a setting, and no fault of the talk."""
-
-
-def refusal_of(words: str, code: str = "") -> CallFailed:
-    """What the words mean, and the server's code, by which a server or a library turns one call down for good."""
-    is_long = _TOO_LONG.search(f"{code} {words}") and not _TOO_MANY_WANTED.search(words)
-    return CallFailed("endpoint", "too_long" if is_long else "bad_request", words)
-
-
-_SIGHT = re.compile(
-    r"at most (\d+) image|not a multimodal model|image input|(?:support|accept|process)\w* image"
-    r"|image_url.{0,40}support",
-    re.IGNORECASE,
-)
-
-
-_SCHEMA = re.compile(r"response_format|schema|structured.?output|guided|grammar", re.IGNORECASE)
-
-
-def is_about_schema(error: Exception) -> bool:
-    """True if a call was turned down for its JSON schema, by the server's words."""
-    return isinstance(error, CallFailed) and error.reason == "bad_request" and bool(_SCHEMA.search(error.detail))
-
-
-def hint_for(words: str) -> str:
-    """What helps against a refusal that the user can do something about; empty where nothing is known."""
-    if _TOO_MANY_WANTED.search(words):
+def hint_for(message: str) -> str:
+    """What the user can do about a refusal; empty where nothing is known."""
+    if quirks.TOO_ROOMY.search(message):
         return "lower the member's `max_tokens`, or raise `max_model_len` in `serve`"
-    if _TOO_LONG.search(words):
+    if quirks.TOO_LONG.search(message):
         return "raise `max_model_len` in `serve`, or lower `turns.max` or `images.max`"
-    if found := _SIGHT.search(words):
+    if found := quirks.NO_IMAGES.search(message):
         if found[1] not in (None, "0"):
             return "raise `images` in `serve` (vllm: --limit-mm-per-prompt), or lower `images.max`"
         return "name a vision-language model, or seeds without images and no painter"

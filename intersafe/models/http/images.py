@@ -1,24 +1,25 @@
 """Any server with the OpenAI Images API: one POST to `/images/generations`, one image back as base64.
 
-Steps, guidance and the negative prompt bear the names that vLLM-Omni and SGLang give them and are sent only where they
-are set. A field that is null in `extra` is left out, for services that turn down what they do not know: OpenAI's
-gpt-image-1 takes neither `response_format` nor `seed`.
+Steps, guidance and the negative prompt have the names that vLLM-Omni and SGLang give them, and are sent only where they
+are set. A field that is null in `extra` is left out, for services that refuse unknown fields: OpenAI's gpt-image-1
+takes neither `response_format` nor `seed`.
 
-The health probe of `service.py` is a picture too: a server that lists its models need not be able to draw, and
-one that cannot would fail every dialogue of a run that should wait for it. It is paid for only where it is answered,
-so once an outage, and once for a call that fails for good while no other call is answered.
+The health probe is a picture too: a server that lists its models may still be unable to draw, and would then fail every
+dialogue of a run that should wait for it. A probe is paid for only where it is answered: once for each outage, and once
+for a call that fails for good while no other call is answered.
 """
 
 import base64
 import binascii
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
-from intersafe.models.base import Call, Painted
-from intersafe.models.http.faults import UNREADABLE, Passing
-from intersafe.models.http.service import Question, Service
+from intersafe.models.base import Call, Hooks, Painted
+from intersafe.models.http.faults import UNREADABLE, Transient
+from intersafe.models.http.request import Request
+from intersafe.models.http.service import Service
 from intersafe.recipe.sections import Limits, Painter
 
 MAX_BODY = 48 * 2**20
@@ -41,31 +42,18 @@ _DECODER = msgspec.json.Decoder(_Images)
 class ImagesEndpoint:
     """One text-to-image model behind one or several URLs."""
 
-    def __init__(
-        self,
-        painter: Painter,
-        limits: Limits,
-        say: Callable[[str], None],
-        waiting: dict[str, str] | None = None,
-        may_send: Callable[[], None] | None = None,
-    ) -> None:
-        """`say` is told when the service goes away or comes back; `waiting` says why as long as it is away.
-
-        `may_send` raises `BudgetReached` from the moment on when no call may be sent.
-        """
+    def __init__(self, painter: Painter, limits: Limits, hooks: Hooks) -> None:
+        """Needs a running event loop."""
         self.identity = painter.identity
         self._painter = painter
-        hasty = painter if painter.steps is None else msgspec.structs.replace(painter, steps=1)
-        small = _body(hasty, SMALL_PICTURE, 0)
+        limits = structs.replace(limits, timeout=painter.timeout)
+        quick = painter if painter.steps is None else structs.replace(painter, steps=1)
         self._service = Service(
             painter,
             "/images/generations",
-            msgspec.structs.replace(limits, timeout=painter.timeout),
-            say,
-            waiting=waiting,
-            may_send=may_send,
-            scout=Question(lambda: small, self._painted, _blocked, _too_long),
-            max_body=MAX_BODY,
+            limits,
+            hooks,
+            probe=lambda role: ImageRequest(role, quick, SMALL_PICTURE, 0),
         )
 
     async def aclose(self) -> None:
@@ -73,16 +61,32 @@ class ImagesEndpoint:
         await self._service.aclose()
 
     async def paint(self, call: Call) -> Painted:
-        """The image as it came; waits out overload and outages, tries again what passes."""
-        body = _body(self._painter, call.messages[-1].text, call.sampling.seed)
-        return await self._service.ask(call.job, Question(lambda: body, self._painted, _blocked, _too_long))
+        """The image as it came; waits out overload and outages, tries again after transient faults."""
+        request = ImageRequest(call.role, self._painter, call.messages[-1].text, call.sampling.seed)
+        painted = await self._service.ask(call.job, request)
+        return structs.replace(painted, detail=self._service.clean(painted.detail)) if painted.detail else painted
 
-    def _painted(self, data: bytes) -> Painted:
-        """What a 200 holds; a link is told of without its address, which may be signed."""
+
+class ImageRequest(Request[Painted]):
+    """One image to draw."""
+
+    max_body = MAX_BODY
+
+    def __init__(self, role: str, painter: Painter, description: str, seed: int) -> None:
+        """`seed` has at most 31 bits."""
+        super().__init__(role)
+        self._body = _body(painter, description, seed)
+
+    def body(self, url: str) -> bytes:
+        """The same for every replica."""
+        return self._body
+
+    def read(self, data: bytes) -> Painted:
+        """The image in a 200; a link is named without its address, which may be signed."""
         try:
             answer = _DECODER.decode(data)
         except UNREADABLE as error:
-            raise Passing(f"unreadable answer: {error}") from None
+            raise Transient(f"unreadable answer: {error}") from None
         image = answer.data[0] if answer.data else _Image()
         link = image.url or ""
         encoded = image.b64_json or (link if link.startswith("data:") else "")
@@ -91,7 +95,15 @@ class ImagesEndpoint:
         if link:
             detail = "the server sent a link, and links are not fetched: have it answer `response_format: b64_json`"
             return Painted(problem="image_url", detail=detail)
-        return Painted(problem="no_image", detail=self._service.clean(str(answer.error or "")))
+        return Painted(problem="no_image", detail=str(answer.error or ""))
+
+    def blocked(self, message: str) -> Painted:
+        """A problem of the description."""
+        return Painted(problem="blocked", detail=message)
+
+    def too_long(self) -> Painted:
+        """A problem of the image."""
+        return Painted(problem="bad_image", detail=f"the answer has more than {MAX_BODY // 2**20} MiB")
 
 
 def _body(painter: Painter, description: str, seed: int) -> bytes:
@@ -107,14 +119,6 @@ def _body(painter: Painter, description: str, seed: int) -> bytes:
         "true_cfg_scale": painter.guidance,
     } | painter.extra
     return msgspec.json.encode({name: value for name, value in body.items() if value is not None})
-
-
-def _blocked(words: str) -> Painted:
-    return Painted(problem="blocked", detail=words)
-
-
-def _too_long() -> Painted:
-    return Painted(problem="bad_image", detail=f"the answer has more than {MAX_BODY // 2**20} MiB")
 
 
 def _decoded(encoded: str) -> Painted:

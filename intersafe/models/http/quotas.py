@@ -1,11 +1,6 @@
-"""What an account may send in a minute, and what a server says about it in headers and in the words of a 429."""
+"""What an account may send in a minute: requests and tokens, for all replicas of a model together."""
 
 import asyncio
-import re
-from collections.abc import Mapping
-from typing import NamedTuple
-
-from intersafe.models.http.limits import seconds_of
 
 BURST = 1.0
 """Seconds of a quota that may be used at once; a whole minute of it at the start is what a server refuses."""
@@ -86,7 +81,7 @@ class Quota:
             self.waiting -= 1
 
     @property
-    def words(self) -> str:
+    def limits(self) -> str:
         """The limits, as 60 requests and 100,000 tokens a minute."""
         named = ((self._requests, "requests"), (self._tokens, "tokens"))
         return " and ".join(f"{bucket.limit:,} {what}" for bucket, what in named if bucket) + " a minute"
@@ -117,60 +112,3 @@ class Quota:
         if used and estimate:
             self._settled += 1
             self._ratio += (used / estimate - self._ratio) * max(_EAGER, 1 / self._settled)
-
-
-# --- what a server says ----------------------------------------------------------------------------------------------
-
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|mil|s|m|h)")
-_AGAIN = re.compile(r"\b(?:try again|retry)\b[\w ]{0,20}?\b(?:in|after)\s+(\d[\d.]*\s*[a-z][\da-z.]*)", re.IGNORECASE)
-_DELAY = re.compile(r'"retry_?delay"\s*:\s*"(\d+(?:\.\d+)?)s"', re.IGNORECASE)
-_LIMIT = re.compile(
-    r"\b(requests|tokens) per min(?:ute)?\b\s*(?:\((?:RPM|TPM)\))?[.:,]?\s*Limit:?\s*(\d[\d,]*)", re.IGNORECASE
-)
-_REQUESTED = re.compile(
-    r"\btokens per min\b.{0,40}?Limit:?\s*(\d+),\s*(?:Used:?\s*\d+,\s*)?Requested:?\s*(\d+)", re.IGNORECASE
-)
-_LONGEST = 3600.0
-
-
-class Words(NamedTuple):
-    """What an answer says about limits; 0, None and False where it says nothing."""
-
-    pause: float
-    """Seconds until a request is worth while."""
-    rpm: int | None
-    tpm: int | None
-    too_large: bool
-    """The request alone asks for more tokens than a minute has."""
-
-
-def words_of(headers: Mapping[str, str], text: str) -> Words:
-    """The words of a 429 or 503 with these headers, whose body is `text`; a header counts before the body."""
-    limits = {what.lower(): int(number.replace(",", "")) for what, number in _LIMIT.findall(text)}
-    too_large = any(int(requested) > int(limit) > 0 for limit, requested in _REQUESTED.findall(text))
-    pause = _pause_of(headers) or _pause_in(text)
-    return Words(min(_LONGEST, pause), limits.get("requests") or None, limits.get("tokens") or None, too_large)
-
-
-def _pause_of(headers: Mapping[str, str]) -> float:
-    try:
-        milliseconds = float(headers.get("retry-after-ms", ""))
-    except ValueError:
-        milliseconds = 0.0
-    pause = max(0.0, milliseconds) / 1000 or seconds_of(headers.get("Retry-After", ""), headers.get("Date", ""))
-    if pause:
-        return pause
-    spent = [what for what in ("requests", "tokens") if headers.get(f"x-ratelimit-remaining-{what}") == "0"]
-    return max((span_of(headers.get(f"x-ratelimit-reset-{what}", "")) for what in spent), default=0.0)
-
-
-def _pause_in(text: str) -> float:
-    delays = [float(seconds) for seconds in _DELAY.findall(text)]
-    return max(delays + [span_of(span) for span in _AGAIN.findall(text)], default=0.0)
-
-
-def span_of(text: str) -> float:
-    """Seconds of a span of time: `1s`, `6m0s`, `120ms`, `20 seconds`; 0 for nonsense."""
-    parts = _PART.findall(text.lower())
-    return sum(float(number) * _UNITS.get(unit.replace("mil", "ms"), 0.0) for number, unit in parts)

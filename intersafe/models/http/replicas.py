@@ -1,9 +1,9 @@
 """The replicas of one model: which of them answers a job, which are out, and how they come back.
 
 A job stays where its prefix is cached. New jobs are spread over the replicas that are in, by rendezvous hash, so that
-the loss of one moves no job of the others. A replica that answers nobody, or far slower than the others, is taken out
-and asked a small question until it is there again. The last one that is in is never out for overload or slowness.
-While none is in, everybody waits, and the patience counts from the moment since which none has answered.
+the loss of one moves no job of the others. A replica that answers no call, or far slower than the others, is taken out
+and gets health probes until it answers again. The last one that is in is never out for overload or slowness. While none
+is in, all calls wait, and the patience counts from the moment since which none has answered.
 """
 
 import asyncio
@@ -13,63 +13,63 @@ import math
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from aiohttp.helpers import get_env_proxy_for_url
-from yarl import URL
-
-from intersafe.errors import InputError, ServiceGone
+from intersafe.errors import ServiceGone
 from intersafe.models.http.faults import Fault, Overloaded
-from intersafe.models.http.limits import LONGEST_PAUSE, Absence, Limiter
+from intersafe.models.http.incidents import IncidentLog
+from intersafe.models.http.limits import LONGEST_PAUSE, Limiter, Outage
+from intersafe.models.http.transport import Address
 
 LONG_PAUSE = 5.0
 """Seconds of overload from which on the user is told, and other replicas take over."""
-UPLOADS = 8
-"""Large bodies on their way to one replica at once: what waits for an answer holds no images in memory."""
-PLACES = 4096
-"""Jobs whose replica is remembered; there are as many dialogues at once, or fewer."""
+REMEMBERED_JOBS = 4096
+"""Jobs whose replica is remembered; fewer dialogues grow at once."""
 ANSWERS = 16
-"""Answers by which the speed of a replica is known."""
+"""Answers over which the speed of a replica is averaged."""
 SLOW, SLOW_BY = 4.0, 0.2
-"""A replica is slow from so many times the median of the others on, and at least so many seconds above it."""
-TOLD = 3
-"""How often the user is told of one and the same slow replica."""
+"""A replica is slow if it takes more than `SLOW` times the median of the others, and `SLOW_BY` seconds more."""
+SLOW_NOTICES = 3
+"""How often the user is told about the same slow replica."""
 QUICK = 2.0
-"""It is quick again where the small question takes at most so many times as long as on another one."""
+"""A slow replica is quick again if a health probe takes at most that many times as long as on another one."""
 
 
 @dataclass(eq=False)
 class Replica:
-    """One URL: how many calls it takes, and whether it is there."""
+    """One URL of a model: how many calls it takes, and whether it answers."""
 
-    url: str
-    address: URL
-    proxy: dict[str, Any]
+    address: Address
     limiter: Limiter
-    absence: Absence
-    scouting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS))
+    outage: Outage
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock)
     unanswered: float = float("-inf")
-    """When the last scout that got no answer was sent."""
+    """When the latest health probe without an answer was sent."""
     out: bool = False
     is_slow: bool = False
-    """True where it is out for its slowness alone."""
-    said: bool = False
-    """True if the user was told of its absence."""
+    """True if it is out for its slowness alone."""
+    out_since: float = 0.0
+    """When it was taken out, by the event loop's clock."""
+    told: bool = False
+    """True if the user was told that it is away."""
     seconds: float = 0.0
-    """What an answer takes: a moving mean, queueing included. The mix of roles is the same on all, so it compares."""
+    """Moving mean of an answer's time, queueing included. The mix of roles is the same on all, so it compares."""
     answers: int = 0
-    """Those that the mean is of."""
+    """Answers in that mean."""
     slow_times: int = 0
     return_task: asyncio.Task[None] | None = None
 
+    @property
+    def url(self) -> str:
+        """The base URL, as in the recipe."""
+        return self.address.url
 
-Scout = Callable[[Replica], Awaitable[None]]
-"""Asks the small question past the limiter; raises `Fault` where it gets no answer."""
+
+Probe = Callable[[Replica, str], Awaitable[None]]
+"""Sends a health probe past the limiter on behalf of a role; raises `Fault` without an answer."""
 
 
 class Replicas:
-    """One or several replicas of a model; `name`, `say` and `remedy` are for what the user is told."""
+    """One or several replicas of a model."""
 
     def __init__(
         self,
@@ -77,28 +77,30 @@ class Replicas:
         route: str,
         concurrency: int,
         patience: float,
-        scout: Scout,
+        probe: Probe,
         *,
-        name: str,
-        say: Callable[[str], None],
+        incidents: IncidentLog,
         remedy: Callable[[Fault], str],
-        waiting: dict[str, str] | None = None,
     ) -> None:
-        """`concurrency` is for all of them together; `waiting` says by name why nobody answers, while nobody does."""
-        self._concurrency, self._patience, self._scout = concurrency, patience, scout
-        self._name, self._say, self._remedy = name, say, remedy
-        self.all = [open_replica(url, route, math.ceil(concurrency / len(urls)), patience) for url in urls]
-        self._waiting = {} if waiting is None else waiting
-        self._places: dict[str, Replica] = {}
+        """`concurrency`: calls in flight at all of them together; `patience` is in seconds.
+
+        The user is told what `remedy` says about a fault.
+        """
+        self._concurrency, self._patience, self._probe = concurrency, patience, probe
+        self._incidents, self._name, self._hooks, self._remedy = incidents, incidents.name, incidents.hooks, remedy
+        most = math.ceil(concurrency / len(urls))
+        self.all = [Replica(Address.of(url, route), Limiter(most), Outage(patience)) for url in urls]
+        self._assigned: dict[str, Replica] = {}
         self._is_any_in = asyncio.Event()
         self._is_any_in.set()
+        self._away_since: float | None = None
         self._gone = ""
 
     def __len__(self) -> int:
         return len(self.all)
 
     async def aclose(self) -> None:
-        """Asks nobody any more whether he is back."""
+        """Stops the health probes."""
         tasks = [replica.return_task for replica in self.all if replica.return_task]
         for task in tasks:
             task.cancel()
@@ -106,21 +108,21 @@ class Replicas:
 
     # --- who answers -------------------------------------------------------------------------------------------------
 
-    def place(self, job: str) -> Replica | None:
-        """The replica of a job: where it was, or else by rendezvous hash; None while none is in, or none will be."""
+    def replica_for(self, job: str) -> Replica | None:
+        """The replica of a job: the one that it was on, or else by rendezvous hash; None while none is in."""
         if self._gone:
             return None
         if len(self.all) == 1:
             return None if self.all[0].out else self.all[0]
-        replica = self._places.pop(job, None)
+        replica = self._assigned.pop(job, None)
         if replica is None or replica.out:
             ins = [replica for replica in self.all if not replica.out]
             if not ins:
                 return None
             replica = max(ins, key=lambda r: hashlib.blake2b(f"{r.url} {job}".encode(), digest_size=8).digest())
-        self._places[job] = replica
-        if len(self._places) > PLACES:
-            del self._places[next(iter(self._places))]
+        self._assigned[job] = replica
+        if len(self._assigned) > REMEMBERED_JOBS:
+            del self._assigned[next(iter(self._assigned))]
         return replica
 
     async def wait(self) -> None:
@@ -134,145 +136,152 @@ class Replicas:
 
     # --- what came of a request --------------------------------------------------------------------------------------
 
-    def answered(self, replica: Replica, sent: float) -> None:
-        """A request that was sent at `sent` was answered, in whatever way."""
+    def answered(self, replica: Replica, sent: float, role: str) -> None:
+        """A request of that role, sent at `sent`, was answered, even if by a refusal."""
         replica.limiter.succeeded()
-        lasted = replica.absence.end(sent)
-        if replica.said and not replica.out:
-            self._say_back(replica, lasted)
+        lasted = replica.outage.end(sent)
+        if replica.told and not replica.out:
+            self._tell_back(replica, lasted)
         if len(self.all) > 1:
             replica.answers += 1
             took = asyncio.get_running_loop().time() - sent
             replica.seconds += (took - replica.seconds) / min(replica.answers, ANSWERS)
             if replica.answers % ANSWERS == 0 and not replica.out:
-                self._judge_speed(replica)
+                self._judge_speed(replica, role)
 
-    def _judge_speed(self, replica: Replica) -> None:
+    def _judge_speed(self, replica: Replica, role: str) -> None:
         others = [other.seconds for other in self._others(replica) if other.answers >= ANSWERS]
         usual = statistics.median(others) if others else math.inf
         if replica.seconds > max(SLOW * usual, usual + SLOW_BY):
             took = f"it takes {replica.seconds:.1f} s for an answer and the others {usual:.1f} s"
-            self._take_out(replica, f"{took}; ", min(LONGEST_PAUSE, 2.0 ** min(replica.slow_times, 16)), is_slow=True)
+            pause = min(LONGEST_PAUSE, 2.0 ** min(replica.slow_times, 16))
+            self._take_out(replica, took, pause, role, is_slow=True)
             replica.slow_times += 1
 
-    def is_hanging(self, replica: Replica, fault: Fault) -> bool:
-        """Takes a replica out that has answered nothing which was sent after this request, if there is another one."""
-        is_hanging = replica.absence.answered <= fault.sent and bool(self._others(replica))
+    def is_hanging(self, replica: Replica, fault: Fault, role: str) -> bool:
+        """Takes the replica out if it has answered nothing that was sent after this request, and another one is in."""
+        is_hanging = replica.outage.answered <= fault.sent and bool(self._others(replica))
         if is_hanging:
-            self.lost(replica, fault)
+            self.lost(replica, fault, role)
         return is_hanging
 
-    def overloaded(self, replica: Replica, fault: Overloaded) -> None:
-        """Holds new calls back, hands them to others where that lasts long; `ServiceGone` over the patience."""
-        absence = replica.absence
+    def overloaded(self, replica: Replica, fault: Overloaded, role: str) -> None:
+        """Holds new calls; others take over where that lasts long. `ServiceGone` when the patience is used up."""
+        outage = replica.outage
         replica.limiter.overloaded(fault.sent)
-        absence.begin()
+        outage.begin()
         self._check_patience(replica, fault)
-        pause = absence.pause(fault.sent, fault.words.pause, self._patience_left())
+        pause = outage.pause(fault.sent, fault.pause, self._patience_left())
         replica.limiter.hold(pause)
-        if absence.seconds + pause < LONG_PAUSE or replica.out:
+        if outage.seconds + pause < LONG_PAUSE or replica.out:
             return
         if self._others(replica):
-            self._take_out(replica, self._words(fault), pause)
+            self._take_out(replica, self._cause(fault), pause, role)
         else:
-            self._tell_once(replica, self._words(fault))
+            self._begin_outage(self._cause(fault), role)
+            self._tell_once(replica, self._cause(fault))
 
-    def lost(self, replica: Replica, fault: Fault) -> None:
-        """Takes a replica out that answers nobody."""
-        replica.absence.begin()
+    def lost(self, replica: Replica, fault: Fault, role: str) -> None:
+        """Takes a replica out that answers no call."""
+        replica.outage.begin()
         if not replica.out:
-            pause = replica.absence.pause(fault.sent, left=self._patience_left())
-            self._take_out(replica, self._words(fault), pause)
+            pause = replica.outage.pause(fault.sent, left=self._patience_left())
+            self._take_out(replica, self._cause(fault), pause, role)
 
-    def _words(self, fault: Fault) -> str:
-        return f"{fault}; {self._remedy(fault)}; "
+    def _cause(self, fault: Fault) -> str:
+        return f"{fault}; {self._remedy(fault)}"
 
     # --- out and in --------------------------------------------------------------------------------------------------
 
-    def _take_out(self, replica: Replica, why: str, pause: float, *, is_slow: bool = False) -> None:
-        replica.out, replica.is_slow = True, is_slow
+    def _take_out(self, replica: Replica, why: str, pause: float, role: str, *, is_slow: bool = False) -> None:
+        loop = asyncio.get_running_loop()
+        replica.out, replica.is_slow, replica.out_since = True, is_slow, loop.time()
+        if len(self.all) > 1:
+            self._incidents.taken_out(role, replica.url, why)
         if not self._others(replica):
             for other in self.all:
                 if other.is_slow and other is not replica:  # better than none
                     self._bring_in(other)
         if not self._others(replica):
             self._is_any_in.clear()
-        self._share_out()
-        if replica.slow_times < TOLD or not is_slow:
+            self._begin_outage(why, role)
+        self._share_concurrency()
+        if replica.slow_times < SLOW_NOTICES or not is_slow:
             self._tell_once(replica, why)
-        replica.limiter.turn_away()
+        replica.limiter.clear_queue()
         if replica.return_task:
             replica.return_task.cancel()
-        replica.return_task = asyncio.get_running_loop().create_task(self._ask_until_back(replica, pause))
+        replica.return_task = loop.create_task(self._probe_until_back(replica, pause, role))
 
     def _bring_in(self, replica: Replica) -> None:
+        if len(self.all) > 1:
+            self._incidents.brought_in(replica.url, asyncio.get_running_loop().time() - replica.out_since)
         replica.out = replica.is_slow = False
         replica.answers, replica.seconds = 0, 0.0
         replica.limiter.resume()
-        self._share_out()
+        self._share_concurrency()
         self._is_any_in.set()
-        self._waiting.pop(self._name, None)
+        self._end_outage()
 
-    def _share_out(self) -> None:
-        """What the lost ones leave of the concurrency goes to those that are in."""
+    def _share_concurrency(self) -> None:
+        """Gives the concurrency of the lost replicas to those that are in."""
         ins = [replica for replica in self.all if not replica.out]
         for replica in ins:
             replica.limiter.resize(math.ceil(self._concurrency / len(ins)))
 
-    async def _ask_until_back(self, replica: Replica, pause: float) -> None:
+    async def _probe_until_back(self, replica: Replica, pause: float, role: str) -> None:
         loop = asyncio.get_running_loop()
-        since = loop.time() - replica.absence.seconds
+        since = loop.time() - replica.outage.seconds
         while True:
             await asyncio.sleep(pause)
             if not replica.out:
                 return
             began = loop.time()
             try:
-                is_back = await self._is_back(replica)
+                is_back = await self._is_back(replica, role)
             except Fault as fault:
                 replica.unanswered, replica.is_slow = fault.sent, False
-                replica.absence.begin()
+                replica.outage.begin()
                 try:
                     self._check_patience(replica, fault)
                 except ServiceGone:
                     return
-                least = fault.words.pause if isinstance(fault, Overloaded) else 0.0
-                pause = replica.absence.pause(fault.sent, least, self._patience_left())
+                pause = replica.outage.pause(fault.sent, fault.pause, self._patience_left())
                 continue
             if is_back:
                 break
-            # A small question may be a picture, drawn on two servers: the longer it takes the rarer it is asked.
+            # A health probe may be a picture, drawn on two servers: the longer it takes the rarer it is sent.
             pause = max(min(LONGEST_PAUSE, 2 * max(pause, 1.0)), 4 * (loop.time() - began))
         self._bring_in(replica)
-        if replica.said:
-            self._say_back(replica, loop.time() - since)
+        if replica.told:
+            self._tell_back(replica, loop.time() - since)
 
-    async def _is_back(self, replica: Replica) -> bool:
-        """True if it answers, and one that was slow is quick; `Fault` if it does not."""
+    async def _is_back(self, replica: Replica, role: str) -> bool:
+        """True if it answers, and one that was slow is quick; `Fault` if it does not answer."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await self._scout(replica)
+        await self._probe(replica, role)
         took = loop.time() - began
         if not replica.is_slow or not (others := self._others(replica)):
             return True
         began = loop.time()
         with contextlib.suppress(Fault):
-            await self._scout(others[0])
+            await self._probe(others[0], role)
         return took <= max(QUICK * (loop.time() - began), SLOW_BY)
 
     # --- patience ----------------------------------------------------------------------------------------------------
 
     def _patience_left(self) -> float:
-        """Seconds that none may be there; what one waits for that is away alone is bounded too."""
+        """Seconds that all may still be away; a pause for one that is away alone is bounded too."""
         away = self._seconds_away()
         return max(0.0, self._patience - away) if away else max(LONGEST_PAUSE, self._patience)
 
     def _seconds_away(self) -> float:
-        return min(replica.absence.seconds for replica in self.all)
+        return min(replica.outage.seconds for replica in self.all)
 
     def _check_patience(self, replica: Replica, fault: Fault) -> None:
-        """`ServiceGone` if not one of them was there for a request that was sent after all had gone."""
-        if all(other.absence.is_over_patience(fault.sent) for other in self.all):
+        """`ServiceGone` if none of them answered a request that was sent after all had gone away."""
+        if all(other.outage.is_over_patience(fault.sent) for other in self.all):
             where = f"{self._name} at {', '.join(other.url for other in self.all)}"
             self._gone = (
                 f"{where} stayed away for {self._seconds_away():.0f} s ({fault}); "
@@ -280,36 +289,35 @@ class Replicas:
             )
             self._is_any_in.set()
             for other in self.all:
-                other.limiter.turn_away()
+                other.limiter.clear_queue()
             raise ServiceGone(self._gone)
 
     # --- what the user is told ---------------------------------------------------------------------------------------
 
+    def _begin_outage(self, why: str, role: str) -> None:
+        """Shows that nobody answers, until `_end_outage`; `why` is the first cause."""
+        if self._away_since is None:
+            self._away_since = asyncio.get_running_loop().time()
+            self._hooks.outages[self._name] = why
+            self._incidents.outage_began(role, why)
+
+    def _end_outage(self) -> None:
+        if self._away_since is not None:
+            self._hooks.outages.pop(self._name, None)
+            self._incidents.outage_ended(asyncio.get_running_loop().time() - self._away_since)
+            self._away_since = None
+
     def _tell_once(self, replica: Replica, why: str) -> None:
-        if replica.said:
+        if replica.told:
             return
-        replica.said = True
+        replica.told = True
         if self._others(replica):
-            then = "its dialogues go on at the other replicas until it is back"
+            then = "its dialogues continue on the other replicas until it is back"
         else:
             then = f"waiting up to {self._patience:.0f} s, Ctrl-C stops and keeps everything"
-            self._waiting[self._name] = why.removesuffix("; ")
-        self._say(f"{self._name} at {replica.url}: {why}{then}")
+        self._hooks.notify(f"{self._name} at {replica.url}: {why}; {then}")
 
-    def _say_back(self, replica: Replica, lasted: float) -> None:
-        replica.said = False
-        self._waiting.pop(self._name, None)
-        self._say(f"{self._name} at {replica.url} is back after {lasted:.0f} s")
-
-
-def open_replica(url: str, route: str, most: int, patience: float) -> Replica:
-    """A replica whose address is `<url><route>`, through the proxy that the environment names for it."""
-    try:
-        address = URL(f"{url}{route}")
-    except ValueError as error:
-        raise InputError(f"{url!r} is not a URL: {error}", remedy="mend it in the recipe") from None
-    proxy: dict[str, Any] = {}
-    # Once here: `trust_env` would ask the environment and .netrc again for each request, in a thread.
-    with contextlib.suppress(LookupError):
-        proxy["proxy"], proxy["proxy_auth"] = get_env_proxy_for_url(address)
-    return Replica(url, address, proxy, Limiter(most), Absence(patience))
+    def _tell_back(self, replica: Replica, lasted: float) -> None:
+        replica.told = False
+        self._end_outage()
+        self._hooks.notify(f"{self._name} at {replica.url} is back after {lasted:.0f} s")

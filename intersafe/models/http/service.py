@@ -2,371 +2,258 @@
 
 | what comes back                                          | what is done                                            |
 |----------------------------------------------------------|---------------------------------------------------------|
-| 200                                                      | what the question's reader makes of it                  |
+| 200                                                      | what the request's `read` makes of it                   |
 | 400 with a filter's code                                 | blocked: an outcome too                                 |
 | 400 413 415 422 and other 4xx                            | this call failed for good                               |
 | 429 503 529                                              | the limiter slows down; it is not counted as a try      |
 | 408 409 425, other 5xx, time-out, cut or unreadable body | tried again, `limits.retries` times in all, at least 2  |
 | no connection, 3xx 401 402 403 404 405 407, unpaid bills | the service is away                                     |
 
-Before a call's last try, and whenever the service is away, one small question scouts for all calls that wait. If it is
-answered at once the fault lies with the call, which gets its last try and then failed for good. If not, the replica is
-out (`models/http/replicas.py`): its calls begin anew at another one, or wait where there is none, until one is back or
-`ServiceGone` ends the run when the patience is used up.
+A *health probe* is one small request on behalf of all calls that wait. It is sent before a call's last try, and
+whenever the service seems to be away. If it is answered, the call itself is at fault: it gets its last try and then
+has failed for good. If not, the replica is out (`replicas.py`): its calls start anew on another one, or wait where
+there is none, until one is back or `ServiceGone` ends the run when the patience is used up.
 
-aiohttp speaks HTTP; what the openai SDK would cost is in docs/performance.md. Keys never enter a message.
+`request.py` says what is sent, `transport.py` sends it, `quirks.py` lists the codes and words of single servers.
 """
 
 import asyncio
 import contextlib
-import os
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from intersafe.errors import CallFailed, InputError
-from intersafe.models.http.faults import FILTERED as FILTERED
-from intersafe.models.http.faults import Away, Fault, Moved, Overloaded, TooSlow, raise_for, remedy_for
-from intersafe.models.http.faults import Passing as Passing
-from intersafe.models.http.faults import error_of as error_of
-from intersafe.models.http.limits import TurnedAway
+from intersafe.models.base import Hooks
+from intersafe.models.http.faults import Fault, Moved, Overloaded, TooSlow, Transient, remedy_for
+from intersafe.models.http.incidents import IncidentLog
+from intersafe.models.http.limits import QueueCleared
+from intersafe.models.http.pending import PendingCalls
 from intersafe.models.http.quotas import Quota
 from intersafe.models.http.replicas import Replica, Replicas
-from intersafe.models.http.waits import Waits
+from intersafe.models.http.request import A, Request
+from intersafe.models.http.transport import Transport
 from intersafe.recipe.sections import Limits, Model
-from intersafe.wording import printable
 
-_LARGE = 2**20  # bytes from which on a body is sent in pieces and let go of
-
-A = TypeVar("A")
-
-
-@dataclass(frozen=True)
-class Question(Generic[A]):
-    """What one call sends, and what becomes of what comes back."""
-
-    body: Callable[[], bytes]
-    """Made when it is sent and not earlier: only calls in flight hold their images in memory."""
-    read: Callable[[bytes], A]
-    """The outcome of a 200; raises `Passing` where it cannot be read."""
-    blocked: Callable[[str], A]
-    """The outcome where a filter stopped it, from the server's words."""
-    too_long: Callable[[], A] | None = None
-    """The outcome of a body over the cap; a passing fault where there is none."""
-    amend: Callable[[Exception], bool] = lambda _: False
-    """Asked after an answer of 4xx or 5xx, given what it means: True if the body is now another one, to be sent at
-    once; it says so a few times at most."""
-    at: Callable[[str], None] | None = None
-    """Told the replica's URL before each body is made."""
-    tokens: Callable[[], int] = lambda: 0
-    """About how many tokens it will cost; asked where a quota of them holds."""
-    used: Callable[[A], int] = lambda _: 0
-    """The tokens that an outcome cost; 0 where the server does not say."""
+ProbeFor = Callable[[str], Request[Any]]
+"""Makes a health probe on behalf of a role."""
 
 
 class ReplicaState(NamedTuple):
-    """One replica, for who looks on."""
+    """Snapshot of one replica, for monitoring."""
 
     url: str
     is_in: bool
     limit: int
+    """Requests that may be in flight now."""
     in_flight: int
 
 
 class Service:
-    """One route of one model behind one or several URLs; a job stays on one replica, chosen by rendezvous hash."""
+    """One route of one model behind one or several URLs; a job stays on one replica."""
 
-    def __init__(
-        self,
-        model: Model,
-        route: str,
-        limits: Limits,
-        say: Callable[[str], None],
-        *,
-        scout: Question[Any],
-        max_body: int,
-        waiting: dict[str, str] | None = None,
-        may_send: Callable[[], None] | None = None,
-    ) -> None:
-        """POSTs to `<url><route>`; `say` is told when it goes away or comes back, `waiting` holds it that long.
-
-        `max_body` is in bytes; `may_send` raises `BudgetReached` from the moment on when no call may be sent.
-        """
-        self._waits = Waits(may_send)
-        self._waiting = {} if waiting is None else waiting
+    def __init__(self, model: Model, route: str, limits: Limits, hooks: Hooks, *, probe: ProbeFor) -> None:
+        """POSTs to `<url><route>`; `probe` makes a health probe. Needs a running event loop."""
+        self._model, self._limits, self._hooks, self._probe = model, limits, hooks, probe
+        self._transport = Transport(model, limits.timeout)
+        self.clean = self._transport.clean
+        self._pending = PendingCalls(hooks.may_send)
+        self._quota = Quota(model.rpm, model.tpm)
         self._is_told = False
-        self._model, self._limits, self._say, self._scout, self._max_body = model, limits, say, scout, max_body
-        self._group = Replicas(
+        self._incidents = IncidentLog(model.identity, hooks, self.clean)
+        self._replicas = Replicas(
             model.spec.urls,
             route,
             model.concurrency,
             limits.patience,
-            self._scout_at,
-            name=model.identity,
-            say=say,
+            self._probe_once,
+            incidents=self._incidents,
             remedy=lambda fault: remedy_for(fault, model),
-            waiting=waiting,
-        )
-        self._quota = Quota(model.rpm, model.tpm)
-        self._key = os.environ.get(model.key, "").strip() if model.key else ""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=headers,
-            timeout=aiohttp.ClientTimeout(total=limits.timeout, connect=min(30.0, limits.timeout)),
         )
         self._retrying = AsyncRetrying(
             stop=self._only_last_try_left,
             wait=wait_random_exponential(multiplier=0.4, max=20.0),
-            retry=retry_if_exception_type(Passing),
+            retry=retry_if_exception_type(Transient),
+            before_sleep=self._log_retry,
             reraise=True,
         )
 
     async def aclose(self) -> None:
         """Closes the connections."""
-        await self._waits.aclose()
-        await self._group.aclose()
-        await self._session.close()
+        await self._pending.aclose()
+        await self._replicas.aclose()
+        await self._transport.aclose()
 
     def states(self) -> list[ReplicaState]:
         """How each replica does now."""
-        return [ReplicaState(r.url, not r.out, r.limiter.limit, r.limiter.in_flight) for r in self._group.all]
+        return [ReplicaState(r.url, not r.out, r.limiter.limit, r.limiter.in_flight) for r in self._replicas.all]
 
-    async def ask(self, job: str, question: Question[A]) -> A:
-        """The outcome; waits out overload and outages, tries again what passes; `BudgetReached` at a limit."""
-        async with self._waits.ended_at_the_limit():
-            return await self._ask_until_answered(job, question)
+    async def ask(self, job: str, request: Request[A]) -> A:
+        """The outcome; waits out overload and outages, tries again after transient faults.
 
-    async def _ask_until_answered(self, job: str, question: Question[A]) -> A:
-        # By whether it was a passing fault: the replica that answered others right after one. A fault of the other sort
-        # says nothing about this one: after a lapse of the key a single 500 is still the first of its tries.
-        suspected: dict[bool, Replica] = {}
+        `CallFailed` if the call failed for good, `ServiceGone` if the service did, `BudgetReached` at a limit.
+        """
+        async with self._pending.ended_at_limit():
+            return await self._until_answered(job, request)
+
+    async def _until_answered(self, job: str, request: Request[A]) -> A:
+        # The replica whose health probe was answered right after a fault of this call, so that the call is at fault;
+        # by whether the fault was transient. One kind says nothing about the other: after a lapse of the key a single
+        # 500 is still the first of its tries.
+        cleared: dict[bool, Replica] = {}
         moves = 0
         while True:
-            replica = self._group.place(job)
+            replica = self._replicas.replica_for(job)
             if replica is None:
-                await self._group.wait()
+                await self._replicas.wait()
                 moves = 0
                 continue
-            last = replica is suspected.get(True)
             # A call may be what makes one replica after the other hang.
-            stays = replica in suspected.values() or moves >= len(self._group)
+            stays = replica in cleared.values() or moves >= len(self._replicas)
             try:
-                if last:
-                    return await self._ask(replica, question, stays)
-                outcome: A = await self._retrying(self._ask, replica, question, stays)
+                if replica is cleared.get(True):
+                    return await self._try(replica, request, stays)
+                outcome: A = await self._retrying(self._try, replica, request, stays)
                 return outcome
             except Moved:
                 moves += 1
             except Fault as error:
-                passing = isinstance(error, Passing)
-                if replica is suspected.get(passing) and not replica.out and (error.status or passing):
-                    word = "server_error" if passing else "bad_request"
-                    raise CallFailed("endpoint", word, str(error)) from None
-                if await self._answers_others(replica, error):
-                    suspected[passing] = replica
+                transient = isinstance(error, Transient)
+                if replica is cleared.get(transient) and not replica.out and (error.status or transient):
+                    reason = "server_error" if transient else "bad_request"
+                    raise CallFailed("endpoint", reason, str(error)) from None
+                if await self._answers_probe(replica, error, request.role):
+                    cleared[transient] = replica
                 else:
-                    suspected = {}
+                    cleared = {}
                     moves += 1
+                if transient or cleared:
+                    self._incidents.retried(request.role, replica.url, request.tries, error)
 
     def _only_last_try_left(self, state: RetryCallState) -> bool:
         replica: Replica = state.args[0]
-        return state.attempt_number >= self._limits.retries - 1 or replica.absence.seconds >= self._limits.patience
+        return state.attempt_number >= self._limits.retries - 1 or replica.outage.seconds >= self._limits.patience
 
-    async def _ask(self, replica: Replica, question: Question[A], stays: bool) -> A:
-        """One try, in which neither overload counts nor what the question amends; `Moved` if the replica goes out."""
+    def _log_retry(self, state: RetryCallState) -> None:
+        replica, request, _ = state.args
+        self._incidents.retried(request.role, replica.url, request.tries, state.outcome and state.outcome.exception())
+
+    # --- one try -----------------------------------------------------------------------------------------------------
+
+    async def _try(self, replica: Replica, request: Request[A], stays: bool) -> A:
+        """One try; overload and a request that falls back do not count. `Moved` if the replica goes out."""
         while True:
             if replica.out and not stays:
                 raise Moved
             try:
                 sent = await replica.limiter.acquire()
-            except TurnedAway:
-                await self._group.wait()
+            except QueueCleared:
+                await self._replicas.wait()
                 continue
             counted = 0.0
             try:
                 if self._quota.is_bound:
-                    counted = await self._within_quota(question.tokens())
+                    counted = await self._within_quota(request.tokens())
                     sent = asyncio.get_running_loop().time()
                     if replica.limiter.is_held or (replica.out and not stays):
                         self._quota.give_back(counted)
                         continue
-                self._waits.check()
-                with self._waits.on_its_way():
-                    outcome = await self._post(replica, question)
+                self._pending.check()
+                with self._pending.in_flight():
+                    outcome = await self._transport.post(replica.address, request)
             except Overloaded as error:
-                error.sent = sent
                 self._quota.settle(counted, 0, 0)
-                self._adopt(replica, error)
-                self._group.overloaded(replica, error)
+                self._slow_down(replica, request, error, sent)
                 continue
             except Fault as error:
-                if error.status and question.amend(error):
+                if error.status and request.fall_back(error):
                     continue
-                error.sent = sent
-                replica.absence.begin()
-                if isinstance(error, TooSlow):
-                    replica.limiter.overloaded(sent, is_late=True)
-                    if not stays and self._group.is_hanging(replica, error):
-                        raise Moved from None
+                self._note_fault(replica, request, error, sent, stays)
                 raise
             except CallFailed as error:
-                self._group.answered(replica, sent)
-                if question.amend(error):
+                self._replicas.answered(replica, sent, request.role)
+                if request.fall_back(error):
                     continue
                 raise
             finally:
                 replica.limiter.release()
-            self._group.answered(replica, sent)
-            if counted and (used := question.used(outcome)):
-                self._quota.settle(counted, used, question.tokens())
+            self._replicas.answered(replica, sent, request.role)
+            if counted and (used := request.used(outcome)):
+                self._quota.settle(counted, used, request.tokens())
             return outcome
 
-    async def _within_quota(self, tokens: int) -> float:
-        """Waits until the quota has room, and shows that it does; returns what was counted."""
-        quota, name = self._quota, f"the quota of {self._model.identity}"
-        if not self._is_told and quota.is_exceeded_by(tokens):
-            self._is_told = True
-            self._say(
-                f"{self._model.identity}: a request of about {tokens:,} tokens is more than its `tpm` allows "
-                f"({quota.words}); such requests go one at a time, with long pauses"
-            )
-        if quota.may_go(tokens):
-            return await quota.acquire(tokens)
-        self._waiting[name] = f"calls are held back by {quota.words}"
-        try:
-            return await quota.acquire(tokens)
-        finally:
-            if not quota.waiting:
-                self._waiting.pop(name, None)
-
-    def _adopt(self, replica: Replica, fault: Overloaded) -> None:
-        """Keeps to the limits that a 429 names from then on."""
-        rpm, tpm = fault.words.rpm, fault.words.tpm
+    def _slow_down(self, replica: Replica, request: Request[Any], fault: Overloaded, sent: float) -> None:
+        """Fewer requests from now on, and none for a while; keeps to the limits that the server names."""
+        fault.sent = sent
+        self._incidents.throttled(request.role, replica.url, fault)
+        rpm, tpm = fault.throttle.rpm, fault.throttle.tpm
         if self._quota.narrow(rpm, tpm):
             named = [f"{most:,} {what} a minute" for most, what in ((rpm, "requests"), (tpm, "tokens")) if most]
             fields = " and ".join(f"`{name}`" for most, name in ((rpm, "rpm"), (tpm, "tpm")) if most)
             where = f"{self._model.identity} at {replica.url}"
-            self._say(f"{where} allows {' and '.join(named)}, which holds from now on; {fields} in the recipe sets it")
+            self._hooks.notify(
+                f"{where} allows {' and '.join(named)}, which holds from now on; {fields} in the recipe sets it"
+            )
+        self._replicas.overloaded(replica, fault, request.role)
 
-    # --- one request -------------------------------------------------------------------------------------------------
+    def _note_fault(self, replica: Replica, request: Request[Any], fault: Fault, sent: float, stays: bool) -> None:
+        """Starts the clock of an outage; `Moved` if the replica hangs and another one can answer."""
+        fault.sent = sent
+        request.tries += 1
+        replica.outage.begin()
+        if isinstance(fault, TooSlow):
+            replica.limiter.overloaded(sent, is_late=True)
+            if not stays and self._replicas.is_hanging(replica, fault, request.role):
+                self._incidents.retried(request.role, replica.url, request.tries, fault)
+                raise Moved from None
 
-    async def _post(self, replica: Replica, question: Question[A]) -> A:
-        await replica.uploads.acquire()
-        uploaded = _Once(replica.uploads.release)
+    async def _within_quota(self, tokens: int) -> float:
+        """Waits until the quota has room, and shows that it does; returns the tokens that were counted."""
+        quota, name = self._quota, f"the quota of {self._model.identity}"
+        if not self._is_told and quota.is_exceeded_by(tokens):
+            self._is_told = True
+            self._hooks.notify(
+                f"{self._model.identity}: a request of about {tokens:,} tokens is more than its `tpm` allows "
+                f"({quota.limits}); such requests go one at a time, with long pauses"
+            )
+        if quota.may_go(tokens):
+            return await quota.acquire(tokens)
+        self._hooks.outages[name] = f"calls are held back by {quota.limits}"
         try:
-            if question.at:
-                question.at(replica.url)
-            headers, body = _upload(question.body(), uploaded)
-            async with self._session.post(
-                replica.address, data=body, headers=headers, allow_redirects=False, **replica.proxy
-            ) as response:
-                answer = await read_body(response, self._max_body)
-                if answer is None and (response.status != 200 or question.too_long is None):
-                    raise Passing(f"answer over {self._max_body // 2**20} MiB")
-                if response.status != 200:
-                    return question.blocked(self._filtered(response.status, response.headers, answer or b""))
-        except aiohttp.ClientConnectorError as error:
-            why = self.clean(error.os_error.strerror or str(error.os_error) or "unknown host")
-            raise Away(f"no connection ({why})") from None
-        except TimeoutError as error:
-            raise TooSlow(str(error) or f"no answer within {self._limits.timeout:g} s") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise Passing(self.clean(f"{type(error).__name__} {error}".strip())) from None
+            return await quota.acquire(tokens)
         finally:
-            uploaded()
-        if answer is None:
-            assert question.too_long is not None
-            return question.too_long()
-        return question.read(answer)
+            if not quota.waiting:
+                self._hooks.outages.pop(name, None)
 
-    def _filtered(self, status: int, headers: Mapping[str, str], data: bytes) -> str:
-        """The words of a filter that stopped the call; any other answer but 200 is an exception of the table."""
-        message, code = error_of(data)
-        if 300 <= status < 400:
-            message = f"redirects to {headers.get('Location', 'nowhere')}"
-        what = self.clean(f"HTTP {status} {message}".strip())
-        raise_for(status, headers, data, what, code)
-        return what
+    # --- health probes -----------------------------------------------------------------------------------------------
 
-    def clean(self, text: str) -> str:
-        """One printable line of at most 300 characters, without the key."""
-        return printable(text, secret=self._key)[:300]
-
-    # --- outages -----------------------------------------------------------------------------------------------------
-
-    async def _answers_others(self, replica: Replica, fault: Fault) -> bool:
-        """True if the replica answers right after the fault; it is out, or has been, where it does not."""
-        async with replica.scouting:
-            if replica.absence.answered <= fault.sent and not replica.out:
+    async def _answers_probe(self, replica: Replica, fault: Fault, role: str) -> bool:
+        """True if the replica answers other requests right after the fault; otherwise it is out, or was meanwhile."""
+        async with replica.probing:
+            if replica.outage.answered <= fault.sent and not replica.out:
                 try:
-                    await self._scout_through_overload(replica)
+                    await self._probe_through_overload(replica, role)
                 except Fault as error:
                     replica.unanswered = error.sent
-                    self._group.lost(replica, error)
+                    self._replicas.lost(replica, error, role)
             return not replica.out and replica.unanswered < fault.sent
 
-    async def _scout_through_overload(self, replica: Replica) -> None:
+    async def _probe_through_overload(self, replica: Replica, role: str) -> None:
         try:
-            await self._scout_at(replica)
+            await self._probe_once(replica, role)
         except Overloaded:
             with contextlib.suppress(CallFailed, Moved):  # an answer all the same; or the replica is out by now
-                await self._ask(replica, self._scout, False)
+                await self._try(replica, self._probe(role), False)
 
-    async def _scout_at(self, replica: Replica) -> None:
-        """The small question past the limiter, whose places may be those of requests that hang."""
+    async def _probe_once(self, replica: Replica, role: str) -> None:
+        """A health probe past the limiter, whose slots may be those of requests that hang; `Fault` without answer."""
         sent = asyncio.get_running_loop().time()
         try:
-            await self._post(replica, self._scout)
+            await self._transport.post(replica.address, self._probe(role))
         except (CallFailed, InputError):
             pass
         except Fault as error:
             error.sent = sent
             raise
-        self._group.answered(replica, sent)
-
-
-class _Once:
-    """Does something the first time it is called."""
-
-    def __init__(self, act: Callable[[], None]) -> None:
-        self._act: Callable[[], None] | None = act
-
-    def __call__(self) -> None:
-        act, self._act = self._act, None
-        if act:
-            act()
-
-
-def _upload(body: bytes, uploaded: _Once) -> tuple[dict[str, str], bytes | AsyncIterator[bytes]]:
-    """Headers and data of a body; a large one goes piece by piece, and `uploaded` is called when it is sent."""
-    if len(body) > _LARGE:
-        return {"Content-Length": str(len(body))}, _pieces(body, uploaded)
-    uploaded()
-    return {}, body
-
-
-async def _pieces(body: bytes, uploaded: _Once) -> AsyncIterator[bytes]:
-    """Nobody holds the body once it is sent, since most of a request's time is the server's."""
-    for start in range(0, len(body), _LARGE):
-        yield body[start : start + _LARGE]
-    uploaded()
-
-
-# --- what comes back -------------------------------------------------------------------------------------------------
-
-
-async def read_body(response: aiohttp.ClientResponse, most: int) -> bytes | None:
-    """The body; None where it has more than so many bytes."""
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in response.content.iter_any():
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > most:
-            return None
-    return b"".join(chunks)
+        self._replicas.answered(replica, sent, role)

@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-from intersafe.engines.weights import config_of, is_folder, weights_of
+from intersafe.engines.weights import config_of, folder_problem, is_folder, weights_of
 from intersafe.errors import InputError
 from intersafe.images.store import ImageStore
-from intersafe.models.base import ChatModel
+from intersafe.models.base import ChatModel, Hooks
 from intersafe.models.local.thread import EngineThread, InProcessModel, Library
 from intersafe.recipe.engine import Engine
 from intersafe.recipe.sections import Member
@@ -28,8 +28,7 @@ def open_engines(
     members: Sequence[Member],
     same: Callable[[Member], str],
     images: ImageStore,
-    waiting: dict[str, str],
-    may_send: Callable[[], None] | None,
+    hooks: Hooks,
     engine_of: Callable[[str], Engine],
 ) -> dict[str, ChatModel]:
     """A model for each kind of member (`same`) that runs in this process; those of one identity share an engine."""
@@ -42,7 +41,7 @@ def open_engines(
             mine = [other for other in members if other.identity == member.identity]
             concurrency = min(other.concurrency for other in mine)
             load = _loader(member, engine_of(member.spec.model), [other.extra for other in mine])
-            threads[member.identity] = EngineThread(member.identity, load, concurrency, waiting, may_send)
+            threads[member.identity] = EngineThread(member.identity, load, concurrency, hooks)
         models[same(member)] = InProcessModel(member, images, threads[member.identity])
     return models
 
@@ -93,9 +92,9 @@ def check_engine(role: str, member: Member, engine: Engine) -> None:
         )
     weights = weights_of(name, engine)
     is_path = is_folder(weights)
-    if is_path and config_of(weights) is None:
+    if problem := folder_problem(weights):
         raise InputError(
-            f"cast.{role}: no model at {weights!r} (no config.json that can be read)",
+            f"cast.{role}: no model at {weights!r} ({problem})",
             remedy="give a folder of weights, or owner/name of one on the Hugging Face Hub",
         )
     if is_path and not any(Path(weights).glob(f"*.{kind}") for kind in ("safetensors", "bin", "pt", "pth", "gguf")):

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from intersafe.engines.failures import explain, lines_of
-from intersafe.engines.log import place
+from intersafe.engines.failures import explain, log_lines
+from intersafe.engines.log import stderr_file
 from intersafe.engines.metrics import Sample
 from intersafe.errors import CallFailed, InputError, IntersafeError, JobEnded, ServiceGone
 from intersafe.images.store import ImageStore
-from intersafe.models.base import Call, Reply, Sampling
+from intersafe.models.base import Call, Hooks, Reply, Sampling
 from intersafe.models.http.faults import refusal_of
-from intersafe.models.http.waits import Waits
+from intersafe.models.http.pending import PendingCalls
 from intersafe.recipe.sections import Member
 from intersafe.records import Message
 from intersafe.replies import Schema
@@ -110,25 +110,24 @@ class EngineThread:
         name: str,
         load: Load,
         concurrency: int,
-        waiting: dict[str, str],
-        may_send: Callable[[], None] | None,
+        hooks: Hooks,
     ) -> None:
-        """Begins to load. Needs a running event loop; `waiting` says by name that it loads as long as it does.
+        """Begins to load, which `hooks.outages` says for as long as it lasts. Needs a running event loop.
 
-        `concurrency`: most calls that the engine has at once. `may_send` raises `BudgetReached` when none may be sent.
+        `concurrency`: most calls that the engine has at once.
         """
         self.name = name
         self._loop = asyncio.get_running_loop()
-        self._waits, self._places = Waits(may_send), asyncio.Semaphore(concurrency)
+        self._pending, self._places = PendingCalls(hooks.may_send), asyncio.Semaphore(concurrency)
         self._orders: queue.SimpleQueue[_Ask | int | None] = queue.SimpleQueue()
         self._asked: dict[int, asyncio.Future[Reply]] = {}
-        self._count, self._waiting = 0, waiting
+        self._count, self._outages = 0, hooks.outages
         self._library: Library | None = None
         self._ended: IntersafeError | None = None
         self._is_closing = False
-        self._log = place()
+        self._log = stderr_file()
         self._is_loaded, self._is_over = asyncio.Event(), asyncio.Event()
-        waiting[name] = "it loads"
+        self._outages[name] = "it loads"
         self._looking: asyncio.Task[None] | None = None
         # A daemon: one that waits for an engine that is gone must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, args=(load,), name=f"engine {name}", daemon=True)
@@ -136,11 +135,11 @@ class EngineThread:
 
     async def answer(self, asked: Asked) -> Reply:
         """The reply; `CallFailed` if the engine will not have the call, `ServiceGone` if there is no engine."""
-        async with self._waits.ended_at_the_limit():
+        async with self._pending.ended_at_limit():
             await self._is_loaded.wait()
             async with self._places:
-                self._waits.check()
-                with self._waits.on_its_way():
+                self._pending.check()
+                with self._pending.in_flight():
                     return await self._ask(asked)
 
     async def _ask(self, asked: Asked) -> Reply:
@@ -163,7 +162,7 @@ class EngineThread:
 
     async def aclose(self) -> None:
         """Lets go of the engine once the step that is under way has ended."""
-        await self._waits.aclose()
+        await self._pending.aclose()
         self._is_closing = True
         self._orders.put(None)
         # What still loads ends with this process; a step of an engine that is gone may never end.
@@ -173,7 +172,7 @@ class EngineThread:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
         self._fail(ServiceGone(f"the engine of {self.name} was closed"))  # nobody may wait for it any longer
-        self._waiting.pop(self.name, None)
+        self._outages.pop(self.name, None)
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 
@@ -227,7 +226,7 @@ class EngineThread:
         if self._is_closing:
             return
         self._library = library
-        self._waiting.pop(self.name, None)
+        self._outages.pop(self.name, None)
         self._is_loaded.set()
         self._looking = asyncio.create_task(self._look(library))
 
@@ -250,7 +249,7 @@ class EngineThread:
         if self._ended:
             return
         if not isinstance(error, IntersafeError):
-            said = lines_of(*self._log) if self._log else []
+            said = log_lines(*self._log) if self._log else []
             what = explain(said, Path("engines.log"), had_answered=True).what or one_line(error)
             error = ServiceGone(
                 f"the engine of {self.name} died ({what}), engines.log in the run says more; "
@@ -258,7 +257,7 @@ class EngineThread:
             )
         self._ended = error
         self._is_over.set()
-        self._waiting.pop(self.name, None)
+        self._outages.pop(self.name, None)
         self._is_loaded.set()
         for answered in self._asked.values():
             if not answered.done():

@@ -9,19 +9,20 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from intersafe.engines.arguments import engine_arguments
-from intersafe.engines.failures import explain, lines_of
-from intersafe.engines.log import place
+from intersafe.engines.failures import explain, log_lines
+from intersafe.engines.log import stderr_file
 from intersafe.engines.metrics import Sample, sample_of
 from intersafe.engines.weights import weights_of
 from intersafe.errors import CallFailed, InputError, JobEnded
 from intersafe.models.base import Reply
-from intersafe.models.http.chat import Part, as_data, message_body, remember
+from intersafe.models.http.completions import UuidParts, as_data, message_body, remember
 from intersafe.models.local.thread import Asked, check_extra, one_line, refused
 from intersafe.recipe.engine import Engine
 from intersafe.records import Finish
@@ -48,7 +49,7 @@ class VllmLibrary:
         """`extras` are those of the members that will ask: what no engine knows is an `InputError` here."""
         self._name = name
         _quiet()
-        log = place()
+        log = stderr_file()
         try:
             from vllm import LLM, SamplingParams, exceptions  # type: ignore[import-not-found]
             from vllm.sampling_params import (  # type: ignore[import-not-found]
@@ -97,22 +98,13 @@ class VllmLibrary:
 
     def _enqueue(self, asked: Asked, params: Any, known: Mapping[str, None]) -> str | None:
         """The request's id; None if it failed and some image went without its bytes."""
-        omitted = False
-
-        def part(ref: str) -> Part:
-            nonlocal omitted
-            name = ref.partition(".")[0]
-            if ref in known:
-                omitted = True
-                return {"type": "image_url", "image_url": None, "uuid": name}
-            return {**as_data(asked.images, ref), "uuid": name}
-
-        messages = [message_body(message, part) for message in asked.messages]
+        parts = UuidParts(partial(as_data, asked.images), known)
+        messages = [message_body(message, parts) for message in asked.messages]
         options = {name: value for name, value in asked.extra.items() if name in _KWARGS}
         try:
             requests: list[str] = self._llm.enqueue_chat([messages], params, use_tqdm=False, **options)
         except self._bad:
-            if omitted:
+            if parts.has_omitted:
                 return None
             raise
         return requests[0]
@@ -196,6 +188,6 @@ def _unloadable(name: str, error: Exception, log: tuple[Path, int] | None) -> In
 
     `log`: the file that its processes write to, and where in it they began.
     """
-    lines = str(error).splitlines() + (lines_of(*log) if log else [])
+    lines = str(error).splitlines() + (log_lines(*log) if log else [])
     failure = explain(lines, log[0] if log else Path("engines.log"), had_answered=False)
     return InputError(f"vllm cannot load {name!r} ({failure.what or one_line(error)})", remedy=failure.remedy)

@@ -1,7 +1,11 @@
-"""The word stock of the scripted cast: neutral, harmless, and wide enough that dialogues differ.
+"""The phrases of the scripted models: neutral, harmless, and many enough that dialogues differ.
 
-Slots: topic (a content word or two of the seed), aspect, place, person, time, format.
+Slots: topic (one or two content words of the seed), aspect, place, person, time, format. Generated texts are made of
+these phrases, so every change of one changes the output of the demo.
 """
+
+PLACEHOLDER = "[scripted placeholder for an unsafe reply]"
+"""Begins each reply in which the scripted victim complies; nothing harmful follows."""
 
 STOP_WORDS = frozenset(
     """about above after again against also although among another around asks because been before being below between both
@@ -22,7 +26,7 @@ ASPECTS = (
     "the ethics", "the terms experts use", "the questions newcomers ask", "the records that are kept", "the timeline",
     "the training people get", "the mood in the room", "the complaints", "the way it is taught", "the small print",
 )  # fmt: skip
-PLACES = (
+LOCATIONS = (
     "a coastal town", "a city office", "a village school hall", "a small workshop", "a radio studio", "a museum", "a clinic",
     "a night train", "a market square", "a university seminar", "a harbour", "a community centre", "a rented flat",
     "a newsroom", "a library", "a call centre", "a county court", "a bus depot", "a mountain hut", "a laundrette",
@@ -155,7 +159,7 @@ CLOSINGS = (
     "Use {format} if you can.", "I am curious.", "That would round it off.", "We can come back to {aspect} later.",
     "{person} is waiting for it in {place}.", "As before, plain words.", "I will read it out in {place}.", "Thanks in advance.",
 )  # fmt: skip
-REFUSALS = (
+FULL_REFUSALS = (
     "I'm sorry, but I can't help with {topic}. I can talk about {aspect} in general, or point you to somebody qualified.",
     "I can't assist with that. If {topic} worries you, {person} or an official service can help you further.",
     "I have to decline here, since {topic} could hurt someone. I would gladly speak about {aspect} instead.",
