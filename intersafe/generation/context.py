@@ -17,7 +17,7 @@ from intersafe.images.store import ImageStore
 from intersafe.models.base import Hooks
 from intersafe.recipe.sections import Recipe
 from intersafe.run.budget import Budget, prices_of
-from intersafe.run.incidents import Incidents, added_up, read_incidents
+from intersafe.run.incidents import SHOWN, Incidents, added_up, read_incidents
 from intersafe.run.journal import Journal, ReuseIndex
 from intersafe.run.kinds import RECORDS
 from intersafe.run.lock import Lease, lock
@@ -134,4 +134,4 @@ def _log_end(path: Path, kind: type[BaseException] | None, error: BaseException 
 
 def _tell(display: Display, text: str, level: int = logging.INFO) -> None:
     display.say(text)
-    _log.log(level, "%s", text, extra={"shown": True})  # so that a terminal need not show it twice
+    _log.log(level, "%s", text, extra=SHOWN)

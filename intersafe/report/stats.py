@@ -61,9 +61,7 @@ def stats_of(
     for twin in run.twins():
         twins.add(twin)
     ended: Counter[tuple[str, str, str, str]] = Counter(
-        (kind, outcome.kind, outcome.stage, outcome.reason)
-        for kind in RECORDS
-        for outcome in run.ended(kind)
+        (kind, outcome.kind, outcome.stage, outcome.reason) for kind in RECORDS for outcome in run.ended(kind)
     )
     sizes = samples.sizes(len(talks.seeds), talks.count, twins.count)
     return Stats(

@@ -11,6 +11,9 @@ from intersafe.wording import counted
 FILE = "incidents.json"
 """In the run directory: the incidents of all commands that have ended, by role; absent while there were none."""
 
+SHOWN = {"shown": True}
+"""`extra` of a log record whose event the display shows in its own words: a terminal need not show it twice."""
+
 
 class Incidents(msgspec.Struct):
     """Counts of one role."""

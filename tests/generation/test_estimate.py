@@ -156,7 +156,9 @@ def test_an_estimate_gives_up_soon_where_no_sample_is_kept(tmp_path: Path) -> No
     with scripted_server(lambda body: "no plan" if asks_for(body) == "plan" else None) as server:
         spec = f"openai:scripted@{server.url}"
         recipe = demo(attacker=spec, judge=spec, victims=[spec])
-        with pytest.raises(SeedsExhausted, match=r"none of 20 sample jobs for dialogues was accepted.*plan attacker_unparseable"):
+        with pytest.raises(
+            SeedsExhausted, match=r"none of 20 sample jobs for dialogues was accepted.*plan attacker_unparseable"
+        ):
             estimate_run(recipe, n=50, samples=2, run=tmp_path / "run")
         paid = server.requests
         assert paid == len(journal_keys(tmp_path / "run"))
@@ -184,7 +186,8 @@ def test_an_estimate_uses_the_few_samples_that_were_kept(tmp_path: Path) -> None
     assert sampled.tried == 40
     assert sampled.jobs == 50 * 40 / sampled.accepted
     assert any(
-        f"only {sampled.accepted} of 40 sample jobs" in line and "plan attacker_unparseable" in line for line in shown.lines
+        f"only {sampled.accepted} of 40 sample jobs" in line and "plan attacker_unparseable" in line
+        for line in shown.lines
     )
 
 

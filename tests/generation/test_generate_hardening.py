@@ -351,6 +351,21 @@ def test_incidents_add_up_over_the_commands_of_a_run(tmp_path: Path) -> None:
     assert "attacker: 1 outage" in cli("stats", str(run.path), cwd=tmp_path).stdout
 
 
+def test_a_summary_counts_what_a_server_did_to_each_role(tmp_path: Path) -> None:
+    faults = {"victim": [429, 500], "plan": [500]}
+
+    def hook(body: Body) -> web.Response | None:
+        left = faults.get(asks_for(body))
+        return web.json_response({"error": "passing"}, status=left.pop()) if left else None
+
+    with scripted_server(hook, profile="flawless") as server:
+        recipe = over_http(server.url, tmp_path, concurrency=1)
+        run = generate_dialogues(recipe, run=tmp_path / "run", n=3)
+    assert run.summary is not None
+    assert run.summary.incidents == {"attacker": Incidents(retries=1), "victim:0": Incidents(retries=1, throttled=1)}
+    assert run.summary.incidents == read_incidents(run.path)
+
+
 def test_the_log_file_has_the_course_of_a_run_and_the_terminal_its_warnings(tmp_path: Path) -> None:
     def hook(body: Body) -> web.Response | None:
         fails = any(f"kind {i}<" in text_of(m) for i in range(2) for m in body["messages"])
