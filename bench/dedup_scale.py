@@ -30,8 +30,11 @@ from dedup_quality import Messages
 
 from intersafe.gates.chain import Chain
 from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, signature_of
-from intersafe.generation.generate import _remember
+from intersafe.generation.dialogues import DialogueGates
+from intersafe.generation.job_kind import GateInputs
+from intersafe.generation.kinds import DIALOGUES
 from intersafe.generation.prepare import values_of
+from intersafe.generation.resume import recall
 from intersafe.recipe.gates import DuplicateSettings
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue
@@ -182,8 +185,8 @@ def parts(run: Run) -> Iterator[tuple[str, float]]:
     recipe = msgspec.convert(run.manifest.resolved, Recipe)
     values, settings = values_of(recipe, run.seeds()), DuplicateSettings()
 
-    def chain(root: Path | None = None) -> Chain:
-        return Chain(recipe.gates, values, lambda _: 0, root)
+    def remembering(root: Path) -> DialogueGates:
+        return DialogueGates(GateInputs(recipe, values, lambda _: 0, root))
 
     def spent(work: Iterable[object]) -> float:
         began = time.process_time()
@@ -195,14 +198,14 @@ def parts(run: Run) -> Iterator[tuple[str, float]]:
     yield "rows decoded twice, as before", spent(run.dialogues())
     yield "rows decoded once", spent(run.dialogues())
     some = list(run.dialogues())
-    funnel, gates = Funnel(), chain()
+    funnel, gates = Funnel(), Chain(recipe.gates, values, lambda _: 0)
     yield "funnel", spent(map(funnel.count, some))
     if gates.quota:
         yield "quotas", spent(map(gates.quota.add, some))
     yield "signatures", spent(signature_of([turn.user.text for turn in one.turns], settings) for one in some)
     del some
     for name in ("all, no file yet", "all, with the file"):
-        yield name, spent(_remember(run, chain(run.path)) for _ in range(1))
+        yield name, spent(recall(run, DIALOGUES, remembering(run.path)) for _ in range(1))
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def commit(folder: Path) -> None:
         if isinstance(outcome, Dialogue):
             chain.add(outcome)
     outcomes, began = time.process_time() - began, time.process_time()
-    Journal(GroupWriter(folder / "again")).load(run.path / "journal", {"": len(sent)})
+    Journal(GroupWriter(folder / "again")).load(run.path / "journal", {"dialogues": len(sent)})
     entries = time.process_time() - began
     print(
         f"resuming a run: {1000 * outcomes / len(sent):.2f} ms CPU per dialogue for the outcomes and the gates, "

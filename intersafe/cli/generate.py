@@ -13,6 +13,7 @@ from intersafe.cli.values import DURATION, TOKENS, USD, FiniteRange
 from intersafe.errors import InputError
 
 if TYPE_CHECKING:
+    from intersafe.generation.progress import Display
     from intersafe.generation.workers.ray_cluster import Cluster
     from intersafe.recipe.sections import Recipe
 
@@ -55,6 +56,26 @@ def _recipe_options(command: _Command) -> _Command:
     return command
 
 
+def _log_options(command: _Command) -> _Command:
+    """The flags for the log of a command."""
+    to_file = click.option(
+        "--log-file",
+        metavar="PATH",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Append retries, outages, failed jobs and messages to this file, with time stamps.",
+    )
+    verbose = click.option("--verbose", is_flag=True, help="Show all log lines on stderr, not only warnings.")
+    return to_file(verbose(command))
+
+
+def _log(recipe: "Recipe", log_file: Path | None, verbose: bool, display: "Display") -> None:
+    """Starts the log of a command."""
+    from intersafe.cli.logs import configure_logging
+
+    keys = [model.key for model in recipe.cast.models.values() if model.key]
+    configure_logging(log_file, verbose, display.say, keys)
+
+
 def _changed(recipe: "Recipe", changes: dict[str, Any]) -> "Recipe":
     """The recipe with what the flags of `_recipe_options` say."""
     from intersafe.recipe.override import override
@@ -77,6 +98,7 @@ def _changed(recipe: "Recipe", changes: dict[str, Any]) -> "Recipe":
 )
 @click.option("--ray-workers", type=click.IntRange(1, 100_000), help="Number of Ray workers. Default: one per core.")
 @click.option("--serve", is_flag=True, help="Start the servers of the recipe's `serve` section, and stop them after.")
+@_log_options
 def generate(
     recipe: "Recipe",
     n: int | None,
@@ -85,6 +107,8 @@ def generate(
     ray: str | None,
     ray_workers: int | None,
     serve: bool,
+    log_file: Path | None,
+    verbose: bool,
     **changes: Any,
 ) -> None:
     """Generate dialogues until N passed every gate, or resume a run that was stopped.
@@ -115,6 +139,7 @@ def generate(
     recipe = _changed(recipe, changes)
     cluster = _cluster(ray, ray_workers)
     display = display_for(own_stderr())
+    _log(recipe, log_file, verbose, display)
     servers = _servers(recipe, ray, display.say) if serve else None
     made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display, cluster=cluster, servers=servers)
     print_funnel(made)
@@ -154,7 +179,17 @@ def _servers(recipe: "Recipe", ray: str | None, say: Callable[[str], None]) -> A
 )
 @click.option("--run", metavar="NAME|PATH", help="Directory of the samples. Default: the recipe's name + `-estimate`.")
 @_recipe_options
-def estimate(recipe: "Recipe", n: int | None, samples: int, run: str | None, reuse: str | None, **changes: Any) -> None:
+@_log_options
+def estimate(
+    recipe: "Recipe",
+    n: int | None,
+    samples: int,
+    run: str | None,
+    reuse: str | None,
+    log_file: Path | None,
+    verbose: bool,
+    **changes: Any,
+) -> None:
     """Predict what a run of N dialogues takes: calls, tokens, cost and time by role.
 
     \b
@@ -172,7 +207,9 @@ def estimate(recipe: "Recipe", n: int | None, samples: int, run: str | None, reu
     from intersafe.generation.estimate import estimate_run
 
     recipe = _changed(recipe, changes)
-    found = estimate_run(recipe, n=n, samples=samples, run=run, reuse=reuse, display=display_for(own_stderr()))
+    display = display_for(own_stderr())
+    _log(recipe, log_file, verbose, display)
+    found = estimate_run(recipe, n=n, samples=samples, run=run, reuse=reuse, display=display)
     print_estimate(found)
 
 

@@ -44,7 +44,7 @@ class PlainLines(Display):
         """Prints what the run wants and what it has."""
         self._progress, self._began = progress, time.monotonic()
         again = f", resuming after {progress.before:,}" if progress.funnel.jobs else ""
-        others = "".join(f" and {wanted:,} {kind}" for kind, (_, wanted) in progress.beside.items())
+        others = "".join(f" and {wanted:,} {kind}" for kind, (_, wanted) in progress.others.items())
         wanted = f"{counted(progress.n, 'dialogue')}{others}"
         self.say(f"generating {wanted} from at most {counted(progress.jobs, 'job')}{again}")
 
@@ -66,9 +66,9 @@ def status_line(progress: Progress, seconds: float) -> str:
     calls = sum(tally.calls for tally in progress.journal.roles.values())
     flying = sum(progress.in_flight.values())
     rate, left = _rate(progress, seconds)
-    others = "".join(f"{f.accepted:,}/{wanted:,} {kind}  " for kind, (f, wanted) in progress.beside.items())
+    others = "".join(f"{f.accepted:,}/{wanted:,} {kind}  " for kind, (f, wanted) in progress.others.items())
     lost = Counter(funnel.ended)
-    for other, _ in progress.beside.values():
+    for other, _ in progress.others.values():
         lost.update(other.ended)
     most = f", most by {lost.most_common(1)[0][0]}" if lost.total() >= 100 else ""
     used = "".join(f"  {words}" for words in used_of(progress))
@@ -143,7 +143,7 @@ def _rate(progress: Progress, seconds: float) -> tuple[float, str]:
     rate = (progress.funnel.accepted - progress.before) / max(seconds, 0.001)
     if rate <= 0:
         return 0.0, "?"
-    if progress.funnel.accepted >= progress.n and any(f.accepted < wanted for f, wanted in progress.beside.values()):
+    if progress.funnel.accepted >= progress.n and any(f.accepted < wanted for f, wanted in progress.others.values()):
         return rate, "?"
     return rate, clock((progress.n - progress.funnel.accepted) / rate)
 
@@ -216,7 +216,7 @@ def _add_progress(panel: "Table", progress: Progress, seconds: float) -> None:
     rate, left = _rate(progress, seconds)
     bar = ProgressBar(total=progress.n, completed=funnel.accepted, width=40)
     panel.add_row("accepted", f"{funnel.accepted:,}/{progress.n:,}", bar, rate_of(rate), f"{left} left")
-    for kind, (other, wanted) in progress.beside.items():
+    for kind, (other, wanted) in progress.others.items():
         bar = ProgressBar(total=wanted, completed=other.accepted, width=40)
         panel.add_row(kind, f"{other.accepted:,}/{wanted:,}", bar)
     for reason, number in sorted(funnel.ended.items(), key=lambda item: -item[1])[:8]:

@@ -10,29 +10,31 @@ import click
 
 from intersafe.engines.metrics import describe_metrics
 from intersafe.errors import InputError
-from intersafe.generation.estimate import Amount, Estimate
+from intersafe.generation.estimate import Estimate
 from intersafe.generation.replay import calls_of
+from intersafe.generation.strata import Amount
 from intersafe.images.store import ImageStore
 from intersafe.recipe.sections import Price
 from intersafe.records import Dialogue, ImageOrigin, RefusalSample, Turn
 from intersafe.run.directory import Run
 from intersafe.run.funnel import Funnel
 from intersafe.run.journal import RoleTally
+from intersafe.run.kinds import RECORDS
 from intersafe.wording import clock, counted, dollars, plain
 
 
-def pick(run: Run, which: str | None, line: str = "") -> Any:
-    """The kept outcome of a line by id or place from 1; the first where none is named, None if there is none."""
+def pick(run: Run, which: str | None, kind: str = "dialogues") -> Any:
+    """The accepted outcome of a kind by id or number from 1; the first if none is named, None if there is none."""
     number = int(which) if which is not None and re.fullmatch(r"[0-9]{1,9}", which) else None
-    for place, outcome in enumerate(run.kept(line), 1):
-        if which is None or place == number or outcome.id == which:
+    for position, outcome in enumerate(run.accepted(kind), 1):
+        if which is None or position == number or outcome.id == which:
             return outcome
     if which is None:
         return None
-    kind = {"": "dialogue", "refusals": "refusal sample", "twins": "twin"}[line]
-    have = sum(1 for _ in run.kept(line))
-    remedy = f"give an id or a number from 1 to {have}" if have else f"it has no {kind} at all"
-    raise InputError(f"no {kind} {which!r} in this run", at=run.path, remedy=remedy)
+    noun = RECORDS[kind].noun
+    have = sum(1 for _ in run.accepted(kind))
+    remedy = f"give an id or a number from 1 to {have}" if have else f"it has no {noun} at all"
+    raise InputError(f"no {noun} {which!r} in this run", at=run.path, remedy=remedy)
 
 
 def print_funnel(run: Run) -> None:
@@ -49,7 +51,7 @@ def print_funnel(run: Run) -> None:
     click.echo(f"{funnel.accepted:>8,} accepted" + ("" if summary else "   (not complete)"))
     for cell in summary.short if summary else ():
         click.echo(f"         below its quota: {cell}")
-    _print_beside(run)
+    _print_other_kinds(run)
     if not funnel.accepted:
         return
     counts = funnel.categories.values()
@@ -62,6 +64,8 @@ def print_funnel(run: Run) -> None:
     _print_usage(run.roles(), summary.prices if summary else run.prices())
     for name, figures in sorted(summary.engines.items()) if summary else ():
         click.echo(f"         engine {plain(name)}: {describe_metrics(figures)}")
+    for role, incidents in run.incidents().items():
+        click.echo(f"         {role:<12} {incidents.words}")
 
 
 def _print_usage(roles: dict[str, RoleTally], prices: dict[str, Price]) -> None:
@@ -97,7 +101,7 @@ def print_estimate(found: Estimate) -> None:
         click.echo(f"{'' if number else 'time':<10}{clock(seconds)}  {what}")
     for kind, sampled in found.sampled.items():
         click.echo(
-            f"{kind}: {sampled.kept} of {sampled.tried} samples accepted, so about {counted(sampled.jobs, 'job')}"
+            f"{kind}: {sampled.accepted} of {sampled.tried} samples accepted, so about {counted(sampled.jobs, 'job')}"
         )
     _print_caveats(found)
 
@@ -141,17 +145,14 @@ def _print_lost(funnel: Funnel, indent: str = "") -> None:
         click.echo(f"{indent}{-count:>8,} {place}")
 
 
-def _print_beside(run: Run) -> None:
-    """The other lines: refusal samples by group, twins."""
-    for line in ("refusals", "twins"):
-        funnel = run.funnel(line)
+def _print_other_kinds(run: Run) -> None:
+    """Prints the kinds besides dialogues: refusal samples by group, twins."""
+    for kind in list(RECORDS)[1:]:
+        funnel = run.funnel(kind)
         if funnel.jobs:
-            wanted = {
-                name: group["n"]
-                for name, group in (run.manifest.recipe.get("refusals") or {"groups": {}})["groups"].items()
-            }
-            groups = ", ".join(f"{name} {funnel.groups.get(name, 0)} of {n}" for name, n in sorted(wanted.items()))
-            click.echo(f"{funnel.accepted:>8,} {line}" + (f": {groups}" if line == "refusals" else ""))
+            wanted = (run.manifest.recipe.get(kind) or {}).get("groups", {})
+            groups = [f"{name} {funnel.groups.get(name, 0)} of {wanted[name]['n']}" for name in sorted(wanted)]
+            click.echo(f"{funnel.accepted:>8,} {kind}" + (f": {', '.join(groups)}" if groups else ""))
             _print_lost(funnel, "    ")
 
 

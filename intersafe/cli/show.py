@@ -28,7 +28,7 @@ def show(run: str, which: str | None, refusal: str | None, twin: str | None, ful
     if sum(wish not in (None, False) for wish in (which, refusal, twin, only_funnel)) > 1:
         raise InputError("several at once", at="--dialogue, --refusal, --twin, --funnel", remedy="pass one of them")
     opened = Run(run)
-    kind = "refusals" if refusal is not None else "twins" if twin is not None else ""
+    kind = "refusals" if refusal is not None else "twins" if twin is not None else "dialogues"
     picked = None if only_funnel else pick(opened, which or refusal or twin, kind)
     print_funnel(opened)
     if only_funnel:

@@ -183,9 +183,9 @@ async def _replica(
 
 async def _metrics(session: "aiohttp.ClientSession", url: str) -> Finding:
     """Whether the server has the metrics that a run displays."""
-    from intersafe.generation.monitor import ask_gauges
+    from intersafe.generation.monitor import sample_server
 
-    sample = await ask_gauges(session, url)
+    sample = await sample_server(session, url)
     if sample is None:
         return Finding("info", "metrics", "no vLLM metrics at /metrics: a run cannot show how busy the server is")
     says = f"{sample.running:.0f} running, {sample.waiting:.0f} waiting, KV cache {sample.kv_usage:.0%} full"

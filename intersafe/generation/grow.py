@@ -1,20 +1,13 @@
-"""The order of the stages: how a dialogue, a refusal sample and a benign twin are grown.
-
-A *grower* takes jobs through the stages, in this process (`Stages`) or in others (`workers/driver.py`).
-"""
+"""The order of the stages: how a dialogue, a refusal sample and a benign twin are grown."""
 
 import hashlib
-from typing import Any, Protocol
 
 import msgspec
 
-from intersafe.generation.prepare import provenance_of
-from intersafe.generation.scheduler import AnyJob, Outcome
-from intersafe.models.cast import JobCast, SharedCast
-from intersafe.recipe.sections import Recipe, Refusals
+from intersafe.models.cast import JobCast
+from intersafe.recipe.sections import Recipe
 from intersafe.records import Dialogue, Job, Provenance, RefusalJob, RefusalSample, Turn
-from intersafe.run.budget import Budget
-from intersafe.run.manifest import Manifest
+from intersafe.run.kinds import TwinJob
 from intersafe.stages.cleaning import clean
 from intersafe.stages.conversation import Conversation
 from intersafe.stages.conversing import converse
@@ -53,9 +46,10 @@ async def grow_dialogue(job: Job, cast: JobCast, recipe: Recipe, provenance: Pro
     )
 
 
-async def grow_refusal(job: RefusalJob, cast: JobCast, refusals: Refusals, provenance: Provenance) -> RefusalSample:
+async def grow_refusal(job: RefusalJob, cast: JobCast, recipe: Recipe, provenance: Provenance) -> RefusalSample:
     """Question, image, answer, check: one refusal sample, or `JobEnded` with the stage and the reason."""
-    draft = await refuse(job, cast, refusals)
+    assert recipe.refusals
+    draft = await refuse(job, cast, recipe.refusals)
     name = _digest(job.key, provenance.recipe, (draft.question, draft.answer))
     return RefusalSample(
         name,
@@ -72,8 +66,9 @@ async def grow_refusal(job: RefusalJob, cast: JobCast, refusals: Refusals, prove
     )
 
 
-async def grow_twin(original: Dialogue, job: Job, cast: JobCast, recipe: Recipe, provenance: Provenance) -> Dialogue:
-    """The benign twin of a dialogue, with aligned answers where the recipe wants them; or `JobEnded`."""
+async def grow_twin(job: TwinJob, cast: JobCast, recipe: Recipe, provenance: Provenance) -> Dialogue:
+    """The benign twin of a dialogue, with aligned answers if the recipe wants them; or `JobEnded`."""
+    original = job.original
     goal, conversation, check = await make_twin(original, job, cast, recipe.converse, recipe.gates.rules)
     if recipe.respond:
         await respond(conversation, recipe.respond)
@@ -100,53 +95,3 @@ def _name(job: Job, provenance: Provenance, turns: tuple[Turn, ...]) -> str:
 
 def _digest(key: str, recipe: str, texts: tuple[str, ...]) -> str:
     return hashlib.blake2b(msgspec.json.encode((key, recipe, texts)), digest_size=8).hexdigest()
-
-
-class Grower(Protocol):
-    """Whatever takes a job through the stages of its line."""
-
-    @property
-    def in_flight(self) -> dict[str, int]:
-        """Calls under way by role; the same object all along."""
-        ...
-
-    @property
-    def waiting(self) -> dict[str, str]:
-        """The services that are away, and why; the same object all along."""
-        ...
-
-    @property
-    def budget(self) -> Budget | None:
-        """What the run may use."""
-        ...
-
-    async def grow(self, line: str, job: AnyJob, original: Dialogue | None = None) -> Outcome:
-        """The outcome of a job; `JobEnded` if there is none. `original` is the dialogue that a twin belongs to."""
-        ...
-
-
-class Stages:
-    """The stages of every line, in this process."""
-
-    def __init__(self, recipe: Recipe, manifest: Manifest, company: SharedCast) -> None:
-        self.in_flight, self.waiting, self.budget = company.in_flight, company.hooks.outages, company.budget
-        self._recipe, self._manifest, self._company = recipe, manifest, company
-        self._provenances: dict[tuple[Any, ...], Provenance] = {}
-
-    async def grow(self, line: str, job: AnyJob, original: Dialogue | None = None) -> Outcome:
-        """The outcome of a job; `JobEnded` if there is none."""
-        cast, provenance = JobCast(self._company, job, line or "dialogues"), self._provenance(line, job)
-        if isinstance(job, RefusalJob):
-            assert self._recipe.refusals
-            return await grow_refusal(job, cast, self._recipe.refusals, provenance)
-        if original is not None:
-            return await grow_twin(original, job, cast, self._recipe, provenance)
-        return await grow_dialogue(job, cast, self._recipe, provenance)
-
-    def _provenance(self, line: str, job: AnyJob) -> Provenance:
-        """The same object for all jobs that can have met the same models and prompts."""
-        met = (job.seed.category, job.strategy, job.victim) if isinstance(job, Job) else (job.group,)
-        place = (line, *met)
-        if place not in self._provenances:
-            self._provenances[place] = provenance_of(self._recipe, self._manifest, job, line)
-        return self._provenances[place]

@@ -1,8 +1,8 @@
-"""Jobs: which seed, strategy, victim and sample number stand at which place of a run.
+"""Jobs: the seed, strategy, victim and sample number of each job of a run, in order.
 
-The order interleaves the categories, so that every prefix is balanced, and walks strategies and victims evenly over
-the seeds. The refusals have an order of their own, which interleaves their groups by size. Nothing is drawn from a
-shared random state: the same recipe and seeds give the same job at the same place, always.
+The order interleaves the categories, so that every prefix is balanced, and spreads strategies and victims evenly over
+the seeds. Refusal jobs have their own order, which interleaves their groups by size. Nothing is drawn from a shared
+random state: the same recipe and seeds always give the same job at the same place.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from intersafe.wording import nearest
 
 
 def job_count(recipe: Recipe, seeds: Sequence[Seed]) -> int:
-    """How many jobs there are in all."""
+    """Number of dialogue jobs."""
     return len(seeds) * len(recipe.strategies) * len(recipe.cast.victims) * recipe.samples
 
 
 def jobs(recipe: Recipe, seeds: Sequence[Seed], first: int = 0) -> Iterator[Job]:
-    """The jobs in their order, from place `first` on."""
+    """The dialogue jobs in order, from place `first` on."""
     by_category = [[s for s in seeds if s.category == c.name] for c in CATEGORIES]
     columns = [column for column in by_category if column]
     pairs = len(recipe.strategies) * len(recipe.cast.victims)
@@ -57,7 +57,7 @@ def _job(recipe: Recipe, index: int, seed: Seed, strategy: str, victim: int, ide
 
 
 def _draw(settings: Turns | Images, noise: bytes) -> int:
-    """`min` plus a binomial draw up to `max`: 16 bits of noise for each further one, so the mean is nearly exact."""
+    """`min` plus a binomial draw up to `max`, with 16 bits of noise per trial, so that the mean is nearly exact."""
     span = settings.max - settings.min
     if span == 0:
         return settings.min
@@ -72,9 +72,9 @@ def _draw(settings: Turns | Images, noise: bytes) -> int:
 def seeds_by_group(
     refusals: Refusals, seeds: Sequence[Seed], own: Mapping[str, Sequence[Seed]] | None = None
 ) -> dict[str, tuple[Seed, ...]]:
-    """The seeds of each group: out of `own` where it names files, else out of `seeds`, in its categories.
+    """The seeds of each group, in its categories: from `own` if the group names files, else from `seeds`.
 
-    `InputError` for an unknown category, a group without seeds, and an `n` that its seeds cannot give.
+    `InputError` for an unknown category, a group without seeds, or an `n` that its seeds cannot give.
     """
     known = [category.name for category in CATEGORIES]
     named = {name for group in refusals.groups.values() for name in group.categories}
@@ -89,7 +89,7 @@ def seeds_by_group(
         taken = set(group.categories) or set(known) - named
         found[name] = tuple(seed for seed in source if seed.category in taken)
         if not found[name]:
-            raise InputError(f"{where}: no seed in its categories", remedy="name others, or give it `seeds` of its own")
+            raise InputError(f"{where}: no seed in its categories", remedy="name others, or give it its own `seeds`")
         most = len(found[name]) * _samples(refusals, group)
         if group.n > most:
             raise InputError(
@@ -100,42 +100,42 @@ def seeds_by_group(
 
 
 def refusal_job_count(recipe: Recipe, by_group: Mapping[str, Sequence[Seed]]) -> int:
-    """How many refusal jobs there are in all."""
+    """Number of refusal jobs."""
     assert recipe.refusals
     groups = recipe.refusals.groups
     return sum(len(seeds) * _samples(recipe.refusals, groups[name]) for name, seeds in by_group.items())
 
 
 def refusal_jobs(recipe: Recipe, by_group: Mapping[str, Sequence[Seed]], first: int = 0) -> Iterator[RefusalJob]:
-    """The refusal jobs in their order, from place `first` on; any prefix holds the groups in proportion to their n."""
+    """The refusal jobs in order, from place `first` on; every prefix has the groups in proportion to their n."""
     assert recipe.refusals
     groups = recipe.refusals.groups
-    places = {name: _places(seeds, _samples(recipe.refusals, groups[name])) for name, seeds in by_group.items()}
-    # Webster's method in whole numbers: recipes whose n have the same proportions have the same order.
-    step = {name: math.lcm(*(group.n for group in groups.values())) // groups[name].n for name in places}
+    queues = {name: _in_turn(seeds, _samples(recipe.refusals, groups[name])) for name, seeds in by_group.items()}
+    # Webster's method in whole numbers: recipes whose n have the same proportions give the same order.
+    step = {name: math.lcm(*(group.n for group in groups.values())) // groups[name].n for name in queues}
     due = dict(step)
     for index in range(refusal_job_count(recipe, by_group)):
-        place = None
-        while place is None:
+        found = None
+        while found is None:
             name = min(due, key=due.__getitem__)
-            place = next(places[name], None)
+            found = next(queues[name], None)
             due[name] += 2 * step[name]
-            if place is None:
+            if found is None:
                 del due[name]
         if index >= first:
-            seed, sample = place
+            seed, sample = found
             key = f"refusal/{name}/{seed.id}/{sample}"
             digest = hashlib.blake2b(f"{recipe.seed} {key}".encode(), digest_size=4).digest()
             yield RefusalJob(index, key, seed, name, sample, int.from_bytes(digest, "big") & 0x7FFFFFFF)
 
 
 def _samples(refusals: Refusals, group: RefusalGroup) -> int:
-    """Questions for each seed of the group."""
+    """Questions per seed of the group."""
     return refusals.samples if group.questions == "written" else 1
 
 
-def _places(seeds: Sequence[Seed], samples: int) -> Iterator[tuple[Seed, int]]:
-    """Every seed with every sample number: the categories in turn, all seeds of one before its second samples."""
+def _in_turn(seeds: Sequence[Seed], samples: int) -> Iterator[tuple[Seed, int]]:
+    """Every seed with every sample number: categories in turn, and all seeds of a category before second samples."""
     by_category = [[s for s in seeds if s.category == c.name] for c in CATEGORIES]
     columns = [column for column in by_category if column]
     for row in range(max(map(len, columns), default=0) * samples):

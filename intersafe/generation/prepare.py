@@ -1,4 +1,4 @@
-"""Prepare: read and check all that a run is made from, hold it against a run that is there, lay down what is new."""
+"""Prepare: read and check everything that a run is made from, and write it into the run directory."""
 
 import hashlib
 import importlib.metadata
@@ -6,51 +6,52 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from intersafe.errors import InputError
 from intersafe.generation.jobs import seeds_by_group
 from intersafe.images.store import ImageStore, read_image
 from intersafe.models.open import check_cast
-from intersafe.recipe.sections import Member, Model, Painter, Recipe
-from intersafe.records import Job, Provenance, RefusalJob, Seed, to_row
+from intersafe.recipe.sections import Recipe
+from intersafe.records import Seed, to_row
 from intersafe.run.directory import Run
-from intersafe.run.manifest import Manifest, differences
+from intersafe.run.manifest import Manifest
+from intersafe.run.state import DirectoryState, state_of
 from intersafe.seeds.load import Seeds, load_seeds
 from intersafe.storage.files import write_whole
-from intersafe.taxonomy import BY_NAME
 from intersafe.templates.load import Prompts, check_refusals, load_prompts, needed_by
 from intersafe.wording import nearest
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe whose every input was read and checked; nothing is written yet."""
+    """A recipe and all its inputs, read and checked; nothing is written yet."""
 
     recipe: Recipe
     prompts: Prompts
     seeds: Seeds
     groups: dict[str, tuple[Seed, ...]]
-    """The seeds of each group of the refusals."""
+    """The seeds of each refusal group."""
     files: dict[str, Path]
-    """Where the bytes of every seed's image lie."""
+    """The file of each seed image, by reference."""
     values: dict[str, list[str]]
-    """What the jobs can have on each axis of the quotas."""
+    """The values that jobs can have on each axis of the quotas."""
     manifest: Manifest
     known: dict[str, str]
-    """The reference of each seed image by the sha256 of its file."""
+    """The reference of each seed image, by the sha256 of its file."""
 
 
 KNOWN = "index/seed-images.json"
-"""Where a run keeps what its seed images were verified to be: a cache, since decoding thousands takes minutes."""
+"""The run's cache of `Prepared.known`: decoding thousands of images takes minutes."""
 
 
-def prepare(recipe: Recipe, run: Path | None = None) -> Prepared:
-    """Reads and checks prompts, seeds and cast; `InputError` names the first thing that is wrong.
+def prepare(recipe: Recipe, run: Path | None = None, purpose: Literal["estimate"] | UnsetType = UNSET) -> Prepared:
+    """Reads and checks prompts, seeds and cast; `InputError` names the first problem.
 
-    `run`: a directory whose seed images were verified before.
+    `run` is a directory that may have the cache of verified seed images.
     """
     before = _known(run) if run else {}
     known = dict(before)
@@ -73,7 +74,7 @@ def prepare(recipe: Recipe, run: Path | None = None) -> Prepared:
             digests.append(found.digest)
             excluded += found.excluded
     if files or recipe.cast.painter:
-        _check_sight(recipe)
+        _check_vision(recipe)
     values = values_of(recipe, seeds.seeds)
     manifest = Manifest(
         name=recipe.name,
@@ -84,14 +85,15 @@ def prepare(recipe: Recipe, run: Path | None = None) -> Prepared:
         seeds=digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         excluded=tuple(dict.fromkeys(excluded)),
         versions={name: importlib.metadata.version(name) for name in ("intersafe", "msgspec", "pillow", "rensa")},
+        purpose=purpose,
     )
     if before and run and not _is_made_from(run, manifest.seeds):  # the seeds changed, or the cache is damaged
-        return prepare(recipe)
+        return prepare(recipe, purpose=purpose)
     return Prepared(recipe, prompts, seeds, groups, files, values, manifest, known)
 
 
-def _check_sight(recipe: Recipe) -> None:
-    """`InputError` where the weights at hand are of text alone; a server's eyes are looked at by `doctor`."""
+def _check_vision(recipe: Recipe) -> None:
+    """`InputError` if local weights have no vision support; `doctor` checks the vision support of servers."""
     for role, member in recipe.cast.members.items():
         if member.in_process or member.spec.model in recipe.serve:
             from intersafe.models.local.open import is_blind
@@ -113,7 +115,7 @@ def _known(run: Path) -> dict[str, str]:
 
 
 def values_of(recipe: Recipe, seeds: Sequence[Seed]) -> dict[str, list[str]]:
-    """What the jobs can have on each axis; `InputError` for a quota on something that no job has."""
+    """The values that jobs can have on each axis; `InputError` for a quota on a value that no job has."""
     values = {
         "category": sorted({seed.category for seed in seeds}),
         "strategy": list(recipe.strategies),
@@ -131,87 +133,28 @@ def values_of(recipe: Recipe, seeds: Sequence[Seed]) -> dict[str, list[str]]:
     return values
 
 
-_DIALOGUE = ("planner/decompose", "planner/rewrite", "judge/step", "judge/turn", "judge/dialogue", "victim/system")
-_MET: dict[str, tuple[str, ...]] = {
-    "": _DIALOGUE,
-    "refusals": ("refusal/question", "judge/refusal"),
-    "twins": ("planner/twin", "judge/turn", "judge/dialogue", "victim/system"),
-}
-"""The prompt files that a line's jobs can meet, whatever the recipe."""
+def open_directory(path: Path, prepared: Prepared) -> DirectoryState:
+    """Creates the run directory, or completes the one that is there; returns what it was before.
 
-
-def provenance_of(recipe: Recipe, manifest: Manifest, job: Job | RefusalJob, line: str = "") -> Provenance:
-    """The models, prompts and sampling that a job's record names: only those that the job can have met."""
-    met = set(_MET[line])
-    roles = {"attacker", "judge", "second_judge"}
-    if recipe.cast.painter and line != "twins":
-        roles, met = roles | {"painter"}, met | {"painter/describe"}
-        met |= {"judge/images"} if recipe.clean and recipe.clean.judge_distance is not None and not line else set()
-    if isinstance(job, Job):
-        roles |= {f"victim:{job.victim}"}
-        met |= {f"judge/rubrics/{BY_NAME[job.seed.category].family}"}
-        met |= set() if line else {f"attacker/{job.strategy}"}
-        if recipe.respond:
-            roles, met = roles | {"responder"}, met | {"responder/aligned", "judge/aligned"}
-    elif recipe.refusals and recipe.refusals.groups[job.group].answers == "analysis":
-        roles, met = roles | {"responder"}, met | {"refusal/answer"}
-    else:
-        met |= {"refusal/templates"}
-    members = {role.partition(":")[0]: model for role, model in recipe.cast.models.items() if role in roles}
-    return Provenance(
-        models={role: member.identity for role, member in members.items()},
-        prompts={name: sha256 for name, sha256 in manifest.prompts.items() if name.rpartition(".")[0] in met},
-        sampling={role: _sampling_of(member) for role, member in members.items()},
-        recipe=manifest.digest,
-        versions={name: version for name, version in manifest.versions.items() if name == "intersafe"},
-        scripted=any(member.spec.backend == "scripted" for member in members.values()),
-    )
-
-
-def _sampling_of(model: Model) -> dict[str, Any]:
-    if isinstance(model, Painter):
-        plain = {"size": model.size, "steps": model.steps, "guidance": model.guidance}
-        return plain | {"negative_prompt": model.negative_prompt}
-    assert isinstance(model, Member)
-    return {"temperature": model.temperature, "top_p": model.top_p, "max_tokens": model.max_tokens}
-
-
-def check_same(path: Path, prepared: Prepared) -> None:
-    """`InputError` where a run that is there was made from something else; reads alone."""
-    if not (path / "recipe.json").exists():
-        return
-    if changed := differences(Run(path).manifest, prepared.manifest):
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise InputError(
-            f"made from something else: {', '.join(changed[:4])}{more}",
-            at=path,
-            remedy=f"put it back, or name a new --run, with --reuse {path} to take over what was paid for",
-        )
-
-
-def open_directory(path: Path, prepared: Prepared) -> str:
-    """Makes the run directory, or checks that the one that is there was made from the same things.
-
-    Returns what the user should know: that the run was begun by another version. A new directory that cannot be filled
-    is taken away again.
+    Raises the problem of the state. A new directory that cannot be filled is deleted again.
     """
-    if (path / "recipe.json").exists():
-        old = Run(path).manifest
-        check_same(path, prepared)
+    state = state_of(path, prepared.manifest)
+    if state.problem:
+        raise state.problem
+    if state.word != "new":
         _fill(path, prepared)
-        newer = [f"{name} {old.versions.get(name)} -> {v}" for name, v in prepared.manifest.versions.items()]
-        return ", ".join(line for line in newer if len(set(line.split()[1::2])) > 1)
+        return state
     write_whole(path / "recipe.json", msgspec.json.format(msgspec.json.encode(prepared.manifest)) + b"\n")
     try:
         _fill(path, prepared)
     except InputError:
         shutil.rmtree(path)
         raise
-    return ""
+    return state
 
 
 def _fill(path: Path, prepared: Prepared) -> None:
-    """Lays down images, prompts and seeds, or mends what is damaged there."""
+    """Writes images, prompts and seeds, and replaces damaged images."""
     store = ImageStore(path / "images")
     for reference, file in prepared.files.items():
         if not store.is_sound(reference):

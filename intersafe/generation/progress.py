@@ -1,4 +1,4 @@
-"""How far a run is, and what shows it: `Progress` is read, a `Display` is told."""
+"""How far a run is, and the interface of a display: `Progress` is read, a `Display` is told."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,39 +11,41 @@ from intersafe.run.journal import Journal
 
 @dataclass
 class Progress:
-    """How far a run is; the same object all along, for a display to look at."""
+    """How far a run is. The same object all along, for a display to read."""
 
     n: int
     jobs: int
-    """How many there are in all."""
+    """Number of all dialogue jobs."""
     funnel: Funnel
+    """Of the dialogues."""
     journal: Journal
-    in_flight: dict[str, int]
+    in_flight: Mapping[str, int]
+    """Calls in flight by role."""
     before: int = 0
-    """Dialogues that were there when this process began."""
-    beside: dict[str, tuple[Funnel, int]] = field(default_factory=dict)
-    """The other lines: what they have kept and how much they want."""
+    """Dialogues that were accepted before this process began."""
+    others: dict[str, tuple[Funnel, int]] = field(default_factory=dict)
+    """The other kinds: what they have and how many outcomes they want."""
     budget: Budget | None = None
     waiting: Mapping[str, str] = field(default_factory=dict)
-    """The services that are away right now, each with what it said last; there as long as the outage lasts."""
+    """The services that are away right now, each with its latest reason."""
     engines: Mapping[str, Figures] = field(default_factory=dict)
-    """vLLM's engines, in this process and behind URLs, with what they say about themselves."""
+    """vLLM's engines, in this process and behind URLs, with their latest metrics."""
 
 
 class Display:
-    """Shows how a run goes; this one shows nothing."""
+    """Shows the progress of a run; this one shows nothing."""
 
     interval = 60.0
-    """Seconds between two looks."""
+    """Seconds between two calls of `look`."""
 
     def begin(self, progress: Progress) -> None:
-        """The run begins, or goes on."""
+        """The run begins or resumes."""
 
     def look(self) -> None:
-        """Time to show how far it is."""
+        """Time to show the progress."""
 
     def say(self, text: str) -> None:
-        """Something that the user should know now."""
+        """A message for the user."""
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """Nothing more follows."""

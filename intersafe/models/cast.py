@@ -8,6 +8,7 @@ names it.
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,8 +100,7 @@ class JobCast:
 
     def __init__(self, shared: SharedCast, job: Job | RefusalJob, kind: str = "dialogues") -> None:
         """Calls are numbered from 0 in the order in which the job makes them; `kind` is the job's kind."""
-        self._shared, self._job, self._ordinal = shared, job, 0
-        self._line = "" if kind == "dialogues" else kind
+        self._shared, self._job, self._kind, self._ordinal = shared, job, sys.intern(kind), 0
         self.prompts = shared.prompts
         self.victim = f"victim:{job.victim}" if isinstance(job, Job) else ""
         self.has_second_judge = shared.cast.second_judge is not None
@@ -191,11 +191,11 @@ class JobCast:
     def _older(self, key: str) -> Entry | None:
         """The entry of that call in the older run, as one of this job."""
         older = self._shared.older.take(key) if self._shared.older else None
-        return structs.replace(older, job=self._job.index, line=self._line) if older else None
+        return structs.replace(older, job=self._job.index, kind=self._kind) if older else None
 
     def _entry(self, call: Call, key: str, began: float, **fields: Any) -> Entry:
         ms = round((time.perf_counter() - began) * 1000)
-        return Entry(job=self._job.index, key=key, role=call.role, ms=ms, line=self._line, **fields)
+        return Entry(job=self._job.index, key=key, role=call.role, ms=ms, kind=self._kind, **fields)
 
     @contextlib.contextmanager
     def _in_flight(self, call: Call) -> Iterator[float]:

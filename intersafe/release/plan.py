@@ -30,7 +30,7 @@ from intersafe.release.rows import (
 )
 from intersafe.release.shards import read_rows
 from intersafe.run.directory import Run
-from intersafe.run.outcomes import files_of
+from intersafe.run.kinds import RECORDS
 from intersafe.storage.jsonl import lines_of
 
 SHARD_ROWS = 5_000
@@ -78,10 +78,10 @@ def _full_row(dialogue: Dialogue) -> PublishedRow:
 
 
 _SOURCES: dict[str, _Source] = {
-    "dialogues": _Source("", Dialogue, dialogue_row),
+    "dialogues": _Source("dialogues", Dialogue, dialogue_row),
     "refusal_vqa": _Source("refusals", RefusalSample, refusal_row),
     "twins": _Source("twins", Dialogue, twin_row),
-    UNSAFE: _Source("", Dialogue, _full_row),
+    UNSAFE: _Source("dialogues", Dialogue, _full_row),
 }
 
 SurveyedRows = dict[str, dict[str, RowSource]]
@@ -97,10 +97,10 @@ def survey(run: Run, config: str, test_share: float, tally: Tally) -> SurveyedRo
     `test_share` is the share of the seeds in the split `test`, 0 to 1.
     """
     source, store = _SOURCES[config], ImageStore(run.path / "images")
-    file = run.path / files_of(source.job_kind)[0]
+    file = run.path / RECORDS[source.job_kind].accepted
     found: SurveyedRows = {TRAIN: {}, TEST: {}}
     sizes: dict[str, int] = {}
-    for (offset, _), record in zip(lines_of(file), run.kept(source.job_kind), strict=False):
+    for (offset, _), record in zip(lines_of(file), run.accepted(source.job_kind), strict=False):
         row = source.row(record)
         if config == UNSAFE and isinstance(record, Dialogue) and row == dialogue_row(record):
             continue  # nothing of it is withheld
@@ -120,7 +120,7 @@ def survey(run: Run, config: str, test_share: float, tally: Tally) -> SurveyedRo
 def rows_at(run: Run, config: str, sources: Sequence[RowSource]) -> Iterator[PublishedRow]:
     """Reads these rows again; `InputError` if the run was changed since `survey`."""
     source = _SOURCES[config]
-    path = run.path / files_of(source.job_kind)[0]
+    path = run.path / RECORDS[source.job_kind].accepted
     with path.open("rb") as file:
         for row_source in sources:
             file.seek(row_source.offset)

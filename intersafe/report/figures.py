@@ -12,6 +12,7 @@ import msgspec
 from intersafe.report.cost import Costs
 from intersafe.report.diversity import Distinct
 from intersafe.report.published import Compared
+from intersafe.run.incidents import Incidents
 
 RunState = Literal["complete", "jobs_exhausted", "incomplete"]
 
@@ -203,6 +204,8 @@ class Stats(msgspec.Struct, frozen=True):
     diversity: Diversity
     costs: Costs
     v: int = 1
+    incidents: dict[str, Incidents] = {}
+    """Retries, throttling and outages by role."""
 
 
 def ranked(counts: Counter[str]) -> dict[str, int]:

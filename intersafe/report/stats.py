@@ -36,7 +36,7 @@ from intersafe.report.figures import (
 )
 from intersafe.report.published import Compared, compare
 from intersafe.run.directory import Run
-from intersafe.run.outcomes import LINES
+from intersafe.run.kinds import RECORDS
 
 if TYPE_CHECKING:
     from intersafe.models.http.embeddings import Embedder
@@ -61,9 +61,7 @@ def stats_of(
     for twin in run.twins():
         twins.add(twin)
     ended: Counter[tuple[str, str, str, str]] = Counter(
-        (line or "dialogues", outcome.kind, outcome.stage, outcome.reason)
-        for line in LINES
-        for outcome in run.ended(line)
+        (kind, outcome.kind, outcome.stage, outcome.reason) for kind in RECORDS for outcome in run.ended(kind)
     )
     sizes = samples.sizes(len(dialogues.seeds), dialogues.count, twins.count)
     return Stats(
@@ -82,6 +80,7 @@ def stats_of(
         losses=_losses(ended, dialogues, len(run.manifest.excluded)),
         diversity=dialogues.sample.diversity(dialogues.ngrams, embedder),
         costs=costs_of(roles, prices or {}, dialogues.count),
+        incidents=run.incidents(),
     )
 
 
@@ -121,7 +120,7 @@ def _losses(ended: Counter[tuple[str, str, str, str]], dialogues: "_Dialogues", 
     return Losses(
         ended=tuple(EndedCount(*place, count) for place, count in order),
         yielded=Proportion.of(dialogues.count, dialogues.count + lost),
-        near_duplicates={line: found[line, "near_duplicate"] for line in ("dialogues", "refusals", "twins")},
+        near_duplicates={kind: found[kind, "near_duplicate"] for kind in RECORDS},
         similar_images=found["dialogues", "similar_images"],
         images_removed=ranked(dialogues.removed),
         seeds_excluded=seeds_excluded,

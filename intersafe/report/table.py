@@ -39,6 +39,7 @@ def sections(stats: Stats) -> list[TableSection]:
         TableSection("rejected and failed", _losses(stats.losses)),
         TableSection("diversity of the user messages", _diversity(stats.diversity)),
         TableSection("tokens and cost", _costs(stats.costs)),
+        TableSection("retries and outages", _incidents(stats)),
     ]
 
 
@@ -240,6 +241,10 @@ def _costs(costs: Costs) -> list[str]:
     each = "" if costs.usd_per_dialogue is None else f", {costs.usd_per_dialogue:,.4f} per accepted dialogue"
     missing = f"; without a price: {', '.join(costs.unpriced)}" if costs.unpriced else ""
     return [*_grid(rows), f"total {_usd(costs.usd)} USD{each}{missing}"]
+
+
+def _incidents(stats: Stats) -> list[str]:
+    return [f"{role}: {incidents.words}" for role, incidents in stats.incidents.items()] or ["none"]
 
 
 def _usd(amount: float | None) -> str:

@@ -1,7 +1,7 @@
-"""Budgets: what a run may use of tokens, money and time, and the one question before each call whether it is used up.
+"""Budgets: the limits of a run on tokens, cost and time, and the check before each call.
 
-Tokens and money are those of the whole run, as its journals count them; time is that of one command. A limit is asked
-before a call starts and never ends one, so a run uses at most the calls in flight more than it may.
+Tokens and cost are counted over the whole run, by its journals; time is counted per command. The check comes before a
+call starts and never ends a call, so a run exceeds a limit by the calls in flight at most.
 """
 
 import asyncio
@@ -18,28 +18,28 @@ from intersafe.run.journal import RoleTally
 from intersafe.wording import clock, dollars
 
 GRACE = 60.0
-"""Seconds that calls in flight have to end when the time is up."""
+"""Seconds that calls in flight have to end after the time limit."""
 
 
 class Spent(NamedTuple):
-    """What was used so far."""
+    """What a run has used so far."""
 
     tokens: int = 0
     usd: float = 0.0
 
 
 class Budget:
-    """The limits of a run held against what it has used."""
+    """The limits of a run and what it has used of them."""
 
     def __init__(
         self, limits: Limits, roles: Mapping[str, RoleTally], *, began: float | None = None, grace: float = GRACE
     ) -> None:
-        """`roles` is the tally that the journal keeps; `began` is when the command did, on the monotonic clock."""
+        """`roles` is the journal's tally, read at each check; `began` is the command's start on the monotonic clock."""
         self.limits = limits
         self._roles, self._grace = roles, grace
         self._began = time.monotonic() if began is None else began
         self.stopped = ""
-        """Set from outside, where the whole of a run that several processes work on is known: why no call may start."""
+        """Why no call may start, set in a worker by the process that counts the whole run; empty if calls may start."""
 
     @property
     def spent(self) -> Spent:
@@ -52,27 +52,27 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """Since the command began."""
+        """Seconds since the command began."""
         return time.monotonic() - self._began
 
     @property
     def is_bound(self) -> bool:
-        """True if there is a limit at all."""
+        """True if any limit is set."""
         limits = self.limits
         return not (limits.max_tokens is None and limits.max_cost is None and limits.max_time is None)
 
     def check(self) -> None:
-        """Asked before every call that goes to a model: `BudgetReached` from the moment on when a limit is reached."""
+        """Called before every call to a model: `BudgetReached` once a limit is reached."""
         if why := self.reached():
             raise BudgetReached(why)
 
     def reached(self) -> str:
-        """Which limit is reached, how much is used by now, and what to do to go on; empty while none is."""
+        """Which limit is reached, how much is used, and how to continue; empty if none is reached."""
         limits = self.limits
         if self.stopped:
             return self.stopped
         if limits.max_time is not None and self.seconds >= limits.max_time:
-            return f"the {_span(limits.max_time)} of --max-time are up; the same command goes on for as long again"
+            return f"the {_span(limits.max_time)} of --max-time are over; run the same command again to continue"
         if limits.max_tokens is None and limits.max_cost is None:
             return ""
         tokens, usd = self.spent
@@ -84,15 +84,15 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def lasting(self) -> AsyncIterator[None]:
-        """What is still under way a while after the time is up is cancelled, and `BudgetReached` says so."""
+        """Cancels the block `grace` seconds after the time limit and raises `BudgetReached`."""
         left = None
         if self.limits.max_time is not None:
             left = max(0.0, self.limits.max_time - self.seconds) + self._grace
         try:
-            async with asyncio.timeout(left) as watch:
+            async with asyncio.timeout(left) as timeout:
                 yield
         except TimeoutError:
-            if watch.expired():
+            if timeout.expired():
                 self.check()
             raise
 
@@ -102,11 +102,11 @@ def _span(seconds: float) -> str:
 
 
 def _used(used: str, limit: str, flag: str) -> str:
-    return f"{used} of {limit} are used; the same command with a larger {flag} goes on"
+    return f"{used} of {limit} are used; run the same command with a larger {flag} to continue"
 
 
 def prices_of(cast: Cast) -> dict[str, Price]:
-    """The price of every role that has one, as it is charged: a batch costs half."""
+    """The price of every role that has one, as charged: a batch costs half."""
     found = {}
     for role, model in cast.models.items():
         if price := model.price:
@@ -117,7 +117,7 @@ def prices_of(cast: Cast) -> dict[str, Price]:
 
 
 def check_prices(recipe: Recipe) -> None:
-    """`InputError` where the cost is limited and a model that is asked over a network has no price."""
+    """`InputError` if the cost is limited and a model that is asked over the network has no price."""
     if recipe.limits.max_cost is None:
         return
     roles = [role for role, model in recipe.cast.models.items() if model.spec.urls and model.price is None]

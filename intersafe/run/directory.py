@@ -3,15 +3,16 @@
 recipe.json         resolved recipe, digests of recipe, prompts and seeds, versions     written first
 seeds.jsonl         the seeds as they were used, images by reference
 prompts/  images/   the prompt files and images used
-journal/<writer>.jsonl      one line for each model reply, append only
+journal/<writer>.jsonl      one line per model reply, append only
 dialogues.jsonl     accepted, in job order          rejected.jsonl  failed.jsonl    the others, in job order
-refusals.jsonl  twins.jsonl     refusal VQA and benign twins, each with its own -rejected and -failed beside it
-index/  batches/    signatures of the accepted dialogues, a cache; batches under way at a provider
+refusals.jsonl  twins.jsonl     refusal VQA and benign twins, each with its own -rejected and -failed file
+index/  batches/    signatures of the accepted dialogues, a cache; batches in progress at a provider
+incidents.json      retries, throttling and outages by role, once there are any     written at the end of a command
 summary.json        the funnels, tokens and time by role    written last: it means that the run is complete
 """
 
 import contextlib
-import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,11 @@ from intersafe.recipe.sections import Price, Recipe, digest_of
 from intersafe.records import Dialogue, Ended, RefusalSample, Seed, row_decoder
 from intersafe.run.budget import prices_of
 from intersafe.run.funnel import Funnel, Summary
+from intersafe.run.incidents import Incidents, read_incidents
 from intersafe.run.journal import Entry, RoleTally, entries_of, tally
+from intersafe.run.kinds import RECORDS, Outcome
 from intersafe.run.manifest import Manifest
-from intersafe.run.outcomes import LINES, count_sound, files_of
+from intersafe.run.outcomes import count_sound
 from intersafe.storage.jsonl import lines_of
 
 RUNS = Path("outputs")
@@ -36,7 +39,7 @@ _State = tuple[tuple[int, int] | None, ...]
 
 
 def run_path(run: str | Path) -> Path:
-    """A bare name lives in `outputs/`; anything with a slash is a path. `InputError` for an empty text."""
+    """The path of a run: a bare name is in `outputs/`, a text with a slash is a path. `InputError` if it is empty."""
     if run == "":
         raise InputError("a run without a name", remedy="give its name or its path")
     return RUNS / run if isinstance(run, str) and _BARE.match(run) and run not in (".", "..") else Path(run)
@@ -46,41 +49,39 @@ class _Origin(msgspec.Struct):
     image: str
 
 
-class _Origins(msgspec.Struct):
-    """Of a turn or a refusal sample no more than the images."""
-
+class _Turn(msgspec.Struct):
     origins: tuple[_Origin, ...] = ()
-
-    @property
-    def images(self) -> list[str]:
-        return [origin.image for origin in self.origins]
 
 
 class _Images(msgspec.Struct):
-    turns: tuple[_Origins, ...]
+    """The images of an outcome of any kind, and nothing else."""
+
+    turns: tuple[_Turn, ...] = ()
+    origins: tuple[_Origin, ...] = ()
 
     @property
-    def images(self) -> list[str]:
-        return [image for turn in self.turns for image in turn.images]
+    def references(self) -> list[str]:
+        of_turns = [origin.image for turn in self.turns for origin in turn.origins]
+        return of_turns + [origin.image for origin in self.origins]
 
 
-def _has_bytes(path: Path) -> bool:
-    return bool((_size_and_time(path) or (0, 0))[0])
+def _has_bytes(path: str) -> bool:
+    return (_size_and_time(path) or (0, 0))[0] > 0
 
 
-def _size_and_time(path: Path) -> tuple[int, int] | None:
+def _size_and_time(path: str | Path) -> tuple[int, int] | None:
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116  thousands of images: a `Path` each would take longer than the disk
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns
 
 
 class Run:
-    """A run that was made before, or is being made: read-only."""
+    """A run, finished or in progress: read-only."""
 
     def __init__(self, path: str | Path) -> None:
-        """`InputError` if there is no run at that place."""
+        """`InputError` if there is no run at that path."""
         self.path = run_path(path)
         self._summary: tuple[_State, Summary | None] | None = None
         try:
@@ -101,20 +102,29 @@ class Run:
         yield from self._rows("dialogues.jsonl", Dialogue)
 
     def refusals(self) -> Iterator[RefusalSample]:
-        """The kept refusal samples in job order."""
+        """The accepted refusal samples in job order."""
         yield from self._rows("refusals.jsonl", RefusalSample)
 
     def twins(self) -> Iterator[Dialogue]:
-        """The kept benign twins in the order of the dialogues that they belong to."""
+        """The accepted benign twins in the order of the dialogues that they belong to."""
         yield from self._rows("twins.jsonl", Dialogue)
 
-    def ended(self, line: str = "") -> Iterator[Ended]:
-        """The rejected jobs of a line, then the failed ones."""
-        for name in files_of(line)[1:]:
+    def accepted(self, kind: str = "dialogues") -> Iterator[Any]:
+        """The accepted outcomes of a kind in job order."""
+        yield from self._rows(RECORDS[kind].accepted, RECORDS[kind].outcome)
+
+    def ended(self, kind: str = "dialogues") -> Iterator[Ended]:
+        """The rejected jobs of a kind, then the failed ones."""
+        for name in (RECORDS[kind].rejected, RECORDS[kind].failed):
             yield from self._rows(name, Ended)
 
-    def _rows(self, name: str, kind: type[Any]) -> Iterator[Any]:
-        decode = row_decoder(kind)
+    def outcomes(self, kind: str = "dialogues") -> Iterator[Outcome | Ended]:
+        """Every decided job of a kind: the accepted ones in job order, then the rejected, then the failed."""
+        yield from self.accepted(kind)
+        yield from self.ended(kind)
+
+    def _rows(self, name: str, record: type[Any]) -> Iterator[Any]:
+        decode = row_decoder(record)
         for number, (_, line) in enumerate(lines_of(self.path / name), 1):
             try:
                 yield decode(line)
@@ -123,7 +133,7 @@ class Run:
                     f"not a row: {error}",
                     at=self.path / name,
                     line=number,
-                    remedy="restore the file, or let the run's own `intersafe generate` command grow it again",
+                    remedy="restore the file, or run the same `intersafe generate` command again to grow it anew",
                 ) from None
 
     def seeds(self) -> tuple[Seed, ...]:
@@ -132,38 +142,35 @@ class Run:
 
     @property
     def summary(self) -> Summary | None:
-        """The summary of a complete run; None while it is owed. A damaged one is owed again."""
-        state = tuple(_size_and_time(self.path / name) for name in ("summary.json", *(files_of(x)[0] for x in LINES)))
+        """The summary of a complete run; None if the run is not complete, or if rows were lost since."""
+        names = ("summary.json", *(records.accepted for records in RECORDS.values()))
+        state = tuple(_size_and_time(self.path / name) for name in names)
         if self._summary is None or self._summary[0] != state:
-            self._summary = state, self._read_summary()  # a look through every outcome: once, unless a file changes
+            self._summary = state, self._read_summary()  # reads every outcome: once, unless a file changes
         return self._summary[1]
 
     def _read_summary(self) -> Summary | None:
         try:
             summary = msgspec.json.decode((self.path / "summary.json").read_bytes(), type=Summary)
-            rows = [count_sound(self.path / files_of(line)[0]) for line in LINES]
+            rows = {name: count_sound(self.path / records.accepted) for name, records in RECORDS.items()}
         except (OSError, msgspec.DecodeError):
             return None
-        funnels = (summary.funnel, summary.refusals, summary.twins)
-        return summary if rows == [f.accepted for f in funnels] else None  # rows were lost since: it is owed again
+        counted = {name: summary.funnels[name].accepted if name in summary.funnels else 0 for name in rows}
+        return summary if rows == counted else None
 
-    def funnel(self, line: str = "") -> Funnel:
-        """Counted from the outcome files of a line."""
+    def funnel(self, kind: str = "dialogues") -> Funnel:
+        """The funnel of a kind: from the summary, or counted from the outcome files."""
         if summary := self.summary:
-            return {"": summary.funnel, "refusals": summary.refusals, "twins": summary.twins}[line]
+            return summary.funnels.get(kind, Funnel())
         funnel = Funnel()
-        for outcome in self.outcomes(line):
+        for outcome in self.outcomes(kind):
             funnel.count(outcome)
         return funnel
 
-    def outcomes(self, line: str = "") -> Iterator[Dialogue | RefusalSample | Ended]:
-        """Every decided job of a line: the kept ones in job order, then the rejected, then the failed."""
-        yield from self.kept(line)
-        yield from self.ended(line)
-
-    def kept(self, line: str = "") -> Iterator[Dialogue | RefusalSample]:
-        """The kept outcomes of a line in job order."""
-        yield from self._rows(files_of(line)[0], RefusalSample if line == "refusals" else Dialogue)
+    def incidents(self) -> dict[str, Incidents]:
+        """Retries, throttling and outages by role, of the commands that have ended."""
+        summary = self.summary
+        return summary.incidents if summary else read_incidents(self.path)
 
     def roles(self) -> dict[str, RoleTally]:
         """Calls, tokens, seconds and cost by role, from the journals."""
@@ -177,37 +184,33 @@ class Run:
         return roles
 
     def prices(self) -> dict[str, Price]:
-        """By role, as charged: those of the last command that completed the run, or else of the one that began it."""
+        """By role, as charged: of the command that completed the run last, or else of the one that began it."""
         if summary := self.summary:
             return summary.prices
         try:
             return prices_of(msgspec.convert(self.manifest.resolved, Recipe).cast)
-        except msgspec.ValidationError:  # by another version, with settings that this one does not know
+        except msgspec.ValidationError:  # written by another version, with settings unknown to this one
             return {}
 
-    def entries(self, job: int, line: str = "") -> dict[str, Entry]:
+    def entries(self, job: int, kind: str = "dialogues") -> dict[str, Entry]:
         """The journal's entries of one job, by key."""
         return {
             entry.key: entry
             for path in sorted((self.path / "journal").glob("*.jsonl"))
             for entry in entries_of(path)
-            if entry.job == job and entry.line == line
+            if entry.job == job and entry.kind == kind
         }
 
     def lost_images(self) -> list[str]:
-        """References that the records name and the run does not have, or has as empty files."""
-        folder, have = self.path / "images", functools.lru_cache(65_536)(_has_bytes)
-        lost: dict[str, None] = {}
-        for name, kind in (("dialogues.jsonl", _Images), ("twins.jsonl", _Images), ("refusals.jsonl", _Origins)):
-            decoder: msgspec.json.Decoder[_Images | _Origins] = msgspec.json.Decoder(kind)
-            for _, line in lines_of(self.path / name):
-                with contextlib.suppress(msgspec.DecodeError):  # whoever reads the row says what is wrong with it
-                    lost.update(
-                        dict.fromkeys(
-                            image for image in decoder.decode(line).images if not have(folder / image[:2] / image)
-                        )
-                    )
-        return list(lost)
+        """References that the records name and whose files are missing or empty."""
+        decoder = msgspec.json.Decoder(_Images)
+        named: dict[str, None] = {}
+        for records in RECORDS.values():
+            for _, line in lines_of(self.path / records.accepted):
+                with contextlib.suppress(msgspec.DecodeError):  # reported by whoever reads the row itself
+                    named.update(dict.fromkeys(decoder.decode(line).references))
+        folder = str(self.path / "images")
+        return [reference for reference in named if not _has_bytes(f"{folder}/{reference[:2]}/{reference}")]
 
     def image(self, reference: str) -> bytes:
         """The bytes of an image of this run; checked against its name."""

@@ -1,15 +1,20 @@
 """How many jobs were accepted and where the others ended; the summary of a complete run."""
 
+from collections.abc import Mapping
+
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from intersafe.engines.metrics import Figures
 from intersafe.recipe.sections import Price
-from intersafe.records import Dialogue, Ended, RefusalSample
+from intersafe.records import Ended, RefusalSample
+from intersafe.run.incidents import Incidents
 from intersafe.run.journal import RoleTally
+from intersafe.run.kinds import Outcome
 
 
 class Funnel(msgspec.Struct):
-    """How many jobs of a line were kept, and where the others ended."""
+    """How many jobs of a kind were accepted, and where the others ended."""
 
     jobs: int = 0
     accepted: int = 0
@@ -27,12 +32,12 @@ class Funnel(msgspec.Struct):
     verdicts: dict[str, int] = {}
     """Turns by safety, and by refusal kind where the victim refused."""
 
-    def count(self, outcome: Dialogue | RefusalSample | Ended) -> None:
+    def count(self, outcome: Outcome | Ended) -> None:
         """Counts one decided job."""
         self.jobs += 1
         if isinstance(outcome, Ended):
-            place = f"{outcome.kind} {outcome.stage} {outcome.reason}"
-            self.ended[place] = self.ended.get(place, 0) + 1
+            where = f"{outcome.kind} {outcome.stage} {outcome.reason}"
+            self.ended[where] = self.ended.get(where, 0) + 1
             return
         self.accepted += 1
         self.images += len(outcome.images)
@@ -52,7 +57,7 @@ class Funnel(msgspec.Struct):
 
     @property
     def mean_turns(self) -> float:
-        """Turns a dialogue."""
+        """Turns per dialogue."""
         return sum(n * count for n, count in self.turns.items()) / self.accepted if self.accepted else 0.0
 
 
@@ -61,8 +66,9 @@ class Summary(msgspec.Struct):
 
     n: int
     complete: bool
-    """True if all lines have what was asked for; False if the jobs were used up before."""
+    """True if every kind has what was asked for; False if its jobs were used up before."""
     funnel: Funnel
+    """Of the dialogues."""
     refusals: Funnel
     twins: Funnel
     short: tuple[str, ...]
@@ -74,4 +80,14 @@ class Summary(msgspec.Struct):
     prices: dict[str, Price] = {}
     """By role, as they were charged; a role without one has no cost."""
     engines: dict[str, Figures] = {}
-    """What vLLM's engines said about themselves during the command that completed the run."""
+    """What vLLM's engines reported during the command that completed the run."""
+    incidents: dict[str, Incidents] = {}
+    """Retries, throttling and outages by role, over all commands of the run."""
+    others: dict[str, Funnel] | UnsetType = UNSET
+    """The funnels of further kinds, by name."""
+
+    @property
+    def funnels(self) -> Mapping[str, Funnel]:
+        """By job kind; a kind that the run does not have is absent or empty."""
+        own = {"dialogues": self.funnel, "refusals": self.refusals, "twins": self.twins}
+        return own if isinstance(self.others, UnsetType) else own | self.others

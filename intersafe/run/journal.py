@@ -1,4 +1,4 @@
-"""The journal: every model reply on its way to the disk before it is used, and back again after a kill."""
+"""The journal: every model reply is written before it is used, and is read back when a run resumes."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from intersafe.storage.jsonl import GroupWriter, heal, lines_of
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line of a journal: a model's reply to one call; a painter's has the `image`, or its problem as text."""
+    """One line of a journal: the reply to one call. A painter's has the `image`, or its problem as text."""
 
     job: int
     key: str
@@ -21,10 +21,10 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str
     finish: Finish = "stop"
     tokens: tuple[int, int] = (0, 0)
-    """Prompt and completion."""
+    """Prompt and completion tokens."""
     ms: int = 0
-    line: str = ""
-    """The line of jobs that `job` counts in: empty for dialogues, or `refusals`, `twins`."""
+    kind: str = msgspec.field(default="dialogues", name="line")
+    """The job kind that `job` counts in. msgspec omits a default by identity: pass an interned text."""
     image: str = ""
     """Reference of the painted image."""
 
@@ -41,7 +41,7 @@ class RoleTally(msgspec.Struct):
 
 
 class Journal:
-    """The replies of a run by the key of their call; each is handed out once, to the job that owes it."""
+    """The replies of a run by the key of their call. Each reply is handed out once, to the job that asks for it."""
 
     def __init__(
         self, writer: GroupWriter, name: str = "journal/main.jsonl", prices: Mapping[str, Price] | None = None
@@ -51,13 +51,16 @@ class Journal:
         self._replies: dict[str, Entry] = {}
         self.roles: dict[str, RoleTally] = {}
 
-    def load(self, folder: Path, first_jobs: Mapping[str, int]) -> None:
-        """Reads every journal of the folder: all entries are tallied, those of a line's jobs from its first on kept."""
-        heal(folder.parent / self._name)  # no other one: a worker that was given up may still append to its own
+    def load(self, folder: Path, undecided: Mapping[str, int]) -> None:
+        """Reads every journal in the folder: counts all entries, and holds the replies of undecided jobs.
+
+        `undecided` is the first undecided job of each kind.
+        """
+        heal(folder.parent / self._name)  # no other file: a worker that was given up may still append to its own
         for path in sorted(folder.glob("*.jsonl")):
             for entry in entries_of(path):
                 tally(self.roles, entry, self.prices)
-                if entry.job >= first_jobs.get(entry.line, 0):
+                if entry.job >= undecided.get(entry.kind, 0):
                     self._replies[entry.key] = entry
 
     def take(self, key: str) -> Entry | None:
@@ -65,21 +68,21 @@ class Journal:
         return self._replies.pop(key, None)
 
     def add(self, entry: Entry) -> None:
-        """Appends an entry; it is on its way to the disk when this returns."""
+        """Appends an entry; the writer has it when this returns."""
         tally(self.roles, entry, self.prices)
         self._writer.add(self._name, entry)
 
     def hand_over(self) -> dict[tuple[str, int], list[Entry]]:
-        """All replies that nobody has taken yet, by line and job; from now on this journal holds none."""
+        """All replies that no job has taken yet, by kind and job; this journal then holds none."""
         found: dict[tuple[str, int], list[Entry]] = {}
         for entry in self._replies.values():
-            found.setdefault((entry.line, entry.job), []).append(entry)
+            found.setdefault((entry.kind, entry.job), []).append(entry)
         self._replies.clear()
         return found
 
     @contextlib.contextmanager
     def lent(self, entries: Sequence[Entry]) -> Iterator[None]:
-        """Holds replies that another journal of the run has on disk, as long as their job is grown here."""
+        """Holds replies that another journal of the run has on disk while their job is grown here."""
         keys = [entry.key for entry in entries]
         self._replies.update((entry.key, entry) for entry in entries)
         try:
@@ -90,7 +93,7 @@ class Journal:
 
 
 def tally(roles: dict[str, RoleTally], entry: Entry, prices: Mapping[str, Price]) -> None:
-    """Adds an entry to what its role has cost at these prices."""
+    """Adds an entry to the tally of its role, at these prices."""
     role = roles.setdefault(entry.role, RoleTally())
     role.calls += 1
     role.prompt_tokens += entry.tokens[0]
@@ -101,10 +104,10 @@ def tally(roles: dict[str, RoleTally], entry: Entry, prices: Mapping[str, Price]
 
 
 class ReuseIndex:
-    """Where the replies of an older run stand, by key: some 200 bytes for each, the texts stay on the disk."""
+    """Where the journals of an older run hold each reply, by key: some 200 bytes each; the texts stay on disk."""
 
     def __init__(self, run: Path) -> None:
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._offsets: dict[bytes, tuple[int, int]] = {}
         self._paths = sorted((run / "journal").glob("*.jsonl"))
         if not self._paths:
             raise InputError("no journal there", at=run, remedy="give --reuse an older run")
@@ -112,15 +115,16 @@ class ReuseIndex:
         for number, path in enumerate(self._paths):
             for offset, line in lines_of(path):
                 with contextlib.suppress(msgspec.DecodeError, ValueError):
-                    self._places[bytes.fromhex(decoder.decode(line).key)] = (number, offset)
+                    self._offsets[bytes.fromhex(decoder.decode(line).key)] = (number, offset)
 
     def take(self, key: str) -> Entry | None:
         """The entry of that call in the older run."""
-        place = self._places.get(bytes.fromhex(key))
-        if place is None:
+        found = self._offsets.get(bytes.fromhex(key))
+        if found is None:
             return None
-        with self._paths[place[0]].open("rb") as file:
-            file.seek(place[1])
+        number, offset = found
+        with self._paths[number].open("rb") as file:
+            file.seek(offset)
             try:
                 return msgspec.json.decode(file.readline(), type=Entry)
             except msgspec.DecodeError:
@@ -135,5 +139,5 @@ def entries_of(path: Path) -> Iterator[Entry]:
     """Every entry of a journal file that can be read."""
     decoder = msgspec.json.Decoder(Entry)
     for _, line in lines_of(path):
-        with contextlib.suppress(msgspec.DecodeError):  # a damaged line is a call owed again, never a crash
+        with contextlib.suppress(msgspec.DecodeError):  # a damaged line is a call to ask again, never a crash
             yield decoder.decode(line)

@@ -1,16 +1,16 @@
-"""One writer for a run at a time: an owner file that holds on NFS, and that a dead owner does not leave locked.
+"""One writer per run at a time: a lock file that works on NFS and that does not stay locked after its owner dies.
 
-`<run>/.lock` names its owner (`Owner`). It comes into being whole, by `link()` of a temporary file, or by an exclusive
-open where a file system has no hard links; of several that try at once exactly one succeeds on any of them. While the
-owner lives it renews the file's time (the heartbeat). Whether an owner is dead is told, from certain to less certain,
+`<run>/.lock` names its owner (`Owner`). The file appears whole: by `link()` of a temporary file, or by an exclusive
+open on a file system without hard links. If several processes try at once, exactly one succeeds. A live owner renews
+the file's time (the heartbeat). Three signs show that an owner is dead, from certain to less certain:
 
-- by its process, where it runs under the same kernel and in the same pid namespace: at once;
-- by `flock`, which the kernel takes from the dead, under the same kernel and for the same folder: at once;
-- by a heartbeat older than `LIMIT` beats on the file system's own clock, and still not renewed while we look on: so
-  neither a machine's clock nor one that jumps decides.
+- its process is gone, for the same kernel and pid namespace: at once;
+- its `flock` is free, for the same kernel and folder, since the kernel releases it at death: at once;
+- its heartbeat is older than `LIMIT` beats on the file system's clock, and is not renewed while we watch. So no
+  machine's clock decides, nor a clock that jumps.
 
-A dead owner's successor is whoever makes the file `.lock-<its nonce>` first; renamed over `.lock` that is the new
-owner's file. An owner that was stopped and wakes finds another's nonce there and writes no more.
+The first process that creates `.lock-<nonce of the dead owner>` is the successor; it renames that file over `.lock`.
+An owner that was suspended and wakes up finds another nonce in `.lock` and stops writing.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ from intersafe.errors import InputError, StorageError
 from intersafe.run.owner import BEAT, Found, Owner, awake, flocked, in_words, life_of, myself, read_owner
 
 LIMIT = 12
-"""Heartbeats that an owner may miss before others may take it for dead."""
+"""Heartbeats that an owner may miss before others may consider it dead."""
 NAME = ".lock"
 
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
 
 class Lease:
-    """A run that is this process's to write, until `release`; a thread keeps its heartbeat."""
+    """This process's right to write a run, until `release`; a thread renews the heartbeat."""
 
     def __init__(self, root: Path, owner: Owner, data: bytes, file: int, news: str) -> None:
-        """Made by `lock`; `news` is what the user should know, or empty."""
+        """Made by `lock`; `news` is a message for the user, or empty."""
         self.news = news
         self._root, self._path, self._data, self._file = root, root / NAME, data, file
         self._beat, self._lost, self._seen = owner.beat, "", awake()
@@ -49,19 +49,17 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """`StorageError` if another process has taken over; asks the disk only where a heartbeat was missed."""
+        """`StorageError` if another process has taken over; reads the disk only after a missed heartbeat."""
         if not self._lost and awake() - self._seen > 2 * self._beat:
             try:
                 self._renew()
             except OSError as error:
-                raise StorageError(
-                    f"{self._path}: {error.strerror}; mend it, then run the same command again"
-                ) from None
+                raise StorageError(f"{self._path}: {error.strerror}; fix it, then run the same command again") from None
         if self._lost:
             raise StorageError(self._lost)
 
     def release(self) -> None:
-        """Gives the run back; what others have made of it meanwhile stays."""
+        """Releases the run; a lock file that another process has written meanwhile stays."""
         self._stop.set()
         self._thread.join()
         with contextlib.suppress(OSError):
@@ -77,7 +75,7 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._lost and not self._stop.wait(self._beat):
-            with contextlib.suppress(OSError):  # a server that is away: `check` asks again, and says so
+            with contextlib.suppress(OSError):  # the file server is away: `check` tries again and reports it
                 self._renew()
 
     def _renew(self) -> None:
@@ -85,24 +83,24 @@ class Lease:
         if found is None:
             self._lost = f"{self._root}: its lock file was deleted while it was written; run the same command again"
         elif found.data != self._data:
-            who = f"taken over by another process while this one stood still ({in_words(found.owner)})"
-            self._lost = f"{self._root}: {who}; it goes on there, this one writes no more"
+            who = f"taken over by another process while this one was suspended ({in_words(found.owner)})"
+            self._lost = f"{self._root}: {who}; that process continues the run, this one has stopped"
         if self._lost:
             return
         try:
             os.utime(self._file)
         except OSError:
-            os.pwrite(self._file, self._data, 0)  # the same bytes: where a time cannot be set, writing sets it
+            os.pwrite(self._file, self._data, 0)  # the same bytes: if the time cannot be set, writing sets it
             os.fsync(self._file)
         self._seen = awake()
 
 
 def lock(root: Path, *, beat: float = BEAT) -> Lease:
-    """Takes the run for this process; `InputError` if another one has it, or the place holds no run.
+    """Locks the run for this process; `InputError` if another process has it, or if the folder holds no run.
 
-    Waits some seconds only where another machine's owner seems dead: to see that it is.
+    Waits some seconds if an owner on another machine seems dead, to be sure.
     """
-    _make(root)
+    _make_folder(root)
     nonce = secrets.token_hex(16)
     temporary = root / f"{NAME}.{nonce}.tmp"
     try:
@@ -111,39 +109,39 @@ def lock(root: Path, *, beat: float = BEAT) -> Lease:
             owner = myself(root, nonce, beat, flocked(file, fcntl.LOCK_EX) is True)
             data = msgspec.json.encode(owner) + b"\n"
             _fill(file, data)
-            kept, news = _take(root, temporary, owner, file, data)
+            held, news = _take(root, temporary, owner, file, data)
         except BaseException:
             os.close(file)
             raise
         finally:
             temporary.unlink(missing_ok=True)
-        if kept != file:
+        if held != file:
             os.close(file)
     except OSError as error:
-        place = root if error.filename in (None, str(temporary)) else error.filename
-        raise StorageError(f"{place}: cannot be written ({error.strerror}); mend it, or name another --run") from None
-    _tidy(root, nonce, os.fstat(kept).st_mtime)
-    return Lease(root, owner, data, kept, news)
+        where = root if error.filename in (None, str(temporary)) else error.filename
+        raise StorageError(f"{where}: cannot be written ({error.strerror}); fix it, or name another --run") from None
+    _tidy(root, nonce, os.fstat(held).st_mtime)
+    return Lease(root, owner, data, held, news)
 
 
 @contextlib.contextmanager
 def unwritten(root: Path) -> Iterator[None]:
     """`InputError` if another process writes the run now, or has written it by the end of the block.
 
-    Makes no file and needs no right to write; whoever wants to write the run is not kept from it.
+    Creates no file, needs no write permission, and does not block a writer.
     """
     _fail_if_written(root)
     before = _state(root)
     yield
     _fail_if_written(root)
     if _state(root) != before:
-        raise InputError("was written meanwhile", at=root, remedy="start again once it is not being written")
+        raise InputError("was written meanwhile", at=root, remedy="start again when no process writes it")
 
 
-# --- taking it -------------------------------------------------------------------------------------------------------
+# --- locking ---------------------------------------------------------------------------------------------------------
 
 
-def _make(root: Path) -> None:
+def _make_folder(root: Path) -> None:
     try:
         if root.is_dir() and not (root / "recipe.json").exists() and not all(e.name[0] == "." for e in root.iterdir()):
             raise InputError("the folder is not empty and no run", at=root, remedy="name another --run")
@@ -151,11 +149,11 @@ def _make(root: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         raise InputError("not a folder", at=root, remedy="name another --run") from None
     except OSError as error:
-        raise StorageError(f"{root}: cannot be written ({error.strerror}); mend it, or name another --run") from None
+        raise StorageError(f"{root}: cannot be written ({error.strerror}); fix it, or name another --run") from None
 
 
 def _take(root: Path, temporary: Path, owner: Owner, file: int, data: bytes) -> tuple[int, str]:
-    """The open file of the lock that is now ours, and the news; `InputError` if it is another's."""
+    """The open lock file of this process, and a message; `InputError` if another process owns the run."""
     for attempt in itertools.count():
         time.sleep(0.01 * min(attempt, 10))
         chain = _chain(root)
@@ -163,27 +161,27 @@ def _take(root: Path, temporary: Path, owner: Owner, file: int, data: bytes) -> 
             if (made := _create(root / NAME, temporary, file, data)) is not None and _is_mine(root, data):
                 return made, ""
             if (root / NAME).is_symlink():
-                raise InputError("a link to nowhere", at=root / NAME, remedy="delete it")
+                raise InputError("a broken link", at=root / NAME, remedy="delete it")
             continue
         last = chain[-1]
         _refuse_if_alive(root, last, _now(file))
         claim = root / f"{NAME}-{last.nonce}"
         if (made := _create(claim, temporary, file, data)) is None:
-            continue  # another one is taking over: now the question is whether that one lives
+            continue  # another process is taking over: check that one next
         again = read_owner(root / NAME)
-        if not chain[0].same(again):  # it has taken over already: what we made belongs to nothing
+        if not chain[0].same(again):  # another process has taken over already: our claim is void
             _drop(claim, made, file)
             continue
         with contextlib.suppress(FileNotFoundError):
             claim.replace(root / NAME)
         if _is_mine(root, data):
-            gone = in_words(last.owner) if last.owner else "one that left no name"
+            gone = in_words(last.owner) if last.owner else "its name is unknown"
             return made, f"{root}: taken over from a dead process: {gone}"
     raise AssertionError("not reached")
 
 
 def _chain(root: Path) -> list[Found]:
-    """The owner's file, and those of its successors as far as they got; empty if the run is free."""
+    """The owner's file and the claims of its successors, in order; empty if the run is free."""
     found, chain = read_owner(root / NAME), list[Found]()
     while found is not None and found.nonce not in {one.nonce for one in chain}:
         chain.append(found)
@@ -192,7 +190,7 @@ def _chain(root: Path) -> list[Found]:
 
 
 def _create(path: Path, temporary: Path, file: int, data: bytes) -> int | None:
-    """Makes the file, whole, unless it is there; returns it open, or None."""
+    """Creates the file whole and returns it open; None if it exists."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -201,7 +199,7 @@ def _create(path: Path, temporary: Path, file: int, data: bytes) -> int | None:
         if error.errno not in _NO_LINKS:
             raise
         return _create_without_links(path, data)
-    # An answer that NFS lost and asked for again says "exists" of a link that was made: the count knows.
+    # NFS may lose an answer and repeat the request, which then fails with "exists": the link count tells.
     return file if os.fstat(file).st_nlink > 1 and _holds(path, data) else None
 
 
@@ -213,7 +211,7 @@ def _create_without_links(path: Path, data: bytes) -> int | None:
     for _ in range(100):
         if flocked(file, fcntl.LOCK_EX) is not False:
             break
-        time.sleep(0.01)  # somebody looks at it just now
+        time.sleep(0.01)  # another process is probing it
     _fill(file, data)
     return file
 
@@ -239,13 +237,13 @@ def _fill(file: int, data: bytes) -> None:
 
 
 def _now(file: int) -> float:
-    """The file system's clock: what it writes beside a file that is touched now."""
+    """The file system's clock: the time that it gives to a file touched now."""
     os.utime(file)
     return os.fstat(file).st_mtime
 
 
 def _tidy(root: Path, nonce: str, now: float) -> None:
-    """Takes away what killed processes left: claims on owners of the past, and temporary files that are old."""
+    """Deletes what killed processes left: claims on former owners, and old temporary files."""
     with contextlib.suppress(OSError):
         for path in root.glob(f"{NAME}[-.]*"):
             if path.name.startswith(f"{NAME}-"):
@@ -256,12 +254,12 @@ def _tidy(root: Path, nonce: str, now: float) -> None:
                 path.unlink(missing_ok=True)
 
 
-# --- who has it ------------------------------------------------------------------------------------------------------
+# --- the owner -------------------------------------------------------------------------------------------------------
 
 
 def _refuse_if_alive(root: Path, found: Found, now: float) -> None:
-    """`InputError` unless its owner is dead."""
-    # An empty file is an earlier intersafe's, which had its flock alone; ours are empty for no more than a moment.
+    """`InputError` unless the owner is dead."""
+    # Earlier versions left the file empty and used flock alone; ours is empty for a moment at most.
     life, limit = life_of(root, found), (1 if not found.data and found.unlocked else LIMIT) * found.beat
     age = now - found.time / 1e9
     if life == "unsure" and abs(age) > limit and (found.owner is None or not _renews(found)):
@@ -270,12 +268,12 @@ def _refuse_if_alive(root: Path, found: Found, now: float) -> None:
         return
     remedy = "wait for it, or name another --run"
     if life == "unsure":
-        remedy += f"; if it is dead: its last sign of life is {max(age, 0):.0f} s old, from {limit:.0f} s on this works"
+        remedy += f"; its last sign of life is {max(age, 0):.0f} s old: after {limit:.0f} s it counts as dead"
     raise InputError(f"another process is writing this run: {in_words(found.owner)}", at=root, remedy=remedy)
 
 
 def _renews(found: Found) -> bool:
-    """Looks on for a beat and a half: True if the file changes."""
+    """Watches the file for one and a half heartbeats: True if it changes."""
     until = time.monotonic() + 1.5 * found.beat
     while time.monotonic() < until:
         time.sleep(min(0.5, found.beat / 4))

@@ -1,9 +1,10 @@
-"""The manifest of a run (`recipe.json`): what it was made from, and what differs between two of them."""
+"""The manifest of a run (`recipe.json`): what it was made from, and how two manifests differ."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -22,6 +23,8 @@ class Manifest(msgspec.Struct, frozen=True):
     """Ids of the seeds that were refused at the door."""
     versions: dict[str, str]
     v: int = 1
+    purpose: Literal["estimate"] | UnsetType = UNSET
+    """`estimate` for the samples of an estimate; absent in an ordinary run."""
 
 
 def differences(old: Manifest, new: Manifest) -> list[str]:

@@ -1,7 +1,7 @@
-"""The outcome files of a line of jobs: kept, rejected and failed jobs, each file in job order.
+"""The outcome files of a job kind: accepted, rejected and failed jobs, each file in job order.
 
-On opening they are cut back to one common job, so a kill between two of them leaves nothing out of order. They are
-read side by side, one row of each at a time: memory does not grow with a run.
+On opening, the three files are cut back to one common job, so that a kill between two writes leaves no gap. They are
+read together, one row of each at a time: memory does not grow with the run.
 """
 
 import os
@@ -11,13 +11,9 @@ from typing import Any
 
 import msgspec
 
-from intersafe.records import Dialogue, Ended, RefusalSample, to_row
+from intersafe.records import Dialogue, Ended, to_row
+from intersafe.run.kinds import RECORDS, Outcome
 from intersafe.storage.jsonl import heal, lines_of
-
-LINES = ("", "refusals", "twins")
-"""The kinds of job, by the name that their files and journal lines carry; dialogues have the empty one."""
-
-_DIALOGUE_FILES = ("dialogues.jsonl", "rejected.jsonl", "failed.jsonl")
 
 
 class _JobOnly(msgspec.Struct):
@@ -27,32 +23,28 @@ class _JobOnly(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_JobOnly)
 
 
-def files_of(line: str) -> tuple[str, str, str]:
-    """Names of a line's files: the kept outcomes, the rejected and the failed jobs."""
-    return (f"{line}.jsonl", f"{line}-rejected.jsonl", f"{line}-failed.jsonl") if line else _DIALOGUE_FILES
-
-
-def outcome_row(outcome: Dialogue | RefusalSample | Ended, line: str = "") -> tuple[str, dict[str, Any]]:
-    """The file and the row of a decided job."""
-    kept, rejected, failed = files_of(line)
-    name = kept if not isinstance(outcome, Ended) else rejected if outcome.kind == "rejected" else failed
+def outcome_row(outcome: Outcome | Ended, kind: str = "dialogues") -> tuple[str, dict[str, Any]]:
+    """The name of the file and the row of a decided job."""
+    records = RECORDS[kind]
+    if isinstance(outcome, Ended):
+        return (records.rejected if outcome.kind == "rejected" else records.failed), to_row(outcome)
     row = to_row(outcome)
     if isinstance(outcome, Dialogue):
         row["first_unsafe_turn"] = outcome.first_unsafe_turn  # for readers who filter rows without our types
-    return name, row
+    return records.accepted, row
 
 
-def align_outcomes(root: Path, line: str = "") -> int:
-    """Cuts a line's outcome files back to one common point; returns the first job that is not decided yet."""
-    paths = [root / name for name in files_of(line)]
+def align_outcomes(root: Path, kind: str = "dialogues") -> int:
+    """Cuts the outcome files of a kind back to one common job; returns the first job that is not decided."""
+    paths = [root / name for name in RECORDS[kind].files]
     for path in paths:
         heal(path)
-    rows = [_places(path) for path in paths]
-    heads = [next(places, None) for places in rows]
+    rows = [_jobs_and_offsets(path) for path in paths]
+    heads = [next(each, None) for each in rows]
     first = 0
-    while here := [place for place, head in enumerate(heads) if head is not None and head[0] == first]:
-        for place in here:
-            heads[place] = next(rows[place], None)
+    while here := [number for number, head in enumerate(heads) if head is not None and head[0] == first]:
+        for number in here:
+            heads[number] = next(rows[number], None)
         first += 1
     for path, head in zip(paths, heads, strict=True):
         if head is not None:
@@ -60,12 +52,12 @@ def align_outcomes(root: Path, line: str = "") -> int:
     return first
 
 
-def _places(path: Path) -> Iterator[tuple[float, int]]:
-    """Job and offset of every row; ends with that of a damaged one, as of a job that never comes."""
+def _jobs_and_offsets(path: Path) -> Iterator[tuple[float, int]]:
+    """Job and offset of every row; ends at a damaged row, with an infinite job number."""
     last = -1
     for offset, row in lines_of(path):
         if (job := _job_of(row)) <= last:
-            yield float("inf"), offset  # by a power loss, say: from here on all is grown again from the journal
+            yield float("inf"), offset  # damaged, for example by a power loss: the journal grows it again
             return
         yield job, offset
         last = job
@@ -79,7 +71,7 @@ def _job_of(row: bytes) -> int:
 
 
 def count_sound(path: Path) -> int:
-    """Rows of an outcome file, or -1 where one cannot be read or stands twice."""
+    """Rows of an outcome file, or -1 if a row cannot be read or occurs twice."""
     last, rows = -1, 0
     for _, row in lines_of(path):
         if (job := _job_of(row)) <= last:

@@ -1,8 +1,8 @@
-"""Owners: who writes a run, as its lock file names it, and whether that process lives.
+"""Owners: which process writes a run, as its lock file says, and whether that process is alive.
 
-What is certain is asked first: the process itself, where it runs under the same kernel and in the same pid namespace;
-then its `flock`, which the kernel takes from the dead, for the same folder under the same kernel. Host names decide
-nothing, since containers and cloned machines share them. All else is for the heartbeat to tell (`lock.py`).
+The certain signs come first: the process itself, for the same kernel and pid namespace; then its `flock`, for the same
+kernel and folder, since the kernel releases it at death. Host names decide nothing, since containers and cloned
+machines share them. Otherwise the heartbeat decides (`lock.py`).
 """
 
 import contextlib
@@ -29,20 +29,20 @@ Life = Literal["alive", "dead", "unsure"]
 
 
 class Owner(msgspec.Struct, frozen=True):
-    """Who writes a run; empty texts where a system does not tell."""
+    """The process that writes a run; texts are empty if the system does not provide them."""
 
     host: str
     boot: str
-    """Random for each start of a kernel."""
+    """The kernel's random boot id."""
     pids: str
-    """The pid namespace: containers have their own."""
+    """The pid namespace: each container has its own."""
     pid: int
     started: str
-    """Start of the process in the kernel's ticks since boot: a number that was given again is another process."""
+    """Start of the process in the kernel's ticks since boot: tells a reused pid from the owner."""
     folder: tuple[int, int]
-    """Device and inode of the run: of a copied run the owner is not the original's."""
+    """Device and inode of the run: a copied run is not the owner's."""
     flock: bool
-    """True if it holds a flock on its file."""
+    """True if it holds a flock on the lock file."""
     beat: float
     """Seconds between its heartbeats."""
     begun: str
@@ -50,18 +50,18 @@ class Owner(msgspec.Struct, frozen=True):
 
 
 class Found(NamedTuple):
-    """An owner's file as it was read; `owner` is None if nobody can be made out in it."""
+    """A lock file as it was read; `owner` is None if it names none."""
 
     path: Path
     data: bytes
     time: int
     owner: Owner | None
     unlocked: bool | None
-    """True if nobody under this kernel holds a flock on it; None where there is no flock."""
+    """True if no process of this kernel holds a flock on it; None if the file system has no flock."""
 
     @property
     def nonce(self) -> str:
-        """The owner's, or one made of the file: of several that were left empty each has its own."""
+        """The owner's nonce, or one made of the file's name and bytes, so that empty files differ."""
         if self.owner:
             return self.owner.nonce
         return hashlib.sha256(self.path.name.encode() + self.data).hexdigest()[:32]
@@ -77,7 +77,7 @@ class Found(NamedTuple):
 
 
 def read_owner(path: Path) -> Found | None:
-    """An owner's file; opened anew, since then NFS asks the server for it."""
+    """The lock file, or None. Opens it each time, since NFS then asks the server."""
     try:
         with path.open("rb") as file:
             data = file.read(4096)
@@ -95,7 +95,7 @@ def read_owner(path: Path) -> Found | None:
 
 
 def flocked(file: int, how: int) -> bool | None:
-    """True if the flock could be had, False if another has it, None where there is no flock."""
+    """True if the flock was acquired, False if another process has it, None if there is no flock."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -106,9 +106,9 @@ def flocked(file: int, how: int) -> bool | None:
 
 
 def life_of(root: Path, found: Found) -> Life:
-    """What can be said of an owner without looking at a clock."""
+    """Whether an owner is alive, as far as that can be known without a clock."""
     owner = found.owner
-    if owner is None:  # of an earlier intersafe, which had its flock alone; or torn, or not yet written
+    if owner is None:  # by an earlier version, which used flock alone; or torn, or not yet written
         return "alive" if found.unlocked is False else "unsure"
     same_folder = owner.folder == _identity(root)
     if owner.boot != _boot() or (not owner.boot and owner.host != socket.gethostname()):
@@ -123,13 +123,13 @@ def life_of(root: Path, found: Found) -> Life:
 
 
 def _is_gone(owner: Owner) -> bool | None:
-    """True if its process has ended; None if that cannot be said."""
+    """True if the owner's process has ended; None if that is unknown."""
     try:
         os.kill(owner.pid, 0)
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):
-        pass  # another user's: it is there
+        pass  # a process of another user: it exists
     started = _started(owner.pid)
     if not owner.started or started is None:
         return None
@@ -137,9 +137,9 @@ def _is_gone(owner: Owner) -> bool | None:
 
 
 def in_words(owner: Owner | None) -> str:
-    """Who it is, for people; the file may have been written by anybody."""
+    """The owner, in words; any process may have written the file, so the texts are made printable."""
     if owner is None:
-        return "its lock file names nobody"
+        return "its lock file names no process"
     host, begun = (printable(text, instead="")[:64] for text in (owner.host, owner.begun))
     return f"process {owner.pid} on {host}, since {begun}"
 
@@ -170,7 +170,7 @@ def _pids() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Start of a process in ticks since boot; empty for one that has ended and waits to be collected."""
+    """Start of a process in ticks since boot; empty for a zombie, None if unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -179,5 +179,5 @@ def _started(pid: int) -> str | None:
 
 
 def awake() -> float:
-    """Seconds of a clock that goes on while the machine is suspended, where there is one."""
+    """Seconds on a clock that also counts while the machine is suspended, where there is one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

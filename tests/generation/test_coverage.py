@@ -13,7 +13,8 @@ from msgspec import structs
 from intersafe.errors import InputError, SeedsExhausted, ServiceGone
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.prepare import prepare
-from intersafe.generation.scheduler import FAILURES, FULL, HOPELESS, LOST, Drought
+from intersafe.generation.scheduler import FAILURES
+from intersafe.generation.streak import FULL, HOPELESS, LOST, LosingStreak
 from intersafe.recipe.gates import CoverageSettings, Gates
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
@@ -85,7 +86,7 @@ def test_a_victim_that_never_yields_ends_the_run_and_is_named(tmp_path: Path) ->
         paid.append(plans)
     assert said[0] == said[1]
     assert outcomes[0] == outcomes[1]
-    assert "11 of 60 dialogues were kept" in said[0]
+    assert "11 of 60 dialogues were accepted" in said[0]
     assert "victim openai:second 0 of 6" in said[0]
     assert "rejected converse empty_message" in said[0]
     # One dialogue at a time pays for none that a quota turns down; many at once for a few that seemed to fit.
@@ -227,18 +228,18 @@ def row(reason: str, stage: str = "gates") -> Ended:
 
 
 def test_a_kind_gives_up_only_where_quotas_bite_and_nothing_comes_of_the_rest() -> None:
-    assert not Drought(lost=HOPELESS - 1).lasting, "no quota is in the way"
-    drought = Drought(lost=HOPELESS - 1)
-    drought.count(row("empty_message", "converse"))
-    assert drought.lasting, "nothing comes at all"
-    drought = Drought()
+    assert not LosingStreak(lost=HOPELESS - 1).lasting, "no quota is in the way"
+    streak = LosingStreak(lost=HOPELESS - 1)
+    streak.count(row("empty_message", "converse"))
+    assert streak.lasting, "nothing comes at all"
+    streak = LosingStreak()
     for _ in range(100 * FULL):
-        drought.count(row("victim_full"))
-    assert not drought.lasting, "no job that there was room for was lost"
+        streak.count(row("victim_full"))
+    assert not streak.lasting, "no job that there was room for was lost"
     for _ in range(LOST):
-        assert not drought.lasting
-        drought.count(row("near_duplicate"))
-    assert drought.lasting
+        assert not streak.lasting
+        streak.count(row("near_duplicate"))
+    assert streak.lasting
 
 
 # --- shares in the recipe --------------------------------------------------------------------------------------------

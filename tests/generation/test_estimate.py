@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from intersafe.errors import BudgetReached, SeedsExhausted
 from intersafe.generation.estimate import Estimate, estimate_from, estimate_run, sample_recipe
@@ -156,7 +156,9 @@ def test_an_estimate_gives_up_soon_where_no_sample_is_kept(tmp_path: Path) -> No
     with scripted_server(lambda body: "no plan" if asks_for(body) == "plan" else None) as server:
         spec = f"openai:scripted@{server.url}"
         recipe = demo(attacker=spec, judge=spec, victims=[spec])
-        with pytest.raises(SeedsExhausted, match=r"none of 20 sample jobs was kept.*plan attacker_unparseable"):
+        with pytest.raises(
+            SeedsExhausted, match=r"none of 20 sample jobs for dialogues was accepted.*plan attacker_unparseable"
+        ):
             estimate_run(recipe, n=50, samples=2, run=tmp_path / "run")
         paid = server.requests
         assert paid == len(journal_keys(tmp_path / "run"))
@@ -180,11 +182,12 @@ def test_an_estimate_uses_the_few_samples_that_were_kept(tmp_path: Path) -> None
         recipe = demo(attacker=spec, judge=spec, victims=[spec], concurrency=1)
         found = estimate_run(recipe, n=50, samples=4, run=tmp_path / "run", display=shown)
     sampled = found.sampled["dialogues"]
-    assert 1 <= sampled.kept < 4
+    assert 1 <= sampled.accepted < 4
     assert sampled.tried == 40
-    assert sampled.jobs == 50 * 40 / sampled.kept
+    assert sampled.jobs == 50 * 40 / sampled.accepted
     assert any(
-        f"only {sampled.kept} of 40 sample jobs" in line and "plan attacker_unparseable" in line for line in shown.lines
+        f"only {sampled.accepted} of 40 sample jobs" in line and "plan attacker_unparseable" in line
+        for line in shown.lines
     )
 
 
@@ -195,3 +198,14 @@ def test_samples_and_a_run_are_not_taken_for_each_other(tmp_path: Path) -> None:
     estimate_run(recipe, n=5, samples=1, run=samples)
     assert "holds a run" in refusal(lambda: estimate_run(recipe, n=5, run=run))
     assert "holds the samples of an estimate" in refusal(lambda: generate_dialogues(recipe, run=samples, n=5))
+    assert b'"purpose"' not in (run / "recipe.json").read_bytes()
+    marked = (samples / "recipe.json").read_bytes()
+    assert Run(samples).manifest.purpose == "estimate"
+    named_otherwise = samples.rename(tmp_path / "samples")
+    assert "holds the samples of an estimate" in refusal(lambda: generate_dialogues(recipe, run=named_otherwise, n=5))
+    # Of earlier versions: known by the name of the folder alone.
+    samples = named_otherwise.rename(samples)
+    (samples / "recipe.json").write_bytes(marked.replace(b',\n  "purpose": "estimate"', b""))
+    assert Run(samples).manifest.purpose is UNSET
+    assert "holds the samples of an estimate" in refusal(lambda: generate_dialogues(recipe, run=samples, n=5))
+    assert estimate_run(recipe, n=5, samples=1, run=samples).n == 5

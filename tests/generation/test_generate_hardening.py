@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
+from intersafe.cli.logs import configure_logging
 from intersafe.errors import InputError, SeedsExhausted, ServiceGone, StorageError
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.prepare import open_directory, prepare
@@ -23,10 +26,12 @@ from intersafe.generation.scheduler import FAILURES
 from intersafe.recipe.gates import Gates
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
+from intersafe.run.incidents import FILE, Incidents, added_up, read_incidents, write_incidents
 from intersafe.run.outcomes import align_outcomes
+from intersafe.run.state import DirectoryState, state_of
 from intersafe.storage.jsonl import GroupWriter
 from tests.support.paths import REPOSITORY
-from tests.support.runs import demo, digest, hears_ctrl_c, journal_keys, rows
+from tests.support.runs import cli, demo, digest, hears_ctrl_c, journal_keys, refusal, rows
 from tests.support.servers.scripted_server import Body, asks_for, scripted_server, text_of
 
 # The two words of a concern, each harmless alone: only both together are excluded by rule.
@@ -308,3 +313,98 @@ def test_members_that_share_a_server_share_the_lower_limit(tmp_path: Path) -> No
         recipe = msgspec.structs.replace(recipe, cast=cast)
         generate_dialogues(recipe, run=tmp_path / "run", n=10)
     assert server.most_in_flight <= 3
+
+
+# --- what a run directory is, and what happened there ----------------------------------------------------------------
+
+
+def test_one_answer_says_whether_a_directory_is_new_the_same_complete_or_another(tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", demo()
+    manifest = prepare(recipe).manifest
+    assert state_of(run, manifest, 3).word == "new"
+    generate_dialogues(recipe, run=run, n=3)
+    assert state_of(run, manifest, 3).word == "complete"
+    assert state_of(run, manifest, 4) == DirectoryState("same")
+    assert state_of(run, manifest).word == "same", "without a number nothing is complete"
+    fewer = state_of(run, manifest, 2)
+    assert (fewer.word, "more than --n 2" in str(fewer.problem)) == ("same", True)
+    other = state_of(run, prepare(demo(seed=99)).manifest, 3)
+    assert other.word == "another"
+    assert other.changed == (f"seed: {recipe.seed} -> 99",)
+    assert "--reuse" in str(other.problem)
+    old = msgspec.structs.replace(manifest, versions=manifest.versions | {"pillow": "0.1"})
+    assert state_of(run, old, 4).versions == (f"pillow {manifest.versions['pillow']} -> 0.1",)
+
+
+def test_incidents_add_up_over_the_commands_of_a_run(tmp_path: Path) -> None:
+    run = generate_dialogues(demo(), run=tmp_path / "run", n=3)
+    assert not (run.path / FILE).exists(), "nothing happened, so there is no file"
+    assert run.summary is not None
+    assert run.summary.incidents == run.incidents() == {}
+    write_incidents(run.path, {"judge": Incidents(retries=3), "attacker": Incidents(outages=1)})
+    more = generate_dialogues(demo(), run=run.path, n=4)
+    assert more.summary is not None
+    assert more.summary.incidents == read_incidents(run.path) == more.incidents()
+    assert list(more.incidents()) == ["attacker", "judge"]
+    assert added_up(more.incidents(), {"judge": Incidents(retries=1, throttled=2)})["judge"] == Incidents(4, 2)
+    assert "judge        3 retries" in cli("show", str(run.path), "--funnel", cwd=tmp_path).stdout
+    assert "attacker: 1 outage" in cli("stats", str(run.path), cwd=tmp_path).stdout
+
+
+def test_a_summary_counts_what_a_server_did_to_each_role(tmp_path: Path) -> None:
+    faults = {"victim": [429, 500], "plan": [500]}
+
+    def hook(body: Body) -> web.Response | None:
+        left = faults.get(asks_for(body))
+        return web.json_response({"error": "passing"}, status=left.pop()) if left else None
+
+    with scripted_server(hook, profile="flawless") as server:
+        recipe = over_http(server.url, tmp_path, concurrency=1)
+        run = generate_dialogues(recipe, run=tmp_path / "run", n=3)
+    assert run.summary is not None
+    assert run.summary.incidents == {"attacker": Incidents(retries=1), "victim:0": Incidents(retries=1, throttled=1)}
+    assert run.summary.incidents == read_incidents(run.path)
+
+
+def test_the_log_file_has_the_course_of_a_run_and_the_terminal_its_warnings(tmp_path: Path) -> None:
+    def hook(body: Body) -> web.Response | None:
+        fails = any(f"kind {i}<" in text_of(m) for i in range(2) for m in body["messages"])
+        return web.json_response({"error": "no"}, status=400) if fails else None
+
+    seeds = [{"id": f"s{i}", "query": f"A concern of kind {i}", "category": "fraud"} for i in range(12)]
+    lines = [json.dumps(seed | {"source": "own", "license": "CC0-1.0"}) for seed in seeds]
+    (tmp_path / "seeds.jsonl").write_text("\n".join(lines) + "\n")
+    with scripted_server(hook, profile="flawless") as server:
+        spec = f"openai:scripted@{server.url}"
+        flags = ("--no-refusals", "--seeds", "seeds.jsonl", "--attacker", spec, "--log-file", "log.txt")
+        done = cli("generate", "--run", "./run", "--n", "4", *flags, cwd=tmp_path)
+        more = cli("generate", "--run", "./run", "--n", "5", *flags, "--verbose", cwd=tmp_path)
+    assert done.returncode == more.returncode == 0, done.stderr
+    failed = [line for line in done.stderr.splitlines() if line.startswith("WARNING job s")]
+    assert len(failed) == 2
+    assert all("failed: attacker bad_request" in line for line in failed)
+    assert "INFO" not in done.stderr
+    assert "INFO resume run: 5 dialogues" in more.stderr
+    log = (tmp_path / "log.txt").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (INFO|WARNING) intersafe\.", line) for line in log)
+    course = [line.partition(": ")[2] for line in log]
+    assert course[0] == "begin run: 4 dialogues"
+    assert course[-2:] == ["resume run: 5 dialogues", "end run: complete"]
+    assert sum(line.endswith("end run: complete") for line in log) == 2
+
+
+def test_no_line_of_a_log_holds_a_key_or_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-secret")
+    shown: list[str] = []
+    logger = logging.getLogger("intersafe.test")
+    try:
+        configure_logging(tmp_path / "log.txt", True, shown.append, ["SOME_KEY", "NO_SUCH_KEY"])
+        logger.warning("HTTP 401 of Bearer sk-secret\n%s", "\x1b[2J")
+        logger.info("seen on the display", extra={"shown": True})
+    finally:
+        configure_logging(None, False, shown.append)
+    assert shown == ["WARNING HTTP 401 of Bearer ***  [2J"]
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("\n") == 2
+    assert "secret" not in log
+    assert "--log-file" in refusal(lambda: configure_logging(tmp_path / "no" / "log.txt", False, shown.append))

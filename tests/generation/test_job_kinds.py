@@ -3,6 +3,7 @@
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,21 @@ from aiohttp import web
 from msgspec import structs
 
 from intersafe.errors import SeedsExhausted, ServiceGone
+from intersafe.generation import dialogues
 from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.grow import grow_dialogue
+from intersafe.generation.job_kind import JobInputs, JobKind
+from intersafe.generation.kinds import DIALOGUES, KINDS
+from intersafe.generation.regate import regate
 from intersafe.generation.scheduler import FAILURES
+from intersafe.generation.shortfall import all_tried
+from intersafe.generation.twins import TwinGates
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Recipe, RefusalGroup, TwinSettings
-from intersafe.records import Dialogue
+from intersafe.records import Dialogue, Job
 from intersafe.run.directory import Run
+from intersafe.run.kinds import RECORDS, records_of
 from intersafe.storage.bundled import bundled
 from tests.support.runs import cli, digest, journal_keys, rows, started
 from tests.support.seeds import seeds_in
@@ -218,7 +227,7 @@ def test_the_terminal_hears_of_missing_twins(tmp_path: Path) -> None:
     assert done.returncode == 0
     kept = len(rows(tmp_path / "run" / "twins.jsonl"))
     assert 0 < kept < 20
-    assert f"{kept} of 20 twins: every dialogue was tried (" in done.stderr
+    assert f"{kept} of 20 twins: every job was tried (" in done.stderr
 
 
 def test_a_longer_run_that_uses_up_its_jobs_keeps_and_counts_its_twins(tmp_path: Path) -> None:
@@ -326,7 +335,7 @@ def test_jobs_that_were_skipped_do_not_hide_that_all_others_fail(tmp_path: Path)
 
 
 def test_show_finds_what_is_there_and_names_what_is_not(reference: Path, tmp_path: Path) -> None:
-    twin, sample = next(Run(reference).twins()), next(iter(Run(reference).kept("refusals")))
+    twin, sample = next(Run(reference).twins()), next(iter(Run(reference).accepted("refusals")))
     assert isinstance(twin, Dialogue)
     for words, text in (
         (("--refusal", "1"), sample.id),
@@ -364,3 +373,59 @@ def test_every_prompt_can_be_rendered_with_the_demo(tmp_path: Path) -> None:
 def test_what_is_listed_as_plain_text_is_told_apart(tmp_path: Path) -> None:
     counts = Counter(cli("prompts", "list", cwd=tmp_path).stdout.split())
     assert counts["plain"] >= 1
+
+
+# --- one more kind ---------------------------------------------------------------------------------------------------
+
+
+def single_turns(inputs: JobInputs, first: int) -> Iterator[Job]:
+    """Every dialogue job again, with one turn."""
+    for job in dialogues.all_jobs(inputs, first):
+        yield structs.replace(job, key=f"{job.key}/single", turns=1, pictures=0)
+
+
+SINGLE = records_of("single", "single-turn dialogue", Job, Dialogue)
+"""A baseline for the attack: one single-turn dialogue for every four dialogues."""
+
+
+@pytest.fixture
+def one_more_kind(monkeypatch: pytest.MonkeyPatch) -> JobKind:
+    kind = JobKind(
+        records=SINGLE,
+        wanted=lambda recipe, n: {"": n // 4},
+        job_count=dialogues.count,
+        jobs=single_turns,
+        grow=grow_dialogue,
+        gates=TwinGates,
+        met=dialogues.met,
+        shortfall=all_tried,
+        rehearsed=dialogues.rehearsed,
+        divisor=4,
+        may_fall_short=True,
+    )
+    monkeypatch.setitem(RECORDS, SINGLE.name, SINGLE)
+    monkeypatch.setitem(KINDS, SINGLE.name, kind)
+    return kind
+
+
+def test_a_new_kind_is_one_entry_in_each_table(one_more_kind: JobKind, tmp_path: Path) -> None:
+    recipe = structs.replace(everything(), refusals=None, respond=None)
+    first = generate_dialogues(recipe, run=tmp_path / "run", n=8)
+    made = list(first.accepted("single"))
+    assert [len(one.turns) for one in made] == [1, 1]
+    assert b'"line":"single"' in (first.path / "journal/main.jsonl").read_bytes()
+    assert first.funnel("single").accepted == 2
+    run = generate_dialogues(recipe, run=tmp_path / "run", n=16)
+    whole = generate_dialogues(override(recipe, concurrency=1), run=tmp_path / "whole", n=16)
+    assert [one.id for one in run.accepted("single")] == [one.id for one in whole.accepted("single")]
+    assert list(run.accepted("single"))[:2] == made
+    assert unique(journal_keys(run.path))
+    again = regate(run.path, recipe, tmp_path / "again")
+    assert (again.path / SINGLE.accepted).read_bytes() == (run.path / SINGLE.accepted).read_bytes()
+
+
+def test_every_kind_has_its_records_and_dialogues_come_first() -> None:
+    assert list(KINDS) == list(RECORDS)
+    assert all(kind.records is RECORDS[name] for name, kind in KINDS.items())
+    assert next(iter(KINDS)) == DIALOGUES.name
+    assert len({name for records in RECORDS.values() for name in records.files}) == 3 * len(RECORDS)

@@ -310,7 +310,7 @@ def test_what_cannot_be_gated_is_said_in_one_line_and_nothing_is_written(old: Pa
     (tmp_path / "there").mkdir()
     assert "already" in refusal(lambda: regate(old, recipe, tmp_path / "there"))
     assert "already" in refusal(lambda: regate(old, recipe, old))
-    assert "lies in the run" in refusal(lambda: regate(old, recipe, old / "images" / "new"))
+    assert "is inside the run" in refusal(lambda: regate(old, recipe, old / "images" / "new"))
     held = lock(old)
     assert "another process" in refusal(lambda: regate(old, recipe, tmp_path / "new"))
     held.release()

@@ -40,7 +40,7 @@ def test_images_that_records_name_are_missed(how: str, n: int, run: Path) -> Non
     else:
         path.write_bytes(b"")
     said = refusal(lambda: generate_dialogues(whole_demo(no_refusals=True), run=run, n=n))
-    assert "gone" in said
+    assert "missing" in said
     assert "--reuse" in said
     # An empty file is there: what it holds is not read to show a dialogue.
     assert ("(missing)" in cli("show", str(run), cwd=run.parent).stdout) == (how != "one is empty")

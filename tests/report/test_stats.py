@@ -52,7 +52,6 @@ SAFE, FULL, SOFT = Verdict("safe"), Verdict("safe", "full"), Verdict("safe", "de
 UNSAFE, UNCLEAR = Verdict("unsafe"), Verdict("undetermined")
 MADE_BY = Provenance({}, {}, {}, "recipe", {}, scripted=False)
 REAL = {"attacker": "openai:a", "judge": "openai:j", "victim:0": "openai:v", "victim:1": "openai:w"}
-LINES = ("", "refusals", "twins")
 
 
 def judged(
@@ -95,7 +94,7 @@ def ended(number: int, stage: str, reason: str, kind: Literal["rejected", "faile
 def lay(
     path: Path,
     *outcomes: Dialogue | RefusalSample | Ended,
-    line: str = "",
+    kind: str = "dialogues",
     cast: dict[str, str] | None = None,
     entries: Sequence[Entry] = (),
 ) -> Run:
@@ -106,7 +105,7 @@ def lay(
     if cast or not (path / "recipe.json").exists():
         (path / "recipe.json").write_bytes(msgspec.json.encode(manifest))
     for outcome in outcomes:
-        name, row = outcome_row(outcome, line)
+        name, row = outcome_row(outcome, kind)
         append(path / name, row)
     for entry in entries:
         (path / "journal").mkdir(exist_ok=True)
@@ -134,7 +133,7 @@ def test_sizes_turns_and_images_are_counted_and_set_beside_the_published_ones(tm
         judged(2, SAFE, SAFE, SAFE, SAFE, images="pp.s"),
         judged(3, SAFE, SAFE, SAFE, category="political"),
     )
-    lay(run.path, sample(1, "general", image=True), sample(2, "general"), sample(3, "health"), line="refusals")
+    lay(run.path, sample(1, "general", image=True), sample(2, "general"), sample(3, "health"), kind="refusals")
     found = stats_of(run)
     assert found.turns.counts == {2: 1, 3: 1, 4: 1}
     assert found.turns.mean == 3
@@ -210,8 +209,8 @@ def test_aligned_answers_twins_and_losses(tmp_path: Path) -> None:
         ended(5, "gates", "similar_images"),
         ended(6, "plan", "blocked", "failed"),
     )
-    lay(run.path, judged(1, SAFE, FULL, FULL), judged(2, SAFE), judged(3, UNSAFE), line="twins")
-    lay(run.path, ended(1, "gates", "near_duplicate"), line="refusals")
+    lay(run.path, judged(1, SAFE, FULL, FULL), judged(2, SAFE), judged(3, UNSAFE), kind="twins")
+    lay(run.path, ended(1, "gates", "near_duplicate"), kind="refusals")
     found = stats_of(run)
     assert (found.aligned.answers, found.aligned.safe.count) == (3, 2)
     assert (found.aligned.recoveries_safe.count, found.aligned.recoveries_safe.total) == (1, 2)

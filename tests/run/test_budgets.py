@@ -206,7 +206,7 @@ def test_the_command_ends_with_code_5_and_says_how_to_continue(tmp_path: Path) -
     assert done.returncode == 5
     last = done.stderr.strip().splitlines()[-1]
     assert "of 30 dialogues" in last
-    assert "larger --max-tokens goes on" in last
+    assert "larger --max-tokens to continue" in last
     assert cli("show", "./run", "--funnel", cwd=tmp_path).returncode == 0
     assert cli(*words, cwd=tmp_path).returncode == 0
 

@@ -252,10 +252,10 @@ def test_an_owner_that_was_stopped_writes_nothing_once_another_has_taken_over(ru
 @pytest.mark.parametrize("content", [b"", b"{", b'{"host":"h"}\n', b"\xff" * 5000])
 def test_a_lock_file_that_names_nobody_is_waited_for_and_then_taken(content: bytes, run: Path) -> None:
     (run / ".lock").write_bytes(content)
-    assert "names nobody" in refusal(lambda: lock(run))
+    assert "names no process" in refusal(lambda: lock(run))
     os.utime(run / ".lock", (time.time() - 1000,) * 2)
     with lock(run) as lease:
-        assert "left no name" in lease.news
+        assert "its name is unknown" in lease.news
 
 
 def test_owners_that_were_killed_before_they_could_sign_are_followed(run: Path) -> None:

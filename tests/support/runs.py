@@ -18,10 +18,10 @@ from intersafe.recipe.gates import Gates
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Recipe
-from intersafe.run.outcomes import LINES, files_of
+from intersafe.run.kinds import RECORDS
 from intersafe.storage.bundled import bundled
 
-OUTCOMES = tuple(name for line in LINES for name in files_of(line))
+OUTCOMES = tuple(name for records in RECORDS.values() for name in records.files)
 
 
 def whole_demo(**changes: Any) -> Recipe:

@@ -21,13 +21,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from intersafe.generation.context import RunRequest, opened
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.jobs import jobs
+from intersafe.generation.kinds import DIALOGUES
 from intersafe.generation.prepare import Prepared, open_directory, prepare
+from intersafe.generation.progress import Display
+from intersafe.generation.workers.ray_cluster import Cluster, joined
 from intersafe.generation.workers.worker import Setup, Worker, share_of, versions_here
-from intersafe.images.store import ImageStore
 from intersafe.recipe.load import load_recipe
-from intersafe.run.budget import Budget
 from intersafe.run.directory import Run
 from intersafe.run.journal import Journal
 from intersafe.storage.bundled import bundled
@@ -93,11 +95,13 @@ def test_an_outcome_leaves_a_worker_when_its_replies_are_written(tmp_path: Path)
         worker = Worker(encode(setup))
         await worker.open()
         for job in islice(jobs(prepared.recipe, prepared.seeds.seeds), 3):
-            await worker.grow("", encode(job), b"", encode([]))
+            await worker.grow("".join(["dia", "logues"]), encode(job), encode([]))
             written = len(journal_keys(tmp_path / "run"))
-            assert written == sum(tally.calls for tally in (await worker.look()).roles.values()) > 0
+            assert written == sum(tally.calls for tally in (await worker.report()).roles.values()) > 0
         _, problem = await worker.close()
         assert not problem
+        journal = (tmp_path / "run" / "journal" / "w-1.jsonl").read_bytes()
+        assert b'"line"' not in journal, "the kind of a dialogue is left out, wherever its name came from"
 
     asyncio.run(act())
 
@@ -120,7 +124,7 @@ def test_a_worker_refuses_other_directories_versions_and_missing_keys(
     def worker(**changes: Any) -> Worker:
         return Worker(msgspec.msgpack.encode(msgspec.structs.replace(good, **changes)))
 
-    assert asyncio.run(worker().open()).kind == "kept"
+    assert asyncio.run(worker().open()).kind == "accepted"
     assert str(tmp_path / "elsewhere") in refused(worker(run=str(tmp_path / "elsewhere")))
     assert str(run) in refused(worker(seal="0" * 64))
     assert str(run) in refused(worker(journal="journal/w-2.jsonl"))
@@ -152,10 +156,10 @@ def test_a_reply_that_was_lent_is_there_for_its_job_alone(tmp_path: Path) -> Non
     async def act() -> None:
         writer = GroupWriter(run)
         journal = Journal(writer)
-        journal.load(run / "journal", {"": 1})
+        journal.load(run / "journal", {"dialogues": 1})
         handed = journal.hand_over()
         assert min(job for _, job in handed) == 1
-        entries = handed["", 1]
+        entries = handed["dialogues", 1]
         assert journal.take(entries[0].key) is None
         with journal.lent(entries):
             assert journal.take(entries[0].key) == entries[0]
@@ -398,35 +402,41 @@ def test_a_node_is_killed_in_the_middle(tmp_path: Path) -> None:
         check_paid_once(run, server)
 
 
+class Said(Display):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 @with_ray
 def test_a_worker_that_hangs_is_given_up_and_keeps_its_file_to_itself(cluster: str, tmp_path: Path) -> None:
-    from intersafe.generation.workers.driver import Farm
-    from intersafe.generation.workers.ray_cluster import Cluster, joined
+    from intersafe.generation.workers.driver import RayWorkers
 
     with scripted_server(profile="flawless") as server:
         recipe, _ = whole_over_http(tmp_path, server, delay=0.02)
-        prepared, run, said = prepare(load_recipe(recipe)), tmp_path / "run", list[str]()
-        open_directory(run, prepared)
+        run, display = tmp_path / "run", Said()
+        request = RunRequest(prepare(load_recipe(recipe)), run, JOBS, display, cluster=Cluster(cluster, 2))
 
         async def act() -> list[Any]:
-            journal = Journal(GroupWriter(run))
-            budget, images = Budget(prepared.recipe.limits, journal.roles), ImageStore(run / "images")
-            async with (
-                joined(Cluster(cluster, 2)) as workers,
-                Farm(prepared, run, workers, journal, budget, images, said.append, silence=2.0) as farm,
-            ):
-                every = islice(jobs(prepared.recipe, prepared.seeds.seeds), SLOTS)
-                growing = [asyncio.create_task(farm.grow("", job)) for job in every]
-                await asyncio.to_thread(wait_for, lambda: all_write(run))
-                hangs = writer_of(journals(run)[0])
-                os.kill(hangs, signal.SIGSTOP)
-                outcomes = await asyncio.gather(*growing)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(hangs, signal.SIGCONT)
-                return outcomes
+            async with joined(request.cluster) as count:
+                with opened(request, count) as context:
+                    async with RayWorkers(context, silence=2.0) as workers:
+                        every = islice(jobs(context.recipe, context.prepared.seeds.seeds), SLOTS)
+                        growing = [asyncio.create_task(workers.grow(DIALOGUES, job)) for job in every]
+                        await asyncio.to_thread(wait_for, lambda: all_write(run))
+                        hangs = writer_of(journals(run)[0])
+                        os.kill(hangs, signal.SIGSTOP)
+                        outcomes = await asyncio.gather(*growing)
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(hangs, signal.SIGCONT)
+                        return outcomes
 
         outcomes = asyncio.run(act())
-    assert [line for line in said if "did not answer" in line]
+    assert [line for line in display.lines if "no longer answered" in line]
     assert [one.id for one in outcomes] == [one.id for one in islice(Run(tmp_path / "whole").dialogues(), SLOTS)]
     assert len(set(journal_keys(run))) == len(server.seen)
 

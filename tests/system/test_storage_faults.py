@@ -21,7 +21,8 @@ from intersafe.generation.generate import generate_dialogues
 from intersafe.images.store import ImageStore, read_image
 from intersafe.recipe.load import load_recipe
 from intersafe.run.directory import Run
-from intersafe.run.outcomes import LINES, align_outcomes, files_of
+from intersafe.run.kinds import RECORDS
+from intersafe.run.outcomes import align_outcomes
 from intersafe.storage.bundled import bundled
 from intersafe.storage.jsonl import GroupWriter
 from tests.support.runs import cli, digest, journal_keys, rows, started
@@ -263,7 +264,7 @@ def test_settled_says_that_the_disk_is_full(tmp_path: Path) -> None:
 def naive_point(root: Path) -> int:
     """The first job that no file decides, as a person would look for it."""
     decided: set[int] = set()
-    for name in files_of(""):
+    for name in RECORDS["dialogues"].files:
         last = -1
         for line in (root / name).read_bytes().splitlines(keepends=True) if (root / name).exists() else ():
             try:
@@ -280,9 +281,9 @@ def naive_point(root: Path) -> int:
 @pytest.mark.parametrize("seed", range(12))
 def test_any_three_torn_and_damaged_files_are_cut_to_the_common_job(seed: int, tmp_path: Path) -> None:
     dice = hashlib.shake_256(bytes([seed])).digest(600)
-    files: dict[str, list[bytes]] = {name: [] for name in files_of("")}
+    files: dict[str, list[bytes]] = {name: [] for name in RECORDS["dialogues"].files}
     for job in range(100):
-        name = files_of("")[dice[job] % 3]
+        name = RECORDS["dialogues"].files[dice[job] % 3]
         files[name].append(b'{"job":%d,"x":"%s"}\n' % (job, b"y" * dice[100 + job]))
     for place, lines in enumerate(files.values()):
         if dice[300 + place] % 2 and lines:
@@ -292,7 +293,7 @@ def test_any_three_torn_and_damaged_files_are_cut_to_the_common_job(seed: int, t
         (tmp_path / name).write_bytes(data[: len(data) - dice[330 + place]])
     expected = naive_point(tmp_path)
     assert align_outcomes(tmp_path) == expected
-    left = [row["job"] for name in files_of("") for row in rows(tmp_path / name)]
+    left = [row["job"] for name in RECORDS["dialogues"].files for row in rows(tmp_path / name)]
     assert sorted(left) == list(range(expected))
     assert align_outcomes(tmp_path) == expected
 
@@ -300,7 +301,7 @@ def test_any_three_torn_and_damaged_files_are_cut_to_the_common_job(seed: int, t
 def test_a_summary_notices_rows_that_go_after_it_was_read(whole: Path, tmp_path: Path) -> None:
     run = Run(shutil.copytree(whole, tmp_path / "run"))
     assert run.summary is not None
-    path = run.path / files_of(LINES[0])[0]
+    path = run.path / RECORDS["dialogues"].accepted
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
     assert run.summary is None
 

@@ -1,6 +1,7 @@
 """What goes wrong with the calls of one model: a log line for each incident, and a count for the role that met it.
 
-Retries and throttling are logged as INFO, replicas and outages as WARNING, by `intersafe.models.http` and
+Retries and throttling are logged as INFO. Replicas and outages are logged as WARNING; the user is told of them by
+`Hooks.notify`, so their records are marked as shown. The loggers are `intersafe.models.http` and
 `intersafe.models.batch`. A model that several roles share counts an incident for the role whose call met it first.
 """
 
@@ -8,6 +9,7 @@ import logging
 from collections.abc import Callable
 
 from intersafe.models.base import Hooks
+from intersafe.run.incidents import SHOWN
 
 LOGGER = logging.getLogger("intersafe.models.http")
 
@@ -42,17 +44,19 @@ class IncidentLog:
     def taken_out(self, role: str, url: str, cause: object) -> None:
         """One of several replicas gets no calls for now."""
         self.hooks.incidents_of(role).replicas_out += 1
-        self._logger.warning("%s: %s: replica %s is taken out (%s)", role, self.name, url, self._clean(str(cause)))
+        self._logger.warning(
+            "%s: %s: replica %s is taken out (%s)", role, self.name, url, self._clean(str(cause)), extra=SHOWN
+        )
 
     def brought_in(self, url: str, seconds: float) -> None:
         """That replica gets calls again."""
-        self._logger.warning("%s: replica %s is back after %.0f s", self.name, url, seconds)
+        self._logger.warning("%s: replica %s is back after %.0f s", self.name, url, seconds, extra=SHOWN)
 
     def outage_began(self, role: str, cause: object) -> None:
         """No replica answers: all calls wait."""
         self.hooks.incidents_of(role).outages += 1
-        self._logger.warning("%s: %s is away (%s); calls wait", role, self.name, self._clean(str(cause)))
+        self._logger.warning("%s: %s is away (%s); calls wait", role, self.name, self._clean(str(cause)), extra=SHOWN)
 
     def outage_ended(self, seconds: float) -> None:
         """A replica answers again."""
-        self._logger.warning("%s is back after %.0f s", self.name, seconds)
+        self._logger.warning("%s is back after %.0f s", self.name, seconds, extra=SHOWN)
