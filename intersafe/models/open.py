@@ -13,7 +13,7 @@ from intersafe.recipe.engine import Engine
 from intersafe.recipe.sections import Cast, Limits, Member, Painter
 
 if TYPE_CHECKING:
-    from intersafe.models.batch.lane import Lanes
+    from intersafe.models.batch.lanes import Lanes
 from intersafe.models.base import ChatModel, Hooks, PaintModel
 
 
@@ -55,7 +55,7 @@ def _lanes(cast: Cast, limits: Limits, hooks: Hooks, folder: Path | None) -> "La
         raise InputError("`batch: true` needs a run directory to keep its batches in", remedy="drop it here")
     if folder is None or not (wanted or folder.exists()):
         return None
-    from intersafe.models.batch.lane import Lanes
+    from intersafe.models.batch.lanes import Lanes
 
     return Lanes(folder, limits, hooks)
 

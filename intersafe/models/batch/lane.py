@@ -14,20 +14,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from msgspec import structs
 
 from intersafe.errors import BudgetReached, CallFailed, IntersafeError, ServiceGone, StorageError
-from intersafe.images.store import ImageStore
-from intersafe.models.base import Call, Hooks, Reply
+from intersafe.models.base import Hooks, Reply
 from intersafe.models.batch.api import ROUTE, TERMINAL, BatchApi, Pace, Refused, Remote
 from intersafe.models.batch.files import BatchFolder, State, close, reply_in
-from intersafe.models.http.completions import as_data, chat_body, estimated
 from intersafe.models.http.faults import Transient
 from intersafe.models.http.quirks import QUEUE_FULL
-from intersafe.recipe.sections import Limits, Member
+from intersafe.recipe.sections import Limits
 
 MOST_BYTES = 190 * 10**6
 """In one file: below the provider's 200 MB."""
@@ -35,65 +32,11 @@ LATE_FILES = 5
 """Looks at a completed batch that names no file of results yet."""
 FETCHES = 3
 """How often results are fetched that hold fewer answers than the provider has counted."""
-FEW = 500
-"""Dialogues at once below which a batch lane is hardly worth the wait."""
 BURST = 64  # calls that are answered before other tasks may run
 
 
-class Lanes:
-    """The lanes of a run: members with the same model, URL and key share one."""
-
-    def __init__(self, folder: Path, limits: Limits, hooks: Hooks, pace: Pace | None = None) -> None:
-        """`folder` is `batches/` of the run directory; no other process may use it."""
-        self._folder, self._limits, self._hooks, self._pace = BatchFolder(folder), limits, hooks, pace or Pace()
-        self._lanes: dict[str, Lane] = {}
-
-    def open(self, role: str, member: Member, images: ImageStore) -> "BatchModel":
-        """The model of a member; the faults of a lane count for the role that opens it. Needs a running event loop."""
-        name = f"{member.spec.model} {member.spec.urls[0]} {member.key}"
-        if name not in self._lanes:
-            service = BatchApi(member, self._limits, self._hooks, self._pace, role)
-            self._lanes[name] = Lane(name, service, self._limits, self._folder, self._hooks, self._pace)
-        return BatchModel(member, images, self._lanes[name])
-
-    def begin(self) -> None:
-        """Tells the user what to know before the first batch."""
-        if self._lanes and self._limits.concurrency < FEW:
-            self._hooks.notify(
-                f"`batch: true` with limits.concurrency {self._limits.concurrency}: every turn of a dialogue waits for "
-                "a batch, so grow thousands of dialogues at once (docs/batch.md)"
-            )
-        for name in {state.lane for state in self._folder.states if state.file} - self._lanes.keys():
-            model, url, key = name.rsplit(" ", 2)
-            self._hooks.notify(
-                f"batches of {model} at {url} (key {key or 'none'}) stay with the provider, since no member of the "
-                "cast has `batch: true` there any longer: their calls are asked again"
-            )
-
-
-class BatchModel:
-    """One chat model behind a batch endpoint."""
-
-    def __init__(self, member: Member, images: ImageStore, lane: "Lane") -> None:
-        self.identity = member.identity
-        self._member, self._images, self._lane = member, images, lane
-
-    async def answer(self, call: Call) -> Reply:
-        """The reply, within a day; `CallFailed` if this call failed for good, `ServiceGone` if the service did."""
-        reply = await self._lane.ask(call.role, call.key(self.identity, self._member.extra), lambda: self._body(call))
-        is_counted = reply.tokens[0] or reply.finish == "blocked"
-        return reply if is_counted else structs.replace(reply, tokens=estimated(call, reply))
-
-    def _body(self, call: Call) -> bytes:
-        return chat_body(self._member, call, lambda ref: as_data(self._images, ref))
-
-    async def aclose(self) -> None:
-        """Leaves what is under way to the provider."""
-        await self._lane.aclose()
-
-
 @dataclass
-class _Waiting:
+class _PendingCall:
     """A call without an answer; its body is made when it is written and not held in memory."""
 
     role: str
@@ -125,7 +68,7 @@ class Lane:
     ) -> None:
         self._name, self._api, self._identity, self._limits = name, service, service.identity, limits
         self._folder, self._hooks, self._pace = folder, hooks, pace
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[str, _PendingCall] = {}
         self._sent: set[str] = set()
         """Keys of the calls in collections and batches, whether a job of this process waits for them or not."""
         self._open: _Collection | None = None
@@ -172,7 +115,7 @@ class Lane:
             raise _copy(self._broken)
         if (reply := self._known(key)) is not None:
             return reply
-        waiting = self._waiting[key] = _Waiting(role, body, asyncio.get_running_loop().create_future())
+        waiting = self._waiting[key] = _PendingCall(role, body, asyncio.get_running_loop().create_future())
         if key not in self._sent:
             self._collect(key, waiting)
         return await waiting.answered
@@ -194,7 +137,7 @@ class Lane:
 
     # --- collecting --------------------------------------------------------------------------------------------------
 
-    def _collect(self, key: str, waiting: _Waiting) -> None:
+    def _collect(self, key: str, waiting: _PendingCall) -> None:
         """Writes the call into the open collection."""
         line = b'{"custom_id":"%s","method":"POST","url":"%s","body":%s}\n' % (
             key.encode(),
@@ -384,7 +327,7 @@ class Lane:
         for role, count in (+calls).items():
             self._api.incidents.asked_again(role, count, why)
 
-    def _taken_from_batch(self, key: str) -> _Waiting | None:
+    def _taken_from_batch(self, key: str) -> _PendingCall | None:
         """The call of that key, which is in no batch any longer; None if nobody waits for it any longer."""
         self._sent.discard(key)
         if (waiting := self._waiting.get(key)) and waiting.answered.done():
@@ -401,7 +344,7 @@ class Lane:
                 del self._waiting[key]
                 waiting.fail(_copy(reached))
 
-    def _collect_again(self, key: str, waiting: _Waiting, words: str, *, counted: bool) -> bool:
+    def _collect_again(self, key: str, waiting: _PendingCall, words: str, *, counted: bool) -> bool:
         """True if the call goes into the next batch, False if its tries are used up; `counted` if this was one."""
         waiting.tries += counted
         if waiting.tries >= self._limits.retries:
