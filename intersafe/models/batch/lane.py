@@ -2,7 +2,7 @@
 
 A *lane* is one model at one provider under one key. A call waits in the lane's *collection* until that is full or no
 call was added for a while: then every dialogue that can continue is waiting. The collection becomes a batch, of which
-several may be under way, and each call takes its answer by its key, in this process or in a later one. Nothing is sent
+several may be in progress. Each call takes its answer by its key, in this process or in a later one. Nothing is sent
 before it is recorded on the disk (`files.py`). A batch that the provider has is followed again after a restart and
 never sent twice (`api.py`).
 """
@@ -191,7 +191,7 @@ class Lane:
                     self._folder.forget(state)
                     continue
                 state = structs.replace(state, batch=found.id)
-                await asyncio.to_thread(self._folder.note, state)
+                await asyncio.to_thread(self._folder.record, state)
             self._sent.update(state.keys)
             self._under_way[state.nonce] = state
             self._start(self._follow(state, None))
@@ -201,11 +201,11 @@ class Lane:
     async def _send(self, state: State, file: BinaryIO) -> None:
         """From a collection to a batch; the state is on the disk before each step that the provider sees."""
         await asyncio.to_thread(close, file)
-        await asyncio.to_thread(self._folder.note, state)
+        await asyncio.to_thread(self._folder.record, state)
         try:
             await self._wait_while_held()
             state = structs.replace(state, file=await self._api.upload(self._folder.requests(state.nonce)))
-            await asyncio.to_thread(self._folder.note, state)
+            await asyncio.to_thread(self._folder.record, state)
             remote = await self._api.create(state.file, state.nonce, state.made)
         except Refused as refused:
             await self._split(state, refused)
@@ -215,13 +215,13 @@ class Lane:
             return
         state = structs.replace(state, batch=remote.id)
         self._under_way[state.nonce] = state
-        await asyncio.to_thread(self._folder.note, state)
+        await asyncio.to_thread(self._folder.record, state)
         self._folder.requests(state.nonce).unlink(missing_ok=True)
         self._hooks.notify(f"{self._identity}: batch {self._api.clean(remote.id)} of {len(state.keys):,} calls sent")
         await self._follow(state, remote)
 
     async def _wait_while_held(self) -> None:
-        """Where the account's queue is full or batches fail: until one of ours has ended well, or the hold is over."""
+        """Returns when no hold is in force: it is over, or one of our batches has ended well."""
         loop = asyncio.get_running_loop()
         while (left := self._held_until - loop.time()) > 0:
             self._freed.clear()
@@ -246,11 +246,11 @@ class Lane:
             return
         for _ in range(FETCHES):
             await self._api.download(remote.files, self._folder.part(state.nonce))
-            places, answers = await asyncio.to_thread(self._folder.index, state)
+            offsets, answers = await asyncio.to_thread(self._folder.index, state)
             if answers >= remote.answered:
                 break
             await asyncio.sleep(pause)  # fewer answers came than were paid for; another copy is appended
-        self._folder.keep(state, places)
+        self._folder.keep(state, offsets)
         await self._settle(state, remote)
 
     @staticmethod

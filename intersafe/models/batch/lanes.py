@@ -64,5 +64,5 @@ class BatchModel:
         return chat_body(self._member, call, lambda ref: as_data(self._images, ref))
 
     async def aclose(self) -> None:
-        """Leaves what is under way to the provider."""
+        """Leaves unfinished batches to the provider."""
         await self._lane.aclose()

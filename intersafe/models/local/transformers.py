@@ -2,8 +2,8 @@
 
 Conversations that wait are answered together, up to `batch` of them. A batch that fails is tried again one by one, so
 that a bad conversation, or one that is too large for the memory, fails alone. Each conversation is sampled with a seed
-of its own (the largest logit after adding Gumbel noise), so that only the rounding of sums depends on what shares its
-batch. llguidance constrains answers to their JSON schema.
+of its own: the largest logit after adding Gumbel noise. Only the rounding of sums depends on what shares its batch.
+llguidance constrains answers to their JSON schema.
 """
 
 from collections import deque
