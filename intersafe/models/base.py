@@ -1,8 +1,8 @@
-"""What a call and a reply are, and what answers a call.
+"""Calls, replies, and the models that answer.
 
-A model is anything with an `identity` and an async `answer`. A call carries everything that decides the reply; its
-`key` names it in the journal, so a reply is paid for once. Images travel as references; each backend fetches the
-bytes when it sends them.
+A model is anything with an `identity` and an async `answer`. A call has everything that decides its reply. Its `key`
+names it in the journal, so a reply is paid for once. Images are references; each backend reads the bytes when it sends
+them.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ logging.getLogger("intersafe").addHandler(logging.NullHandler())  # silent where
 
 
 class Sampling(msgspec.Struct, frozen=True):
-    """How the reply is drawn; `seed` is 31 bits."""
+    """How the reply is sampled; `seed` has 31 bits."""
 
     temperature: float
     top_p: float
@@ -30,7 +30,7 @@ class Sampling(msgspec.Struct, frozen=True):
 
 
 class Call(msgspec.Struct, frozen=True):
-    """One question to one model."""
+    """One call to one model."""
 
     role: str
     """Member of the cast: attacker, judge, second_judge, victim:0, ..."""
@@ -42,10 +42,10 @@ class Call(msgspec.Struct, frozen=True):
     job: str
     """Key of the job: a dialogue stays on one replica of a model."""
     ordinal: int
-    """Place of the call in its job, from 0."""
+    """Number of the call in its job, from 0."""
 
     def key(self, identity: str, extra: Mapping[str, Any]) -> str:
-        """32 hex digits over all that decides the reply: model identity (not its URL) and `extra` fields included."""
+        """32 hex digits over all that decides the reply, with the model's identity (not its URL) and `extra` fields."""
         parts = (self.role, identity, extra, self.sampling, self.messages, self.schema, self.job, self.ordinal)
         return hashlib.blake2b(msgspec.json.encode(parts, order="sorted"), digest_size=16).hexdigest()
 
@@ -89,15 +89,15 @@ class ChatModel(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Lets go of connections."""
+        """Closes connections and frees devices."""
         ...
 
 
 class Painted(msgspec.Struct, frozen=True):
-    """What a painter gave back: the bytes of an image as they came, unverified, or the `problem` in one word.
+    """What a painter returned: the bytes of an image, unverified, or the `problem` in one word.
 
     Problems: `no_image`, `image_url` (a link instead of bytes, never fetched), `blocked` (by the service's filter),
-    `bad_image` (not to be decoded, truncated, too large; said by whoever verifies the bytes).
+    `bad_image` (cannot be decoded, truncated, too large; found where the bytes are verified).
     """
 
     data: bytes = b""
@@ -106,7 +106,7 @@ class Painted(msgspec.Struct, frozen=True):
 
 
 class PaintModel(Protocol):
-    """Anything that draws: `call.messages[-1].text` is the description, `call.sampling.seed` decides the noise."""
+    """Anything that draws; `call.messages[-1].text` is the description, `call.sampling.seed` decides the noise."""
 
     @property
     def identity(self) -> str:
@@ -118,5 +118,5 @@ class PaintModel(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Lets go of connections."""
+        """Closes connections and frees devices."""
         ...

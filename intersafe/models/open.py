@@ -1,4 +1,4 @@
-"""How the members of a cast become models: which backend answers for which spec, and what it needs to start."""
+"""From the members of a cast to models: which backend answers for which spec, and what it needs to start."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from intersafe.recipe.engine import Engine
 from intersafe.recipe.sections import Cast, Limits, Member, Painter
 
 if TYPE_CHECKING:
-    from intersafe.models.batch.lane import Lanes
+    from intersafe.models.batch.lanes import Lanes
 from intersafe.models.base import ChatModel, Hooks, PaintModel
 
 
@@ -26,9 +26,9 @@ def open_models(
     folder: Path | None = None,
     engine_of: Callable[[str], Engine] = lambda _: Engine(),
 ) -> dict[str, ChatModel]:
-    """One model for each member of the cast; members with the same settings share one. Needs a running event loop.
+    """One model for each role of the cast; members with the same settings share one. Needs a running event loop.
 
-    `folder` keeps the batches of members with `batch: true`; no other process may use it. `engine_of` gives the
+    `folder` is for the batches of members with `batch: true`; no other process may use it. `engine_of` gives the
     settings of a model that runs in this process (`Recipe.engine`).
     """
     shared: dict[str, ChatModel] = {}
@@ -52,16 +52,16 @@ def _lanes(cast: Cast, limits: Limits, hooks: Hooks, folder: Path | None) -> "La
     """The lanes of the members with `batch: true`; also there where an earlier process left batches in the folder."""
     wanted = any(member.batch for member in cast.members.values())
     if folder is None and wanted:
-        raise InputError("`batch: true` needs a run directory to keep its batches in", remedy="drop it here")
+        raise InputError("`batch: true` needs a run directory for its batches", remedy="remove it")
     if folder is None or not (wanted or folder.exists()):
         return None
-    from intersafe.models.batch.lane import Lanes
+    from intersafe.models.batch.lanes import Lanes
 
     return Lanes(folder, limits, hooks)
 
 
 def clear_batches(folder: Path) -> None:
-    """Deletes the results of batches once all jobs of the run are decided; what is under way at a provider is kept."""
+    """Deletes the results of batches once all jobs of the run are decided; keeps the records of unfinished batches."""
     if folder.exists():
         from intersafe.models.batch.files import clear
 
@@ -106,11 +106,7 @@ def _open(
     return shared[same]
 
 
-def open_painter(
-    painter: Painter,
-    limits: Limits,
-    hooks: Hooks,
-) -> PaintModel:
+def open_painter(painter: Painter, limits: Limits, hooks: Hooks) -> PaintModel:
     """The painter of a cast. Needs a running event loop."""
     backend, name, _ = painter.spec
     if backend == "scripted":
@@ -127,9 +123,9 @@ def open_painter(
 
 
 def check_cast(cast: Cast, engine_of: Callable[[str], Engine] = lambda _: Engine()) -> None:
-    """`InputError` for a key variable not set, an unknown scripted name, a library or weights that are not there.
+    """`InputError` for a key variable that is not set, an unknown scripted name, a missing library or missing weights.
 
-    Contacts nobody and loads nothing.
+    It contacts no service and loads nothing.
     """
     for role, member in cast.models.items():
         if member.key and not os.environ.get(member.key):

@@ -26,9 +26,9 @@ from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.progress import Progress
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Call, Hooks, Sampling
-from intersafe.models.batch import lane
+from intersafe.models.batch import lanes
 from intersafe.models.batch.api import Pace
-from intersafe.models.batch.lane import Lanes
+from intersafe.models.batch.lanes import Lanes
 from intersafe.models.http.quirks import QUEUE_FULL
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
@@ -52,7 +52,7 @@ def pace(monkeypatch: pytest.MonkeyPatch) -> SetPace:
     monkeypatch.setenv("BATCH_KEY", KEY)
 
     def set_pace(**changes: Any) -> None:
-        monkeypatch.setattr(lane, "Lanes", partial(Lanes, pace=replace(PACE, **changes)))
+        monkeypatch.setattr(lanes, "Lanes", partial(Lanes, pace=replace(PACE, **changes)))
 
     set_pace()
     return set_pace
@@ -113,9 +113,9 @@ limits: {{concurrency: 6, patience: 5}}
 MAIN = f"""
 from functools import partial
 from intersafe.cli.main import main
-from intersafe.models.batch import lane
+from intersafe.models.batch import lanes
 from intersafe.models.batch.api import Pace
-lane.Lanes = partial(lane.Lanes, pace={PACE!r})
+lanes.Lanes = partial(lanes.Lanes, pace={PACE!r})
 main()
 """
 STEPS = ["upload", "uploaded", "create", "created", "list", "look", "content", "served"]
@@ -648,8 +648,8 @@ def ask_lane(provider: Provider, folder: Path) -> dict[str, Incidents]:
 
     async def main() -> None:
         member = Member(model=f"openai:scripted@{provider.url}", key="BATCH_KEY", batch=True)
-        lanes = Lanes(folder / "batches", Limits(patience=5), hooks, replace(PACE, tell_after=0.5))
-        models = {role: lanes.open(role, member, ImageStore(folder)) for role in ("attacker", "judge")}
+        opened = Lanes(folder / "batches", Limits(patience=5), hooks, replace(PACE, tell_after=0.5))
+        models = {role: opened.open(role, member, ImageStore(folder)) for role in ("attacker", "judge")}
         sampling = Sampling(0.0, 1.0, 9, 1)
         calls = [
             Call(role, "", (Message("user", f"{role} {number}"),), sampling, None, "job", number)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from intersafe.errors import CallFailed, SeedsExhausted, ServiceGone
 from intersafe.generation.generate import generate_dialogues
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Call, Hooks, Sampling
+from intersafe.models.http import quirks
 from intersafe.models.http.chat import EndpointModel
+from intersafe.models.http.quirks import OptionalField
 from intersafe.recipe.sections import Limits, Member
 from intersafe.records import Message
 from intersafe.replies import MessageAnswer, schema_of
@@ -83,6 +86,30 @@ def test_a_server_that_refuses_schemas_is_asked_by_prompt_from_then_on(
     assert len(said) == 1
     assert "refuses JSON schemas" in said[0]
     assert "json_schema: false" in said[0]
+
+
+def test_a_field_that_the_quirks_list_is_left_out_where_a_server_refuses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newcomer adds one line to the table, and no code."""
+    line = OptionalField("seed", re.compile("unknown field.*seed"), "{model} takes no seed ({why})")
+    monkeypatch.setattr(quirks, "OPTIONAL_FIELDS", (*quirks.OPTIONAL_FIELDS, line))
+    said: list[str] = []
+
+    async def main() -> list[str]:
+        async with opened(server, ImageStore(tmp_path), said) as model:
+            return [(await model.answer(call(number))).text for number in range(3)]
+
+    def script(request: Request) -> Answer:
+        if "response_format" in request.body:
+            return error(400, "no schema")
+        return error(400, "unknown field: seed") if "seed" in request.body else reply(JSON)
+
+    with FaultServer(script) as server:
+        assert asyncio.run(main()) == [JSON] * 3
+    sent = [tuple(field in request.body for field in ("response_format", "seed")) for request in server.requests]
+    assert sent == [(True, True), (False, True), (False, False), (False, False), (False, False)]
+    assert [text.partition(" (")[0] for text in said] == ["openai:toy refuses JSON schemas", "openai:toy takes no seed"]
 
 
 def test_a_fault_of_another_kind_does_not_cost_the_schema(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from intersafe.engines.metrics import Sample
 from intersafe.errors import BudgetReached, CallFailed, InputError, JobEnded, ServiceGone
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Hooks, Reply, Sampling
-from intersafe.models.local.thread import Asked, EngineThread
+from intersafe.models.local.thread import EngineCall, EngineThread
 from intersafe.records import Message
 
 
-def asked(text: str) -> Asked:
-    return Asked((Message("user", text),), Sampling(0.0, 1.0, 9, 1), None, {}, ImageStore(Path("nowhere")))
+def asked(text: str) -> EngineCall:
+    return EngineCall((Message("user", text),), Sampling(0.0, 1.0, 9, 1), None, {}, ImageStore(Path("nowhere")))
 
 
 async def until(is_so: Callable[[], bool]) -> None:
@@ -44,9 +44,9 @@ class Paper:
     def is_busy(self) -> bool:
         return bool(self.held)
 
-    def add(self, number: int, asked: Asked) -> None:
+    def add(self, number: int, call: EngineCall) -> None:
         assert threading.current_thread() is self.thread
-        text = asked.messages[0].text
+        text = call.messages[0].text
         if text == "bad":
             raise CallFailed("engine", "bad_request", "no such thing")
         self.held[number] = text, self.steps

@@ -14,6 +14,7 @@ import pytest
 from intersafe.errors import CallFailed, ServiceGone
 from intersafe.images.store import ImageStore, normalise
 from intersafe.models.base import Hooks
+from intersafe.models.http.faults import Away
 from intersafe.models.http.incidents import IncidentLog
 from intersafe.models.http.replicas import REMEMBERED_JOBS, Replicas
 from intersafe.recipe.sections import Limits
@@ -315,27 +316,39 @@ def test_images_known_by_uuid_to_a_lost_replica_travel_again_to_the_next(tmp_pat
             assert [part["image_url"] is not None for part in parts] == [True, False]
 
 
-def test_places_are_remembered_within_bounds() -> None:
-    async def main() -> int:
-        async def probe(*_: object) -> None:
-            return
+def group_of(*urls: str) -> Replicas:
+    """Replicas whose health probes are all answered."""
 
-        urls = ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]
-        group = Replicas(urls, "/x", 8, 1, probe, incidents=IncidentLog("m", Hooks()), remedy=str)
-        first = [group.replica_for(f"job {i}") for i in range(3 * REMEMBERED_JOBS)]
-        assert first == [group.replica_for(f"job {i}") for i in range(3 * REMEMBERED_JOBS)], "by hash the same again"
-        return len(group._assigned)
+    async def probe(*_: object) -> None:
+        pass
 
-    assert asyncio.run(main()) == REMEMBERED_JOBS
+    return Replicas(urls, "", 8, 600.0, probe, incidents=IncidentLog("m", Hooks()), remedy=str)
+
+
+def test_the_replica_of_a_job_is_remembered_within_bounds() -> None:
+    """Jobs that began while one replica was out stay where they are; those that are forgotten go by hash again."""
+    jobs = [f"job {i}" for i in range(3 * REMEMBERED_JOBS)]
+
+    async def main() -> None:
+        group = group_of("http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1")
+        one, two = group.all
+        by_hash = [group.replica_for(job) for job in jobs]
+        assert by_hash == [group.replica_for(job) for job in jobs]
+        group.lost(one, Away("no connection"), "judge")
+        assert {group.replica_for(job) for job in jobs} == {two}
+        await asyncio.sleep(60)
+        assert not one.out
+        assert {group.replica_for(job) for job in jobs[-REMEMBERED_JOBS:]} == {two}
+        forgotten = jobs[:REMEMBERED_JOBS]
+        assert [group.replica_for(job) for job in forgotten] == by_hash[:REMEMBERED_JOBS]
+        await group.aclose()
+
+    run(main())
 
 
 def test_a_replica_may_be_slow_and_quick_again_for_days() -> None:
     async def main() -> None:
-        async def probe(*_: object) -> None:
-            pass
-
-        loop, urls = asyncio.get_running_loop(), ["http://127.0.0.1:1", "http://127.0.0.1:2"]
-        group = Replicas(urls, "", 8, 600.0, probe, incidents=IncidentLog("m", Hooks()), remedy=lambda _: "")
+        loop, group = asyncio.get_running_loop(), group_of("http://127.0.0.1:1", "http://127.0.0.1:2")
         quick, slow = group.all
         for _ in range(1100):
             for _ in range(16):
@@ -355,7 +368,7 @@ def test_images_that_a_replica_does_not_read_keep_nobody_from_the_other(tmp_path
 
     async def main() -> None:
         async with opened(deaf, well, images=store, limits=Limits(timeout=1000), concurrency=200) as ask:  # type: ignore[arg-type]
-            group = ask.model._service._replicas
+            group = group_of(deaf.url, well.url)
             at_deaf = [job for job in JOBS if group.replica_for(job) is group.all[0]]
             at_well = [job for job in JOBS if job not in at_deaf]
             calls = [asyncio.create_task(ask(job, job, images=[ref, ref])) for job in at_deaf[:9]]

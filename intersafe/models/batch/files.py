@@ -1,4 +1,4 @@
-"""What the batch lane keeps on the disk, in `batches/` of the run directory, so that nothing is paid for twice.
+"""What the batch lane stores on the disk, in `batches/` of the run directory, so that nothing is paid for twice.
 
 | file                   | holds                                                   | there                            |
 |------------------------|---------------------------------------------------------|----------------------------------|
@@ -6,9 +6,9 @@
 | `<nonce>.json`         | `State`: whose it is, its keys, the ids at the provider | from the upload to the end       |
 | `<nonce>-output.jsonl` | the results, whole                                      | until all are in the journal     |
 
-The nonce goes into the batch's metadata: by it a batch is found again whose id never came back. Results are looked up
-by key where they stand in their file, some 200 bytes of memory for each that nobody has taken yet. Results that the
-journal holds are deleted when the folder is opened, all of them when the run's jobs are decided.
+The nonce goes into the batch's metadata: by it a batch is found again whose id never came back. Results stay in their
+file, where they are looked up by key; each one that nobody has taken yet needs some 200 bytes of memory. Opening the
+folder deletes results that the journal has; all are deleted once the run's jobs are decided.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from intersafe.storage.files import write_whole
 from intersafe.storage.jsonl import lines_of
 
 LINGER = 60.0
-"""Seconds from the moment the last result of a file was taken until it is deleted: by then the journal is synced."""
+"""Seconds after the last result of a file was taken until the file is deleted: by then the journal is synced."""
 
 
 class State(msgspec.Struct, frozen=True):
-    """A batch from before it is sent until its results are here."""
+    """A batch from before it is sent until its results are fetched."""
 
     nonce: str
     lane: str
@@ -43,7 +43,7 @@ class State(msgspec.Struct, frozen=True):
     keys: list[str]
     """Of its calls, in the order of the lines of the file."""
     file: str = ""
-    """Id of the input file at the provider, noted before the batch is asked for."""
+    """Id of the input file at the provider, recorded before the batch is created."""
     batch: str = ""
     """Id of the batch at the provider."""
 
@@ -87,51 +87,51 @@ class BatchFolder:
     """The files of all lanes of a run."""
 
     def __init__(self, path: Path) -> None:
-        """`batches/` beside `journal/`. Takes up what an earlier process left; `InputError` for an unreadable state."""
+        """`batches/` beside `journal/`. Reads what an earlier process left; `InputError` for an unreadable state."""
         self._path = path
         self._files: dict[int, _File] = {}
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._offsets: dict[bytes, tuple[int, int]] = {}
         self.states: list[State] = []
-        """Batches that an earlier process may have under way."""
+        """Batches that an earlier process may have left unfinished."""
         if not path.exists():
             return
         for output in sorted(path.glob("*-output.jsonl"), key=lambda output: output.stat().st_mtime):
             self._state_path(output.name.removesuffix("-output.jsonl")).unlink(missing_ok=True)
-            places, answered = _index(output)
-            self._merge(output, {key: places[key] for key in answered}, old=True)
+            offsets, answered = _index(output)
+            self._merge(output, {key: offsets[key] for key in answered}, old=True)
         self._drop_written(path.parent / "journal")
         for left in (*path.glob(".*.tmp"), *path.glob("*.part")):
             left.unlink()
         self.states = [_read_state(file) for file in sorted(path.glob("*.json"))]
         for requests in path.glob("*.jsonl"):
             if not requests.name.endswith("-output.jsonl"):
-                requests.unlink()  # never sent, or sent and found by its nonce: what is still owed is written anew
+                requests.unlink()  # never sent, or sent and found by its nonce; calls still due are written anew
 
     def _drop_written(self, journal: Path) -> None:
-        """Deletes the results that the journal holds, and those that are no answer: none is asked for again."""
-        for key in _written(journal, {key.hex() for key in self._places}) if self._places else ():
-            number, _ = self._places.pop(bytes.fromhex(key))
+        """Deletes the results that the journal has."""
+        for key in _written(journal, {key.hex() for key in self._offsets}) if self._offsets else ():
+            number, _ = self._offsets.pop(bytes.fromhex(key))
             self._files[number].left -= 1
         self._delete_drained(linger=0.0)
 
-    # --- a batch on its way ------------------------------------------------------------------------------------------
+    # --- a batch in progress -----------------------------------------------------------------------------------------
 
     def requests(self, nonce: str) -> Path:
-        """Where the requests of a batch are written."""
+        """The file for the requests of a batch."""
         self._path.mkdir(parents=True, exist_ok=True)
         return self._path / f"{nonce}.jsonl"
 
-    def note(self, state: State) -> None:
-        """Puts the state on the disk, whole."""
+    def record(self, state: State) -> None:
+        """Writes the state to the disk, whole."""
         write_whole(self._state_path(state.nonce), msgspec.json.encode(state))
 
     def forget(self, state: State) -> None:
-        """Nothing of the batch is under way any longer."""
+        """Deletes what is recorded of a batch that is over."""
         self._state_path(state.nonce).unlink(missing_ok=True)
         (self._path / f"{state.nonce}.jsonl").unlink(missing_ok=True)
 
     def part(self, nonce: str) -> Path:
-        """Where results are written until they are whole."""
+        """The file for results until they are whole."""
         return self._path / f"{nonce}.part"
 
     def _state_path(self, nonce: str) -> Path:
@@ -140,37 +140,38 @@ class BatchFolder:
     # --- results -----------------------------------------------------------------------------------------------------
 
     def index(self, state: State) -> tuple[dict[bytes, int], int]:
-        """Where the results of the batch's own keys stand in the part, and how many are answers; fit for a thread."""
+        """Offsets in the part of the results of the batch's own keys, and how many are answers; may run in a thread."""
         own = {bytes.fromhex(key) for key in state.keys}
-        places, answered = _index(self.part(state.nonce))
-        return {key: offset for key, offset in places.items() if key in own}, len(answered & own)
+        offsets, answered = _index(self.part(state.nonce))
+        return {key: offset for key, offset in offsets.items() if key in own}, len(answered & own)
 
-    def keep(self, state: State, places: dict[bytes, int]) -> None:
-        """From now on the results are served, and outlive a kill; old files that all is taken from go."""
+    def keep(self, state: State, offsets: dict[bytes, int]) -> None:
+        """Serves the results from now on, also after a kill; deletes old files whose results were all taken."""
         output = self._path / f"{state.nonce}-output.jsonl"
         self.part(state.nonce).replace(output)
         self.forget(state)
         self.sweep()
-        self._merge(output, places, old=False)
+        self._merge(output, offsets, old=False)
 
-    def _merge(self, path: Path, places: dict[bytes, int], *, old: bool) -> None:
-        """Takes up a file; a later result of a key counts, since it was asked again for what the earlier one was."""
+    def _merge(self, path: Path, offsets: dict[bytes, int], *, old: bool) -> None:
+        """Adds a file; of two results of a key the later one counts, since the first was no answer."""
         number = max(self._files, default=-1) + 1
-        for key in places.keys() & self._places.keys():
-            self._files[self._places[key][0]].left -= 1
-        self._files[number] = _File(path, old, len(places), time.monotonic())
-        self._places.update((key, (number, offset)) for key, offset in places.items())
+        for key in offsets.keys() & self._offsets.keys():
+            self._files[self._offsets[key][0]].left -= 1
+        self._files[number] = _File(path, old, len(offsets), time.monotonic())
+        self._offsets.update((key, (number, offset)) for key, offset in offsets.items())
 
     def take(self, key: str) -> Found | None:
-        """The result of that call, handed out once."""
-        place = self._places.pop(bytes.fromhex(key), None)
-        if place is None:
+        """The result of that call; only the first caller gets it."""
+        found = self._offsets.pop(bytes.fromhex(key), None)
+        if found is None:
             return None
-        file = self._files[place[0]]
+        number, offset = found
+        file = self._files[number]
         file.left -= 1
         file.drained = time.monotonic()
         with file.path.open("rb") as opened:
-            opened.seek(place[1])
+            opened.seek(offset)
             return Found(opened.readline(), file.old)
 
     def sweep(self) -> None:
@@ -186,23 +187,23 @@ class BatchFolder:
 
 
 def close(file: BinaryIO) -> None:
-    """Closes the file once it is on the disk for good."""
+    """Closes the file after an fsync."""
     with file:
         file.flush()
         os.fsync(file.fileno())
 
 
 def clear(path: Path) -> None:
-    """Deletes what a run whose jobs are all decided needs no more: everything but the states of what was sent."""
+    """Deletes what a run no longer needs once its jobs are decided: everything but the states of sent batches."""
     never_sent = [state for state in path.glob("*.json") if not _read_state(state).file]
     for file in (*never_sent, *path.glob("*.jsonl"), *path.glob("*.part"), *path.glob(".*.tmp")):
         file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # batches are under way, or it holds what is not ours
+    with contextlib.suppress(OSError):  # batches are in progress, or there are files that are not ours
         path.rmdir()
 
 
 def _written(journal: Path, keys: Container[str]) -> set[str]:
-    """Which of the keys the journal holds, on the disk for good."""
+    """Which of the keys the journal has, safely on the disk."""
     found: set[str] = set()
     for path in journal.glob("*.jsonl"):
         found.update(entry.key for entry in entries_of(path) if entry.key in keys)
@@ -221,19 +222,19 @@ def _read_state(path: Path) -> State:
 
 
 def _index(path: Path) -> tuple[dict[bytes, int], set[bytes]]:
-    """Offsets of the results by key: of several the first that is an answer, else the first; and who has an answer."""
-    places: dict[bytes, int] = {}
+    """Offsets of the results by key, and the keys with an answer; of several results the first answer counts."""
+    offsets: dict[bytes, int] = {}
     answered: set[bytes] = set()
     for key, status, offset in _heads(path):
-        if key not in places or (status == 200 and key not in answered):
-            places[key] = offset
+        if key not in offsets or (status == 200 and key not in answered):
+            offsets[key] = offset
         if status == 200:
             answered.add(key)
-    return places, answered
+    return offsets, answered
 
 
 def _heads(path: Path) -> Iterator[tuple[bytes, int, int]]:
-    """Key, status and offset of every line that can be read and has a key of ours."""
+    """Key, status and offset of every readable line whose key has our form."""
     decoder = msgspec.json.Decoder(_Head)
     for offset, line in lines_of(path):
         with contextlib.suppress(*UNREADABLE, ValueError):
@@ -242,7 +243,7 @@ def _heads(path: Path) -> Iterator[tuple[bytes, int, int]]:
 
 
 def reply_in(line: bytes) -> Reply:
-    """The reply in a line of results; `CallFailed` if the request is at fault, `Transient` if not."""
+    """The reply in a line of results; `CallFailed` if the request is at fault, `Transient` if it may be asked again."""
     try:
         result = msgspec.json.decode(line, type=_Line)
     except UNREADABLE as error:

@@ -2,7 +2,7 @@
 
 A *lane* is one model at one provider under one key. A call waits in the lane's *collection* until that is full or no
 call was added for a while: then every dialogue that can continue is waiting. The collection becomes a batch, of which
-several may be under way, and each call takes its answer by its key, in this process or in a later one. Nothing is sent
+several may be in progress. Each call takes its answer by its key, in this process or in a later one. Nothing is sent
 before it is recorded on the disk (`files.py`). A batch that the provider has is followed again after a restart and
 never sent twice (`api.py`).
 """
@@ -14,20 +14,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from msgspec import structs
 
 from intersafe.errors import BudgetReached, CallFailed, IntersafeError, ServiceGone, StorageError
-from intersafe.images.store import ImageStore
-from intersafe.models.base import Call, Hooks, Reply
+from intersafe.models.base import Hooks, Reply
 from intersafe.models.batch.api import ROUTE, TERMINAL, BatchApi, Pace, Refused, Remote
 from intersafe.models.batch.files import BatchFolder, State, close, reply_in
-from intersafe.models.http.completions import as_data, chat_body, estimated
 from intersafe.models.http.faults import Transient
 from intersafe.models.http.quirks import QUEUE_FULL
-from intersafe.recipe.sections import Limits, Member
+from intersafe.recipe.sections import Limits
 
 MOST_BYTES = 190 * 10**6
 """In one file: below the provider's 200 MB."""
@@ -35,65 +32,11 @@ LATE_FILES = 5
 """Looks at a completed batch that names no file of results yet."""
 FETCHES = 3
 """How often results are fetched that hold fewer answers than the provider has counted."""
-FEW = 500
-"""Dialogues at once below which a batch lane is hardly worth the wait."""
 BURST = 64  # calls that are answered before other tasks may run
 
 
-class Lanes:
-    """The lanes of a run: members with the same model, URL and key share one."""
-
-    def __init__(self, folder: Path, limits: Limits, hooks: Hooks, pace: Pace | None = None) -> None:
-        """`folder` is `batches/` of the run directory; no other process may use it."""
-        self._folder, self._limits, self._hooks, self._pace = BatchFolder(folder), limits, hooks, pace or Pace()
-        self._lanes: dict[str, Lane] = {}
-
-    def open(self, role: str, member: Member, images: ImageStore) -> "BatchModel":
-        """The model of a member; the faults of a lane count for the role that opens it. Needs a running event loop."""
-        name = f"{member.spec.model} {member.spec.urls[0]} {member.key}"
-        if name not in self._lanes:
-            service = BatchApi(member, self._limits, self._hooks, self._pace, role)
-            self._lanes[name] = Lane(name, service, self._limits, self._folder, self._hooks, self._pace)
-        return BatchModel(member, images, self._lanes[name])
-
-    def begin(self) -> None:
-        """Tells the user what to know before the first batch."""
-        if self._lanes and self._limits.concurrency < FEW:
-            self._hooks.notify(
-                f"`batch: true` with limits.concurrency {self._limits.concurrency}: every turn of a dialogue waits for "
-                "a batch, so grow thousands of dialogues at once (docs/batch.md)"
-            )
-        for name in {state.lane for state in self._folder.states if state.file} - self._lanes.keys():
-            model, url, key = name.rsplit(" ", 2)
-            self._hooks.notify(
-                f"batches of {model} at {url} (key {key or 'none'}) stay with the provider, since no member of the "
-                "cast has `batch: true` there any longer: their calls are asked again"
-            )
-
-
-class BatchModel:
-    """One chat model behind a batch endpoint."""
-
-    def __init__(self, member: Member, images: ImageStore, lane: "Lane") -> None:
-        self.identity = member.identity
-        self._member, self._images, self._lane = member, images, lane
-
-    async def answer(self, call: Call) -> Reply:
-        """The reply, within a day; `CallFailed` if this call failed for good, `ServiceGone` if the service did."""
-        reply = await self._lane.ask(call.role, call.key(self.identity, self._member.extra), lambda: self._body(call))
-        is_counted = reply.tokens[0] or reply.finish == "blocked"
-        return reply if is_counted else structs.replace(reply, tokens=estimated(call, reply))
-
-    def _body(self, call: Call) -> bytes:
-        return chat_body(self._member, call, lambda ref: as_data(self._images, ref))
-
-    async def aclose(self) -> None:
-        """Leaves what is under way to the provider."""
-        await self._lane.aclose()
-
-
 @dataclass
-class _Waiting:
+class _PendingCall:
     """A call without an answer; its body is made when it is written and not held in memory."""
 
     role: str
@@ -125,7 +68,7 @@ class Lane:
     ) -> None:
         self._name, self._api, self._identity, self._limits = name, service, service.identity, limits
         self._folder, self._hooks, self._pace = folder, hooks, pace
-        self._waiting: dict[str, _Waiting] = {}
+        self._waiting: dict[str, _PendingCall] = {}
         self._sent: set[str] = set()
         """Keys of the calls in collections and batches, whether a job of this process waits for them or not."""
         self._open: _Collection | None = None
@@ -172,7 +115,7 @@ class Lane:
             raise _copy(self._broken)
         if (reply := self._known(key)) is not None:
             return reply
-        waiting = self._waiting[key] = _Waiting(role, body, asyncio.get_running_loop().create_future())
+        waiting = self._waiting[key] = _PendingCall(role, body, asyncio.get_running_loop().create_future())
         if key not in self._sent:
             self._collect(key, waiting)
         return await waiting.answered
@@ -194,7 +137,7 @@ class Lane:
 
     # --- collecting --------------------------------------------------------------------------------------------------
 
-    def _collect(self, key: str, waiting: _Waiting) -> None:
+    def _collect(self, key: str, waiting: _PendingCall) -> None:
         """Writes the call into the open collection."""
         line = b'{"custom_id":"%s","method":"POST","url":"%s","body":%s}\n' % (
             key.encode(),
@@ -248,7 +191,7 @@ class Lane:
                     self._folder.forget(state)
                     continue
                 state = structs.replace(state, batch=found.id)
-                await asyncio.to_thread(self._folder.note, state)
+                await asyncio.to_thread(self._folder.record, state)
             self._sent.update(state.keys)
             self._under_way[state.nonce] = state
             self._start(self._follow(state, None))
@@ -258,11 +201,11 @@ class Lane:
     async def _send(self, state: State, file: BinaryIO) -> None:
         """From a collection to a batch; the state is on the disk before each step that the provider sees."""
         await asyncio.to_thread(close, file)
-        await asyncio.to_thread(self._folder.note, state)
+        await asyncio.to_thread(self._folder.record, state)
         try:
             await self._wait_while_held()
             state = structs.replace(state, file=await self._api.upload(self._folder.requests(state.nonce)))
-            await asyncio.to_thread(self._folder.note, state)
+            await asyncio.to_thread(self._folder.record, state)
             remote = await self._api.create(state.file, state.nonce, state.made)
         except Refused as refused:
             await self._split(state, refused)
@@ -272,13 +215,13 @@ class Lane:
             return
         state = structs.replace(state, batch=remote.id)
         self._under_way[state.nonce] = state
-        await asyncio.to_thread(self._folder.note, state)
+        await asyncio.to_thread(self._folder.record, state)
         self._folder.requests(state.nonce).unlink(missing_ok=True)
         self._hooks.notify(f"{self._identity}: batch {self._api.clean(remote.id)} of {len(state.keys):,} calls sent")
         await self._follow(state, remote)
 
     async def _wait_while_held(self) -> None:
-        """Where the account's queue is full or batches fail: until one of ours has ended well, or the hold is over."""
+        """Returns when no hold is in force: it is over, or one of our batches has ended well."""
         loop = asyncio.get_running_loop()
         while (left := self._held_until - loop.time()) > 0:
             self._freed.clear()
@@ -303,11 +246,11 @@ class Lane:
             return
         for _ in range(FETCHES):
             await self._api.download(remote.files, self._folder.part(state.nonce))
-            places, answers = await asyncio.to_thread(self._folder.index, state)
+            offsets, answers = await asyncio.to_thread(self._folder.index, state)
             if answers >= remote.answered:
                 break
             await asyncio.sleep(pause)  # fewer answers came than were paid for; another copy is appended
-        self._folder.keep(state, places)
+        self._folder.keep(state, offsets)
         await self._settle(state, remote)
 
     @staticmethod
@@ -384,7 +327,7 @@ class Lane:
         for role, count in (+calls).items():
             self._api.incidents.asked_again(role, count, why)
 
-    def _taken_from_batch(self, key: str) -> _Waiting | None:
+    def _taken_from_batch(self, key: str) -> _PendingCall | None:
         """The call of that key, which is in no batch any longer; None if nobody waits for it any longer."""
         self._sent.discard(key)
         if (waiting := self._waiting.get(key)) and waiting.answered.done():
@@ -401,7 +344,7 @@ class Lane:
                 del self._waiting[key]
                 waiting.fail(_copy(reached))
 
-    def _collect_again(self, key: str, waiting: _Waiting, words: str, *, counted: bool) -> bool:
+    def _collect_again(self, key: str, waiting: _PendingCall, words: str, *, counted: bool) -> bool:
         """True if the call goes into the next batch, False if its tries are used up; `counted` if this was one."""
         waiting.tries += counted
         if waiting.tries >= self._limits.retries:

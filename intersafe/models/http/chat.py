@@ -1,8 +1,7 @@
 """Any OpenAI-compatible chat server: one POST to `/chat/completions`, by the policy of `service.py`.
 
 Images travel as the member's `send_images` says: as data URIs; as `file://` URLs of the run's own store, for a server
-on the same disk; or by vLLM's `uuid`. Then the bytes go only once to a replica, and once more where it no longer knows
-them.
+on the same disk; or by vLLM's `uuid`. Then a replica gets the bytes only once, and again if it no longer knows them.
 """
 
 from collections.abc import Callable, Collection

@@ -16,7 +16,7 @@ from intersafe.recipe.specs import parse_spec
 from intersafe.storage.loops import run_anywhere
 
 LIMITS = Limits(timeout=60, patience=30, retries=3)
-"""A report costs little to ask for again, so it waits less than a run does."""
+"""A report is cheap to repeat, so it waits less than a run does."""
 _BATCH = 64
 _FLAG = "--embedder"
 
@@ -40,9 +40,9 @@ class _Answer(msgspec.Struct):
 
 
 def open_embedder(spec: str, key: str, hooks: Hooks, limits: Limits = LIMITS) -> Embedder:
-    """The model of `openai:model@url`; `key` names the variable with its API key, if it wants one.
+    """The model of `openai:model@url`; `key` names the environment variable with its API key, if it needs one.
 
-    `embed` raises `InputError` where the server's answer is of no use, and `ServiceGone` where it stays away.
+    `embed` raises `InputError` where the server's answer is unusable, and `ServiceGone` where it stays away.
     """
     model = Model(model=spec, key=key)
     if parse_spec(spec).backend != "openai":
@@ -72,7 +72,7 @@ def open_embedder(spec: str, key: str, hooks: Hooks, limits: Limits = LIMITS) ->
             remedy = "check the model's name, and how long a text it takes"
             raise InputError(f"{model.identity}: {error.detail}", at=_FLAG, remedy=remedy) from None
         if len({len(vector) for vector in vectors}) > 1:
-            raise _useless("vectors of different lengths")
+            raise _unusable("vectors of different lengths")
         return vectors
 
     return Embedder(model.identity, embed)
@@ -92,7 +92,7 @@ class EmbeddingRequest(Request[Vectors]):
         return msgspec.json.encode({"model": self._model.spec.model, "input": self._texts, "encoding_format": "float"})
 
     def read(self, data: bytes) -> Vectors:
-        """The vectors in the order of the texts; `InputError` where the answer is of no use."""
+        """The vectors in the order of the texts; `InputError` where the answer is unusable."""
         return _vectors(data, len(self._texts))
 
     def blocked(self, message: str) -> Never:
@@ -106,13 +106,13 @@ def _vectors(data: bytes, count: int) -> Vectors:
     try:
         items = sorted(msgspec.json.decode(data, type=_Answer).data, key=lambda item: item.index)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise _useless("no JSON with embeddings") from None
+        raise _unusable("no JSON with embeddings") from None
     if [item.index for item in items] != list(range(count)):
-        raise _useless(f"{len(items)} vectors for {count} texts")
+        raise _unusable(f"{len(items)} vectors for {count} texts")
     if not all(0 < math.hypot(*item.embedding) < math.inf for item in items):
-        raise _useless("a vector without a direction")
+        raise _unusable("a vector without a direction")
     return [item.embedding for item in items]
 
 
-def _useless(what: str) -> InputError:
-    return InputError(f"the server's answer is of no use: {what}", at=_FLAG, remedy="name a model that embeds text")
+def _unusable(what: str) -> InputError:
+    return InputError(f"the server's answer is unusable: {what}", at=_FLAG, remedy="name a model that embeds text")

@@ -87,7 +87,7 @@ def error_of(data: bytes) -> tuple[str, str]:
 
 
 def is_refusal(status: int) -> bool:
-    """True if the status turns this one request down, whoever sends it and whenever."""
+    """True if the status refuses this one request for good; False where another moment or key may help."""
     others = (*quirks.AWAY, *quirks.TRANSIENT, *quirks.OVERLOADED)
     return 400 <= status < 500 and status not in others
 

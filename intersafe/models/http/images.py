@@ -4,7 +4,7 @@ Steps, guidance and the negative prompt have the names that vLLM-Omni and SGLang
 are set. A field that is null in `extra` is left out, for services that refuse unknown fields: OpenAI's gpt-image-1
 takes neither `response_format` nor `seed`.
 
-The health probe is a picture too: a server that lists its models may still be unable to draw, and would then fail every
+The health probe is a picture too. A server that lists its models may still be unable to draw; it would then fail every
 dialogue of a run that should wait for it. A probe is paid for only where it is answered: once for each outage, and once
 for a call that fails for good while no other call is answered.
 """

@@ -1,7 +1,7 @@
 """What single servers do in their own way, as data: status codes, error codes, words, field names, headers.
 
-How to add a quirk of a server: find its row here, add a line to that table with the server's name in a comment, and
-add a case to the test. The code that reads the tables need not change.
+How to add a quirk of a server: find its row here. Add a line to the table, with the server's name in a comment, and a
+case to the test. The code that reads the tables need not change.
 
 | a server ...                                         | table                                | test                   |
 |------------------------------------------------------|--------------------------------------|------------------------|

@@ -3,13 +3,13 @@
 import asyncio
 
 BURST = 1.0
-"""Seconds of a quota that may be used at once; a whole minute of it at the start is what a server refuses."""
+"""Seconds of a quota that may be used at once; servers refuse a whole minute of it at the start."""
 
-_EAGER = 1 / 32  # weight of the latest answer in what a token of the estimate has turned out to be
+_WEIGHT = 1 / 32  # of the latest answer in the ratio of used to estimated tokens
 
 
 class _Bucket:
-    """What flows in at `limit` a minute; what is taken may exceed what is there, and the next one waits for it."""
+    """A token bucket: it fills at `limit` a minute; its level may fall below 0, and the next caller waits."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -19,7 +19,7 @@ class _Bucket:
         self._at = float("-inf")
 
     def seconds_until(self, amount: float) -> float:
-        """How long until so much is there, or the bucket is full."""
+        """Seconds until the amount is there, or the bucket is full."""
         now = asyncio.get_running_loop().time()
         self._level = min(self.size, self._level + (now - self._at) * self._rate)
         self._at = now
@@ -27,19 +27,19 @@ class _Bucket:
         return missing / self._rate if missing > 1e-9 else 0.0
 
     def take(self, amount: float) -> None:
-        """Takes it; a negative amount is given back."""
+        """Takes the amount; a negative one is given back."""
         self._level = min(self.size, self._level - amount)
 
 
 class Quota:
-    """Requests and tokens a minute, for all replicas of a model together; whoever comes first goes first.
+    """Requests and tokens a minute, for all replicas of a model together; first come first served.
 
-    Tokens are counted by estimate before a request, corrected by what answers have turned out to cost, and set right
-    when the answer says it. A request larger than the quota waits for a full bucket and goes alone.
+    Before a request its tokens are estimated, scaled by what earlier answers have used; its answer then corrects the
+    count. A request larger than the quota waits for a full bucket and goes alone.
     """
 
     def __init__(self, rpm: int | None, tpm: int | None) -> None:
-        """None: no such limit."""
+        """Requests and tokens a minute; None: no such limit."""
         self._requests = _Bucket(rpm) if rpm else None
         self._tokens = _Bucket(tpm) if tpm else None
         self._turn = asyncio.Lock()
@@ -54,7 +54,7 @@ class Quota:
         return bool(self._requests or self._tokens)
 
     def narrow(self, rpm: int | None, tpm: int | None) -> bool:
-        """Takes over limits that the server has named; True if they are new and lower than those known."""
+        """Adopts limits that the server has named; True if one is lower than the one known."""
         lower = False
         if rpm and (self._requests is None or rpm < self._requests.limit):
             self._requests, lower = _Bucket(rpm), True
@@ -63,7 +63,7 @@ class Quota:
         return lower
 
     async def acquire(self, estimate: int) -> float:
-        """Waits until a request of about so many tokens may go; returns the tokens that it was counted for."""
+        """Waits until a request of about `estimate` tokens may go; returns the tokens that were counted for it."""
         self.waiting += 1
         try:
             async with self._turn:
@@ -87,11 +87,11 @@ class Quota:
         return " and ".join(f"{bucket.limit:,} {what}" for bucket, what in named if bucket) + " a minute"
 
     def is_exceeded_by(self, estimate: int) -> bool:
-        """True if one request of about so many tokens is more than a minute has."""
+        """True if one request of about `estimate` tokens is more than a minute has."""
         return self._tokens is not None and estimate * self._ratio > self._tokens.limit
 
     def may_go(self, estimate: int) -> bool:
-        """True if such a request need not wait."""
+        """True if a request of about `estimate` tokens need not wait."""
         return not self.waiting and self._pause(estimate * self._ratio) <= 0
 
     def _pause(self, tokens: float) -> float:
@@ -99,16 +99,16 @@ class Quota:
         return max(by_requests, self._tokens.seconds_until(tokens) if self._tokens else 0.0)
 
     def give_back(self, counted: float) -> None:
-        """The request does not go yet."""
+        """Takes a count back: the request does not go yet."""
         if self._requests:
             self._requests.take(-1)
         if self._tokens:
             self._tokens.take(-counted)
 
     def settle(self, counted: float, used: int, estimate: int) -> None:
-        """An answer used so many tokens; those that it was `counted` for too much or too little are set right."""
+        """Corrects the tokens `counted` for a request by those that its answer `used`; 0 if it does not say."""
         if self._tokens:
             self._tokens.take(used - counted)
         if used and estimate:
             self._settled += 1
-            self._ratio += (used / estimate - self._ratio) * max(_EAGER, 1 / self._settled)
+            self._ratio += (used / estimate - self._ratio) * max(_WEIGHT, 1 / self._settled)

@@ -295,7 +295,7 @@ class Replicas:
     # --- what the user is told ---------------------------------------------------------------------------------------
 
     def _begin_outage(self, why: str, role: str) -> None:
-        """Shows that nobody answers, until `_end_outage`; `why` is the first cause."""
+        """Shows that no replica answers, until `_end_outage`; `why` is the first cause."""
         if self._away_since is None:
             self._away_since = asyncio.get_running_loop().time()
             self._hooks.outages[self._name] = why

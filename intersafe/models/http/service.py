@@ -11,8 +11,8 @@
 
 A *health probe* is one small request on behalf of all calls that wait. It is sent before a call's last try, and
 whenever the service seems to be away. If it is answered, the call itself is at fault: it gets its last try and then
-has failed for good. If not, the replica is out (`replicas.py`): its calls start anew on another one, or wait where
-there is none, until one is back or `ServiceGone` ends the run when the patience is used up.
+has failed for good. If not, the replica is out (`replicas.py`). Its calls start anew on another one, or wait for one to
+come back. When the patience is used up, `ServiceGone` ends the run.
 
 `request.py` says what is sent, `transport.py` sends it, `quirks.py` lists the codes and words of single servers.
 """
@@ -184,7 +184,7 @@ class Service:
             return outcome
 
     def _slow_down(self, replica: Replica, request: Request[Any], fault: Overloaded, sent: float) -> None:
-        """Fewer requests from now on, and none for a while; keeps to the limits that the server names."""
+        """Fewer requests from now on, and none for a while; adopts the limits that the server names."""
         fault.sent = sent
         self._incidents.throttled(request.role, replica.url, fault)
         rpm, tpm = fault.throttle.rpm, fault.throttle.tpm

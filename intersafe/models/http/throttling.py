@@ -9,7 +9,7 @@ from typing import NamedTuple
 from intersafe.models.http.quirks import LIMITS, PAUSE_MS_HEADERS, PAUSES, REQUESTED, RESET_HEADERS
 
 LONGEST_WAIT = 3600.0
-"""Seconds; a server that names more is held to be wrong."""
+"""Seconds; a server that names more is taken to be wrong."""
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|mil|s|m|h)")
 

@@ -21,7 +21,7 @@ from intersafe.recipe.sections import Model
 from intersafe.wording import printable
 
 CONNECT_SECONDS = 30.0
-"""Until a connection must stand."""
+"""Until a connection must be open."""
 LARGE = 2**20
 """Bytes from which on a body is sent in pieces and let go of."""
 UPLOADS = 8

@@ -1,8 +1,8 @@
 """Any text-to-image pipeline of Hugging Face diffusers in this process: one image at a time in one thread.
 
-The pipeline is loaded in that thread while the seeds are read. It is given only what its signature knows, so that one
-recipe fits Qwen-Image (`true_cfg_scale`) and Stable Diffusion (`guidance_scale`) alike. The noise comes from the CPU's
-generator, so that a seed means the same on every device.
+The pipeline is loaded in that thread while the seeds are read. It gets only the arguments that its signature names, so
+that one recipe fits Qwen-Image (`true_cfg_scale`) and Stable Diffusion (`guidance_scale`). The noise comes from the
+CPU's generator, so that a seed means the same on every device.
 """
 
 import asyncio
@@ -15,10 +15,11 @@ from typing import Any
 
 from intersafe.errors import CallFailed, InputError
 from intersafe.models.base import Call, Painted
+from intersafe.models.local.thread import one_line
 from intersafe.recipe.sections import Painter
 
 _LOADING = threading.Lock()
-"""Held while a pipeline is loaded: the libraries switch torch's defaults for the whole process as they do so."""
+"""Held while a pipeline is loaded: the libraries change torch's defaults for the whole process."""
 
 
 def check_diffusers() -> None:
@@ -35,7 +36,7 @@ class DiffusersPainter:
     """One pipeline, loaded from a folder or the Hub; `cuda` where there is one."""
 
     def __init__(self, painter: Painter) -> None:
-        """Begins to load; a pipeline that cannot be loaded is an `InputError` of the first `paint`."""
+        """Begins to load; if that fails, every `paint` is an `InputError`."""
         check_diffusers()
         self.identity = painter.identity
         self._painter = painter
@@ -44,7 +45,7 @@ class DiffusersPainter:
         self._pipeline = self._worker.submit(_load, painter.spec.model, painter.revision)
 
     async def aclose(self) -> None:
-        """Draws what is under way to its end and nothing more."""
+        """Finishes the image that is being drawn, and draws no other one."""
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     async def paint(self, call: Call) -> Painted:
@@ -53,11 +54,11 @@ class DiffusersPainter:
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._draw, text, seed)
 
     def _draw(self, description: str, seed: int) -> Painted:
-        pipeline = self._pipeline.result()  # of the only worker's first task, so it is there
+        pipeline = self._pipeline.result()  # done: the only worker's first task
         try:
             result = pipeline(description, **self._options(pipeline, seed))
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            raise CallFailed("painter", "server_error", _one_line(error)) from error
+            raise CallFailed("painter", "server_error", one_line(error)) from error
         if any(getattr(result, "nsfw_content_detected", None) or ()):
             return Painted(problem="blocked", detail="the pipeline's safety checker")
         buffer = io.BytesIO()
@@ -98,8 +99,8 @@ def _loaded(model: str, revision: str) -> Any:
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers  # type: ignore[import-not-found]
 
-    for talk in (of_diffusers, of_transformers):  # their bars would tear the run's own display
-        talk.disable_progress_bar()
+    for logging in (of_diffusers, of_transformers):  # their bars would tear the run's own display
+        logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipeline = DiffusionPipeline.from_pretrained(model, revision=revision or None, torch_dtype=dtype).to(device)
@@ -109,11 +110,6 @@ def _loaded(model: str, revision: str) -> Any:
 
 def _unloadable(model: str, error: Exception) -> InputError:
     return InputError(
-        f"cast.painter: {model!r} cannot be loaded as a diffusers pipeline ({_one_line(error)})",
+        f"cast.painter: {model!r} cannot be loaded as a diffusers pipeline ({one_line(error)})",
         remedy="give the folder of a pipeline, or owner/name of one on the Hugging Face Hub",
     )
-
-
-def _one_line(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}"[:300]

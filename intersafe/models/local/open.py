@@ -1,4 +1,4 @@
-"""The members that a library of this process answers for: one engine for each model, whoever of the cast shares it."""
+"""The members of a cast whose model runs in this process: one engine for each model, which members may share."""
 
 import importlib.util
 import os
@@ -19,9 +19,9 @@ from intersafe.recipe.engine import Engine
 from intersafe.recipe.sections import Member
 
 NEEDS = {"vllm": ("vllm",), "transformers": ("transformers", "torch")}
-"""What must be importable for a backend."""
+"""Packages that a backend needs."""
 _SEES = re.compile(r"vis|image|img|mm_|auto_map", re.IGNORECASE)
-"""What stands in the `config.json` of a model that sees images, or whose own code may."""
+"""Found in the `config.json` of a model that takes images, or whose own code may."""
 
 
 def open_engines(
@@ -31,7 +31,7 @@ def open_engines(
     hooks: Hooks,
     engine_of: Callable[[str], Engine],
 ) -> dict[str, ChatModel]:
-    """A model for each kind of member (`same`) that runs in this process; those of one identity share an engine."""
+    """A model for each in-process member, by what members have in common (`same`); one identity is one engine."""
     models: dict[str, ChatModel] = {}
     threads: dict[str, EngineThread] = {}
     for member in members:
@@ -67,7 +67,7 @@ def _loader(member: Member, engine: Engine, extras: Sequence[Mapping[str, Any]])
 
 @contextmanager
 def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """The process's environment with these variables while an engine loads, which hands it on to its processes."""
+    """Sets environment variables while an engine loads; the processes that it starts inherit them."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -81,7 +81,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 
 def check_engine(role: str, member: Member, engine: Engine) -> None:
-    """`InputError` where the library is not installed or a folder of weights is none; loads nothing."""
+    """`InputError` where the library is not installed or a folder has no weights; loads nothing."""
     backend, name = member.spec.backend, member.spec.model
     missing = [part for part in NEEDS[backend] if importlib.util.find_spec(part) is None]
     if missing:
@@ -98,10 +98,12 @@ def check_engine(role: str, member: Member, engine: Engine) -> None:
             remedy="give a folder of weights, or owner/name of one on the Hugging Face Hub",
         )
     if is_path and not any(Path(weights).glob(f"*.{kind}") for kind in ("safetensors", "bin", "pt", "pth", "gguf")):
-        raise InputError(f"cast.{role}: no weights in {weights!r}", remedy="put them there, or mend `path` in `serve`")
+        raise InputError(
+            f"cast.{role}: no weights in {weights!r}", remedy="put them there, or correct `path` in `serve`"
+        )
 
 
 def is_blind(member: Member, engine: Engine) -> bool:
-    """True if the weights lie in a folder whose config.json is that of a model of text alone."""
+    """True if the weights are in a folder whose config.json is that of a text-only model."""
     config = config_of(weights_of(member.spec.model, engine))
     return config is not None and not _SEES.search(msgspec.json.encode(config).decode())

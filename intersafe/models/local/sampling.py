@@ -1,6 +1,6 @@
-"""Sampling for `transformers.generate` row by row: each with its own seed, temperature, schema and most tokens.
+"""Sampling for `transformers.generate` row by row: each with its own seed, temperature, schema and token limit.
 
-`generate` runs greedily; what is random is added here. The largest of logits / temperature + Gumbel noise is a draw
+`generate` runs greedily; the randomness is added here. The largest of logits / temperature + Gumbel noise is a draw
 from the softmax (Gumbel-max), so that a row needs no random state but its own.
 """
 
@@ -14,9 +14,9 @@ class Row:
     """How one conversation of a batch is answered."""
 
     prompt: int
-    """Tokens of its prompt, padding left out."""
+    """Tokens of its prompt, without padding."""
     most: int
-    """New tokens."""
+    """Most new tokens."""
     temperature: float
     top_p: float
     top_k: int
@@ -44,9 +44,9 @@ class Rows:
     def __call__(self, ids: Any, logits: Any) -> Any:
         """The logits of every row, masked by its schema and with its noise."""
         logits = logits.float()
-        for place, row in enumerate(self._rows):
+        for index, row in enumerate(self._rows):
             if not row.is_ended:
-                logits[place] = self._of(row, ids[place], logits[place])
+                logits[index] = self._of(row, ids[index], logits[index])
         return logits
 
     def _of(self, row: Row, ids: Any, logits: Any) -> Any:
@@ -78,25 +78,25 @@ class Rows:
 
 
 def _within_top(torch: Any, logits: Any, top_p: float, top_k: int) -> Any:
-    """The logits with all but the likeliest `top_k`, and all beyond the share `top_p`, at minus infinity."""
+    """The logits with all but the likeliest `top_k`, and all beyond the probability `top_p`, at minus infinity."""
     if 0 < top_k < len(logits):
         least = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p < 1.0:
-        ordered, places = logits.sort(descending=True)
+        ordered, tokens = logits.sort(descending=True)
         share = ordered.softmax(dim=-1)
         beyond = share.cumsum(dim=-1) - share >= top_p
-        logits = logits.index_fill(0, places[beyond], -torch.inf)
+        logits = logits.index_fill(0, tokens[beyond], -torch.inf)
     return logits
 
 
 class Stops:
-    """A stopping criterion: a row ends at its own number of tokens, whatever the others of the batch may use."""
+    """A stopping criterion: a row ends at its own limit of tokens, independent of the others of the batch."""
 
     def __init__(self, torch: Any, rows: Sequence[Row], width: int) -> None:
         self._torch, self._rows, self._width = torch, rows, width
 
     def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
-        """A bool for each row."""
+        """One bool for each row: True ends it."""
         used = ids.shape[1] - self._width
         return self._torch.tensor([used >= row.most for row in self._rows], device=ids.device, dtype=self._torch.bool)

@@ -1,7 +1,7 @@
-"""A model library in this process: one thread owns it, and calls come and go singly, so that its batch stays full.
+"""A model library in this process: one thread owns it, and calls enter and leave one by one, so its batch stays full.
 
-What the thread drives is a `Library` (`vllm.py`, `transformers.py`). One that cannot be loaded is an `InputError` of
-the first call; one that dies is a `ServiceGone` of every call that waits for it, and the run can be gone on with.
+The thread drives a `Library` (`vllm.py`, `transformers.py`). If it cannot be loaded, every call is an `InputError`. If
+it dies, every call that waits for it is a `ServiceGone`, and the run can be resumed.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ from intersafe.records import Message
 from intersafe.replies import Schema
 from intersafe.wording import nearest
 
-LOOK = 0.5
-"""Seconds between two looks whether an engine's processes are there."""
+CHECK_EVERY = 0.5
+"""Seconds between two checks whether an engine's processes are alive."""
 _LOADING = threading.RLock()
-"""Held while a library loads: they measure free memory and switch settings of the whole process as they do so."""
+"""Held while a library loads: it measures free memory and changes settings of the whole process."""
 
 
-class Asked(NamedTuple):
-    """One call as a library takes it."""
+class EngineCall(NamedTuple):
+    """One call as a library gets it."""
 
     messages: tuple[Message, ...]
     sampling: Sampling
@@ -47,31 +47,31 @@ class Library(Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """True while something that was taken in is not ended."""
+        """True while a call has not ended."""
         ...
 
-    def add(self, number: int, asked: Asked) -> None:
-        """Takes a call in; `JobEnded` where the engine will not have this one."""
+    def add(self, number: int, call: EngineCall) -> None:
+        """Accepts a call; `JobEnded` where the engine refuses it."""
         ...
 
     def step(self) -> Iterable[tuple[int, Reply | JobEnded]]:
-        """Goes on with all that was taken in; those that ended."""
+        """One iteration over all accepted calls; yields those that ended, by number."""
         ...
 
     def drop(self, number: int) -> None:
-        """Nobody waits for that call any longer."""
+        """Cancels a call, since nobody waits for it any longer."""
         ...
 
     def sample(self) -> Sample | None:
-        """What the engine says about itself; None where it says nothing."""
+        """The engine's own metrics; None where it has none."""
         ...
 
     def is_alive(self) -> bool:
-        """False once a process of the engine is gone: the thread may wait for its answers forever."""
+        """False once a process of the engine has ended: the thread may wait for its answers forever."""
         ...
 
     def close(self) -> None:
-        """Lets go of the device."""
+        """Frees the device."""
         ...
 
 
@@ -79,31 +79,33 @@ Load = Callable[[], Library]
 
 
 def refused(error: Exception) -> CallFailed:
-    """What a library that will not have one conversation means for its job."""
+    """The failure of a call whose conversation a library refuses."""
     return refusal_of(" ".join(str(error).split())[:300])
 
 
 def one_line(error: BaseException) -> str:
-    """The first words of an error, with its kind."""
+    """The type of an error and the first 300 characters of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def check_extra(extra: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    """`InputError` for a field of `extra` that the library does not know: it is `what`."""
+    """`InputError` for a field of `extra` that is not in `known`; the message says that it is `what`."""
     for name in extra:
         if name not in known:
-            raise InputError(f"extra: {name!r} is {what}" + nearest(name, list(known)), remedy="mend or drop it")
+            raise InputError(f"extra: {name!r} is {what}" + nearest(name, list(known)), remedy="correct or drop it")
 
 
 @dataclass(frozen=True)
-class _Ask:
+class _Order:
+    """A call on its way to the thread."""
+
     number: int
-    asked: Asked
+    call: EngineCall
     answered: "asyncio.Future[Reply]"
 
 
 class EngineThread:
-    """One engine and the calls that it works on."""
+    """One engine and its calls."""
 
     def __init__(
         self,
@@ -112,15 +114,17 @@ class EngineThread:
         concurrency: int,
         hooks: Hooks,
     ) -> None:
-        """Begins to load, which `hooks.outages` says for as long as it lasts. Needs a running event loop.
+        """Begins to load, which `hooks.outages` shows until it is done. Needs a running event loop.
 
         `concurrency`: most calls that the engine has at once.
         """
         self.name = name
         self._loop = asyncio.get_running_loop()
-        self._pending, self._places = PendingCalls(hooks.may_send), asyncio.Semaphore(concurrency)
-        self._orders: queue.SimpleQueue[_Ask | int | None] = queue.SimpleQueue()
-        self._asked: dict[int, asyncio.Future[Reply]] = {}
+        self._pending, self._slots = PendingCalls(hooks.may_send), asyncio.Semaphore(concurrency)
+        self._orders: queue.SimpleQueue[_Order | int | None] = queue.SimpleQueue()
+        """A call, the number of one to cancel, or None: close."""
+        self._answered: dict[int, asyncio.Future[Reply]] = {}
+        """The replies that are waited for, by number of the call."""
         self._count, self._outages = 0, hooks.outages
         self._library: Library | None = None
         self._ended: IntersafeError | None = None
@@ -128,50 +132,50 @@ class EngineThread:
         self._log = stderr_file()
         self._is_loaded, self._is_over = asyncio.Event(), asyncio.Event()
         self._outages[name] = "it loads"
-        self._looking: asyncio.Task[None] | None = None
-        # A daemon: one that waits for an engine that is gone must not keep the process from ending.
+        self._checking: asyncio.Task[None] | None = None
+        # A daemon: a thread that waits for a dead engine must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, args=(load,), name=f"engine {name}", daemon=True)
         self._thread.start()
 
-    async def answer(self, asked: Asked) -> Reply:
-        """The reply; `CallFailed` if the engine will not have the call, `ServiceGone` if there is no engine."""
+    async def answer(self, call: EngineCall) -> Reply:
+        """The reply; `CallFailed` if the engine refuses the call, `ServiceGone` if the engine died."""
         async with self._pending.ended_at_limit():
             await self._is_loaded.wait()
-            async with self._places:
+            async with self._slots:
                 self._pending.check()
                 with self._pending.in_flight():
-                    return await self._ask(asked)
+                    return await self._ask(call)
 
-    async def _ask(self, asked: Asked) -> Reply:
+    async def _ask(self, call: EngineCall) -> Reply:
         if self._ended:
             raise self._ended
         self._count += 1
         number = self._count
         answered: asyncio.Future[Reply] = self._loop.create_future()
-        self._asked[number] = answered
-        self._orders.put(_Ask(number, asked, answered))
+        self._answered[number] = answered
+        self._orders.put(_Order(number, call, answered))
         try:
             return await answered
         finally:
-            if self._asked.pop(number, None) and not (answered.done() and not answered.cancelled()):
+            if self._answered.pop(number, None) and not (answered.done() and not answered.cancelled()):
                 self._orders.put(number)
 
     def sample(self) -> Sample | None:
-        """What the engine says about itself; None while it loads, or where it says nothing."""
+        """The engine's own metrics; None while it loads, or where it has none."""
         return self._library.sample() if self._library and not self._ended else None
 
     async def aclose(self) -> None:
-        """Lets go of the engine once the step that is under way has ended."""
+        """Ends the engine after its current step."""
         await self._pending.aclose()
         self._is_closing = True
         self._orders.put(None)
-        # What still loads ends with this process; a step of an engine that is gone may never end.
+        # A library that still loads ends with this process; a step of a dead engine may never end.
         if self._library:
             await self._is_over.wait()
-        if self._looking:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
-        self._fail(ServiceGone(f"the engine of {self.name} was closed"))  # nobody may wait for it any longer
+        if self._checking:
+            self._checking.cancel()
+            await asyncio.gather(self._checking, return_exceptions=True)
+        self._fail(ServiceGone(f"the engine of {self.name} was closed"))  # for calls that still wait
         self._outages.pop(self.name, None)
 
     # --- in the thread -----------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ class EngineThread:
     def _run(self, load: Load) -> None:
         try:
             self._work(load)
-        except BaseException as error:  # noqa: BLE001  whatever ends the thread has to reach those who wait for it
+        except BaseException as error:  # noqa: BLE001  every error has to reach the calls that wait
             self._tell(self._fail, error)
         finally:
             self._tell(self._is_over.set)
@@ -191,15 +195,15 @@ class EngineThread:
             library = load()
         try:
             self._tell(self._loaded, library)
-            while self._take_in(library):
+            while self._accept_orders(library):
                 if library.is_busy:
                     for number, outcome in library.step():
                         self._tell(self._settle, number, outcome)
         finally:
             library.close()
 
-    def _take_in(self, library: Library) -> bool:
-        """Hands all that waits over, and waits for something where the engine has nothing to do; False: no more."""
+    def _accept_orders(self, library: Library) -> bool:
+        """Passes all waiting orders on, and waits for one where the engine has nothing to do; False: close."""
         with contextlib.suppress(queue.Empty):
             while True:
                 order = self._orders.get(block=not library.is_busy)
@@ -211,13 +215,13 @@ class EngineThread:
                 if order.answered.cancelled():
                     continue
                 try:
-                    library.add(order.number, order.asked)
+                    library.add(order.number, order.call)
                 except JobEnded as error:
                     self._tell(self._settle, order.number, error)
         return True
 
     def _tell(self, act: Callable[..., None], *values: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any longer
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so no call waits
             self._loop.call_soon_threadsafe(act, *values)
 
     # --- in the event loop -------------------------------------------------------------------------------------------
@@ -228,16 +232,16 @@ class EngineThread:
         self._library = library
         self._outages.pop(self.name, None)
         self._is_loaded.set()
-        self._looking = asyncio.create_task(self._look(library))
+        self._checking = asyncio.create_task(self._check_again_and_again(library))
 
-    async def _look(self, library: Library) -> None:
+    async def _check_again_and_again(self, library: Library) -> None:
         while not self._ended:
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(CHECK_EVERY)
             if not library.is_alive():
-                self._fail(RuntimeError("its process is gone"))
+                self._fail(RuntimeError("its process has ended"))
 
     def _settle(self, number: int, outcome: Reply | JobEnded) -> None:
-        answered = self._asked.get(number)
+        answered = self._answered.get(number)
         if answered is None or answered.done():
             return
         if isinstance(outcome, JobEnded):
@@ -252,14 +256,14 @@ class EngineThread:
             said = log_lines(*self._log) if self._log else []
             what = explain(said, Path("engines.log"), had_answered=True).what or one_line(error)
             error = ServiceGone(
-                f"the engine of {self.name} died ({what}), engines.log in the run says more; "
+                f"the engine of {self.name} died ({what}), see engines.log in the run directory; "
                 "run the same command again: nothing is lost"
             )
         self._ended = error
         self._is_over.set()
         self._outages.pop(self.name, None)
         self._is_loaded.set()
-        for answered in self._asked.values():
+        for answered in self._answered.values():
             if not answered.done():
                 answered.set_exception(error)
 
@@ -273,10 +277,11 @@ class InProcessModel:
         self._member, self._images = member, images
 
     async def answer(self, call: Call) -> Reply:
-        """The reply, as soon as the engine has it."""
+        """The reply; `CallFailed` if the engine refuses the call, `ServiceGone` if the engine died."""
         schema = call.schema if self._member.json_schema else None
-        return await self.thread.answer(Asked(call.messages, call.sampling, schema, self._member.extra, self._images))
+        own = EngineCall(call.messages, call.sampling, schema, self._member.extra, self._images)
+        return await self.thread.answer(own)
 
     async def aclose(self) -> None:
-        """Lets go of the engine."""
+        """Ends the engine."""
         await self.thread.aclose()

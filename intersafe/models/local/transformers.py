@@ -1,9 +1,9 @@
 """Small models by Hugging Face transformers in this process, on one GPU or the CPU: for laptops and for debugging.
 
-Conversations that wait are answered together, up to `batch` of them; a batch that fails is tried again one by one, so
-that a bad conversation, or one that is too large for the memory, fails alone. Each conversation is sampled from a seed
-of its own (Gumbel noise added to its logits, then the largest), so a reply does not depend on who shares its batch but
-for the rounding of sums. JSON schemas are kept to by llguidance.
+Conversations that wait are answered together, up to `batch` of them. A batch that fails is tried again one by one, so
+that a bad conversation, or one that is too large for the memory, fails alone. Each conversation is sampled with a seed
+of its own: the largest logit after adding Gumbel noise. Only the rounding of sums depends on what shares its batch.
+llguidance constrains answers to their JSON schema.
 """
 
 from collections import deque
@@ -19,27 +19,27 @@ from intersafe.engines.weights import weights_of
 from intersafe.errors import CallFailed, InputError, JobEnded
 from intersafe.models.base import Reply
 from intersafe.models.local.sampling import Row, Rows, Stops
-from intersafe.models.local.thread import Asked, check_extra, one_line, refused
+from intersafe.models.local.thread import EngineCall, check_extra, one_line, refused
 from intersafe.recipe.engine import Engine
 
 _KNOWN = ("chat_template_kwargs", "top_k", "repetition_penalty")
-"""Fields of `extra` that this backend knows."""
+"""Fields of `extra` that this backend supports."""
 _BAD = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OSError, RuntimeError, TemplateError)
 
 
 class TransformersLibrary:
-    """One model; loads when it is made."""
+    """One model; loads when it is constructed."""
 
     def __init__(self, name: str, engine: Engine, revision: str, extras: Iterable[Mapping[str, Any]]) -> None:
-        """`extras` are those of the members that will ask: what nobody here knows is an `InputError`."""
+        """`extras` are those of the members that will ask: an unknown field is an `InputError`."""
         for extra in extras:
-            check_extra(extra, _KNOWN, "nothing that the transformers backend knows")
+            check_extra(extra, _KNOWN, "no field that the transformers backend knows")
         self._most = engine.batch
         try:
             self._load(weights_of(name, engine), engine, revision)
         except (*_BAD, ImportError, AssertionError) as error:
             raise _unloadable(name, error) from error
-        self._waiting: deque[tuple[int, Asked]] = deque()
+        self._waiting: deque[tuple[int, EngineCall]] = deque()
 
     def _load(self, weights: str, engine: Engine, revision: str) -> None:
         import torch  # type: ignore[import-not-found]
@@ -55,7 +55,7 @@ class TransformersLibrary:
         self._sees = type(config) in auto._model_mapping
         self._processor = transformers.AutoProcessor.from_pretrained(weights, **common)
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
-        if not getattr(self._processor, "chat_template", None):  # older checkpoints keep it with the tokenizer
+        if not getattr(self._processor, "chat_template", None):  # older checkpoints have it in the tokenizer
             self._processor.chat_template = self._tokenizer.chat_template
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token_id is None:
@@ -80,43 +80,43 @@ class TransformersLibrary:
         """True while a conversation waits."""
         return bool(self._waiting)
 
-    def add(self, number: int, asked: Asked) -> None:
-        """Takes a call in; `CallFailed` for more images than the model takes."""
-        count = sum(len(message.images) for message in asked.messages)
+    def add(self, number: int, call: EngineCall) -> None:
+        """Accepts a call; `CallFailed` for more images than the model takes."""
+        count = sum(len(message.images) for message in call.messages)
         if count and not self._sees:
             raise CallFailed("engine", "bad_request", "the model sees no images: name a vision-language model")
         if self._images is not None and count > self._images:
             what = f"{count} images, and the engine takes {self._images}: raise `images` in `serve`"
             raise CallFailed("engine", "bad_request", what)
-        self._waiting.append((number, asked))
+        self._waiting.append((number, call))
 
     def drop(self, number: int) -> None:
-        """Forgets a conversation that was not begun."""
+        """Forgets a conversation that has not started."""
         self._waiting = deque(pair for pair in self._waiting if pair[0] != number)
 
     def step(self) -> list[tuple[int, Reply | JobEnded]]:
-        """Answers as many of those that wait as a batch holds, to their ends."""
+        """Answers one batch of the conversations that wait, to their ends."""
         batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
         if len(batch) > 1:
             try:
-                replies = self._answer([asked for _, asked in batch])
+                replies = self._answer([call for _, call in batch])
                 return [(number, reply) for (number, _), reply in zip(batch, replies, strict=True)]
             except _BAD as error:
                 _raise_if_device_is_lost(error)
-            # Out here nothing holds what the failed batch had on the device.
+            # Outside of the handler nothing refers to the failed batch's memory on the device.
             if self._torch.cuda.is_available():
                 self._torch.cuda.empty_cache()
-        return [self._alone(number, asked) for number, asked in batch]
+        return [self._alone(number, call) for number, call in batch]
 
-    def _alone(self, number: int, asked: Asked) -> tuple[int, Reply | JobEnded]:
+    def _alone(self, number: int, call: EngineCall) -> tuple[int, Reply | JobEnded]:
         try:
-            return number, self._answer([asked])[0]
+            return number, self._answer([call])[0]
         except _BAD as error:
             _raise_if_device_is_lost(error)
             return number, _failed(error)
 
     def sample(self) -> Sample | None:
-        """This library says nothing about itself."""
+        """None: this library has no metrics."""
         return None
 
     def is_alive(self) -> bool:
@@ -124,24 +124,24 @@ class TransformersLibrary:
         return True
 
     def close(self) -> None:
-        """Lets go of the weights."""
+        """Frees the weights."""
         del self._model
         if self._torch.cuda.is_available():
             self._torch.cuda.empty_cache()
 
     # --- a batch -----------------------------------------------------------------------------------------------------
 
-    def _answer(self, batch: Sequence[Asked]) -> list[Reply]:
+    def _answer(self, batch: Sequence[EngineCall]) -> list[Reply]:
         torch = self._torch
         inputs = self._inputs(batch)
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         width = int(inputs["input_ids"].shape[1])
         rows = []
-        for asked, length in zip(batch, lengths, strict=True):
+        for call, length in zip(batch, lengths, strict=True):
             left = self._context - int(length)
             if left < 1:
                 raise ValueError(f"a prompt of {length} tokens, and the maximum context length is {self._context}")
-            rows.append(self._row(asked, min(left, asked.sampling.max_tokens), int(length)))
+            rows.append(self._row(call, min(left, call.sampling.max_tokens), int(length)))
         with torch.inference_mode():
             made = self._model.generate(
                 **inputs.to(self._device),
@@ -159,21 +159,21 @@ class TransformersLibrary:
         ]
 
     def _reply(self, tokens: list[int], row: Row, length: int) -> Reply:
-        end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
+        end = next((position for position, token in enumerate(tokens) if token in self._ends), None)
         used = tokens[: row.most] if end is None or end >= row.most else tokens[:end]
         text = self._tokenizer.decode(used, skip_special_tokens=True)
         is_cut = end is None or end >= row.most
         return Reply(text, "length" if is_cut else "stop", (length, len(used) + (not is_cut)))
 
-    def _inputs(self, batch: Sequence[Asked]) -> Any:
+    def _inputs(self, batch: Sequence[EngineCall]) -> Any:
         texts, pictures = [], []
-        for asked in batch:
-            options = asked.extra.get("chat_template_kwargs", {})
-            messages = [self._message(message) for message in asked.messages]
+        for call in batch:
+            options = call.extra.get("chat_template_kwargs", {})
+            messages = [self._message(message) for message in call.messages]
             texts.append(
                 self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
             )
-            pictures.append([_picture(asked, ref) for message in asked.messages for ref in message.images])
+            pictures.append([_picture(call, ref) for message in call.messages for ref in message.images])
         if not self._sees:
             return self._tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
         # The template has written the special tokens. Some processors take one list of images for all texts, others one
@@ -191,9 +191,9 @@ class TransformersLibrary:
         parts: list[dict[str, str]] = [{"type": "image"} for _ in message.images]
         return {"role": message.role, "content": [*parts, {"type": "text", "text": message.text}]}
 
-    def _row(self, asked: Asked, most: int, prompt: int) -> Row:
-        drawn, extra = asked.sampling, asked.extra
-        matcher = self._matcher(asked.schema.schema) if asked.schema else None
+    def _row(self, call: EngineCall, most: int, prompt: int) -> Row:
+        drawn, extra = call.sampling, call.extra
+        matcher = self._matcher(call.schema.schema) if call.schema else None
         return Row(
             prompt,
             most,
@@ -220,24 +220,24 @@ class TransformersLibrary:
 
 
 _GREEDY = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": None}
-"""The checkpoint's own defaults would otherwise be mixed into ours."""
+"""Without these the checkpoint's own defaults would count too."""
 
 
 def _rest(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `from_pretrained`, `attn_implementation` say."""
+    """Further arguments of `from_pretrained`, for example `attn_implementation`."""
     return {name: value for name, value in args.items() if name != "trust_remote_code"}
 
 
-def _picture(asked: Asked, ref: str) -> Any:
+def _picture(call: EngineCall, ref: str) -> Any:
     import io
 
     from PIL import Image
 
-    return Image.open(io.BytesIO(asked.images.read(ref))).convert("RGB")
+    return Image.open(io.BytesIO(call.images.read(ref))).convert("RGB")
 
 
 def _raise_if_device_is_lost(error: Exception) -> None:
-    """An error of the device itself is that of every call after it too."""
+    """Every later call would meet an error of the device itself too."""
     if "CUDA error" in str(error) or "device-side assert" in str(error):
         raise error
 
@@ -254,7 +254,7 @@ def _unloadable(name: str, error: Exception) -> InputError:
         return InputError(f"not enough memory for {name!r} ({one_line(error)})", remedy=remedy)
     remedy = "give a folder of weights or owner/name of the Hugging Face Hub (`path` in `serve`)"
     if isinstance(error, AssertionError):
-        remedy = "mend `device`: this torch has none of that kind"
+        remedy = "correct `device`: this torch supports none of that kind"
     if isinstance(error, ImportError):
         remedy = "pip install 'intersafe[transformers]'; torch and torchvision must be builds that go together"
     return InputError(f"transformers cannot load {name!r} ({one_line(error)})", remedy=remedy)

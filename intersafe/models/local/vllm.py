@@ -1,8 +1,8 @@
-"""vLLM in this process: conversations are fed singly to one `LLM`, whose own scheduler keeps its batch full.
+"""vLLM in this process: conversations enter one `LLM` one by one, and its own scheduler keeps its batch full.
 
 Each call is rendered by itself, so that one bad conversation is refused alone. Requests, sampling and structured
-outputs are those that a vLLM server makes of the same call, so that both give the same text. An image's bytes are
-handed over once and then known to the engine by its `uuid`, the sha256.
+outputs are those that a vLLM server makes of the same call, so that both give the same text. The engine gets an image's
+bytes once and then knows it by its `uuid`, the sha256.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from intersafe.engines.weights import weights_of
 from intersafe.errors import CallFailed, InputError, JobEnded
 from intersafe.models.base import Reply
 from intersafe.models.http.completions import UuidParts, as_data, message_body, remember
-from intersafe.models.local.thread import Asked, check_extra, one_line, refused
+from intersafe.models.local.thread import EngineCall, check_extra, one_line, refused
 from intersafe.recipe.engine import Engine
 from intersafe.records import Finish
 
 _KWARGS = ("chat_template_kwargs", "mm_processor_kwargs", "chat_template", "add_generation_prompt")
 """Fields of `extra` that decide how a conversation is rendered; the others are sampling parameters."""
 _BAD = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OSError, TemplateError)
-"""What rendering raises about a conversation, beside vLLM's own client errors; an engine that died raises others."""
+"""What rendering raises about a conversation, besides vLLM's own client errors; a dead engine raises others."""
 _QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # A forked engine would share the signals of this process: its end would be heard here as our own.
+    # A forked engine would share the signal handlers of this process.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout has our results
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
     "VLLM_NO_USAGE_STATS": "1",
     "TQDM_DISABLE": "1",
 }
@@ -43,10 +43,10 @@ _FINISH: dict[str | None, Finish] = {"stop": "stop", "length": "length"}
 
 
 class VllmLibrary:
-    """One engine; loads when it is made."""
+    """One engine; loads when it is constructed."""
 
     def __init__(self, name: str, engine: Engine, revision: str, extras: Iterable[Mapping[str, Any]]) -> None:
-        """`extras` are those of the members that will ask: what no engine knows is an `InputError` here."""
+        """`extras` are those of the members that will ask: an unknown field is an `InputError`."""
         self._name = name
         _quiet()
         log = stderr_file()
@@ -57,7 +57,7 @@ class VllmLibrary:
                 StructuredOutputsParams,
             )
         except (ImportError, OSError, RuntimeError) as error:
-            raise InputError(f"vllm cannot be imported ({one_line(error)})", remedy="mend its installation") from None
+            raise InputError(f"vllm cannot be imported ({one_line(error)})", remedy="repair its installation") from None
         self._params, self._structured, self._final = SamplingParams, StructuredOutputsParams, RequestOutputKind
         self._bad = (*_BAD, getattr(exceptions, "VLLMClientError", ValueError))
         sampling = inspect.signature(SamplingParams).parameters
@@ -69,7 +69,7 @@ class VllmLibrary:
         except (*self._bad, RuntimeError) as error:
             raise _unloadable(name, error, log) from error
         default = self._llm.get_default_sampling_params()
-        # The defaults that a server takes from the checkpoint's generation_config.json.
+        # A server takes these defaults from the checkpoint's generation_config.json.
         self._defaults = {field: getattr(default, field) for field in ("repetition_penalty", "top_k", "min_p")}
         self._numbers: dict[str, int] = {}
         self._requests: dict[int, str] = {}
@@ -77,30 +77,30 @@ class VllmLibrary:
 
     @property
     def is_busy(self) -> bool:
-        """True while something that was taken in is not ended."""
+        """True while a call has not ended."""
         return bool(self._numbers)
 
-    def add(self, number: int, asked: Asked) -> None:
-        """Takes a call in; `JobEnded` where the engine will not have this one."""
-        refs = dict.fromkeys(ref for message in asked.messages for ref in message.images)
+    def add(self, number: int, call: EngineCall) -> None:
+        """Accepts a call; `JobEnded` where the engine refuses it."""
+        refs = dict.fromkeys(ref for message in call.messages for ref in message.images)
         try:
-            params = self._sampling(asked)
-            request = self._enqueue(asked, params, self._known)
+            params = self._sampling(call)
+            request = self._enqueue(call, params, self._known)
             if request is None:  # the engine may have forgotten an image
                 for ref in refs:
                     self._known.pop(ref, None)
-                request = self._enqueue(asked, params, {})
+                request = self._enqueue(call, params, {})
         except self._bad as error:
             raise refused(error) from None
         assert request is not None
         remember(self._known, refs)
         self._numbers[_plain(request)], self._requests[number] = number, request
 
-    def _enqueue(self, asked: Asked, params: Any, known: Mapping[str, None]) -> str | None:
-        """The request's id; None if it failed and some image went without its bytes."""
-        parts = UuidParts(partial(as_data, asked.images), known)
-        messages = [message_body(message, parts) for message in asked.messages]
-        options = {name: value for name, value in asked.extra.items() if name in _KWARGS}
+    def _enqueue(self, call: EngineCall, params: Any, known: Mapping[str, None]) -> str | None:
+        """The request's id; None if it failed and the bytes of an image were left out."""
+        parts = UuidParts(partial(as_data, call.images), known)
+        messages = [message_body(message, parts) for message in call.messages]
+        options = {name: value for name, value in call.extra.items() if name in _KWARGS}
         try:
             requests: list[str] = self._llm.enqueue_chat([messages], params, use_tqdm=False, **options)
         except self._bad:
@@ -109,9 +109,9 @@ class VllmLibrary:
             raise
         return requests[0]
 
-    def _sampling(self, asked: Asked) -> Any:
-        own = {name: value for name, value in asked.extra.items() if name not in _KWARGS}
-        drawn = asked.sampling
+    def _sampling(self, call: EngineCall) -> Any:
+        own = {name: value for name, value in call.extra.items() if name not in _KWARGS}
+        drawn = call.sampling
         fields = self._defaults | {
             "temperature": drawn.temperature,
             "top_p": drawn.top_p,
@@ -119,12 +119,12 @@ class VllmLibrary:
             "seed": drawn.seed,
             "output_kind": self._final.FINAL_ONLY,
         }
-        if asked.schema:
-            fields["structured_outputs"] = self._structured(json=asked.schema.schema)
+        if call.schema:
+            fields["structured_outputs"] = self._structured(json=call.schema.schema)
         return self._params(**fields | own)
 
     def step(self) -> list[tuple[int, Reply | JobEnded]]:
-        """One iteration of the engine; those that ended in it."""
+        """One iteration of the engine; the calls that ended in it, by number."""
         ended: list[tuple[int, Reply | JobEnded]] = []
         for output in self._llm.llm_engine.step():
             if not output.finished:
@@ -137,26 +137,26 @@ class VllmLibrary:
             if reason == "abort":  # nobody asked for that: the engine ends
                 raise RuntimeError("it broke off what it was answering")
             if reason == "error":
-                self._known.clear()  # it may have been about an image that the engine does not have any longer
+                self._known.clear()  # the cause may be an image that the engine has dropped
                 ended.append((number, CallFailed("engine", "server_error", "vLLM broke the answer off")))
                 continue
             ended.append((number, _reply(output)))
         return ended
 
     def drop(self, number: int) -> None:
-        """Takes a request back that nobody waits for."""
+        """Cancels a request that nobody waits for."""
         if request := self._requests.pop(number, None):
             self._numbers.pop(_plain(request), None)
             self._llm.llm_engine.abort_request([request, _plain(request)])
 
     def sample(self) -> Sample | None:
-        """The engine's own gauges."""
-        # They are those of all engines of this process, and of the latest alone once there are two.
+        """The engine's own metrics."""
+        # The list covers all engines of this process; with two it covers the latest alone.
         mine = [m for m in self._llm.get_metrics() if hasattr(m, "value") and m.labels.get("model_name") == self._name]
         return sample_of((metric.name, float(metric.value)) for metric in mine)
 
     def is_alive(self) -> bool:
-        """False once vLLM has noticed that its engine's process is gone; its `step` may wait all the same."""
+        """False once vLLM has noticed that its engine's process has ended; its `step` may wait even then."""
         core = self._llm.llm_engine.engine_core
         return not getattr(getattr(core, "resources", None), "engine_dead", False)
 
@@ -178,15 +178,15 @@ def _reply(output: Any) -> Reply:
 
 
 def _quiet() -> None:
-    """No lines of the engine's own in the middle of the run's display."""
+    """Keeps the engine's own lines out of the run's display."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
 
 
 def _unloadable(name: str, error: Exception, log: tuple[Path, int] | None) -> InputError:
-    """Why there is no engine, and what can be done: vLLM's own words may stand in the log alone.
+    """Why there is no engine, and what can be done; vLLM may say so in the log alone.
 
-    `log`: the file that its processes write to, and where in it they began.
+    `log`: the file that its processes write to, and the byte at which they began.
     """
     lines = str(error).splitlines() + (log_lines(*log) if log else [])
     failure = explain(lines, log[0] if log else Path("engines.log"), had_answered=False)
