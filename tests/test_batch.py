@@ -171,7 +171,7 @@ class Killer:
         return problem(500, "killed") if step == "create" else None
 
     def strike(self, recipe: Path, step: str) -> tuple[int, str]:
-        """Runs the command until it is struck or ends; exit code and talk."""
+        """Runs the command until it is struck or ends; exit code and stderr."""
         self.step = step
         self.ready.clear()
         process = command(recipe)
@@ -324,7 +324,7 @@ def test_a_line_that_fails_for_good_ends_its_job_alone(status: int, reason: str,
     assert len(rows(tmp_path / "run" / "dialogues.jsonl")) == N
 
 
-def test_a_line_at_fault_fails_and_its_batch_goes_on_without_it(tmp_path: Path) -> None:
+def test_a_line_at_fault_fails_and_its_batch_continues_without_it(tmp_path: Path) -> None:
     with batch_server() as provider:
         provider.end = {0: "failed"}
         provider.problems = [{"code": "invalid_json_line", "message": "not to be parsed", "line": 3}]
@@ -381,7 +381,7 @@ def test_members_that_share_a_model_share_a_lane(direct: Path, tmp_path: Path) -
 # --- away, and wrong from the start ----------------------------------------------------------------------------------
 
 
-def test_a_wrong_key_ends_the_run_when_patience_does_and_the_right_one_goes_on(
+def test_a_wrong_key_ends_the_run_when_patience_does_and_the_right_one_resumes_it(
     direct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with batch_server() as provider:
@@ -394,7 +394,7 @@ def test_a_wrong_key_ends_the_run_when_patience_does_and_the_right_one_goes_on(
         del gone
         gc.collect()
         complaints = [record for record in caplog.records if not record.name.startswith("intersafe")]
-        assert not complaints  # an error for each call, and nobody left to look at it
+        assert not complaints  # an error for each call that nobody reads
         monkeypatch.setenv("BATCH_KEY", KEY)
         generate_dialogues(recipe, run=tmp_path / "run", n=N)
     assert dialogues(tmp_path / "run") == dialogues(direct)
@@ -488,7 +488,7 @@ def test_results_that_come_down_cut_are_fetched_again(direct: Path, tmp_path: Pa
 
 
 def limited(url: str, tokens: int) -> Recipe:
-    """The recipe with so many tokens to use."""
+    """The recipe with a limit of tokens."""
     return through(url, limits=Limits(concurrency=N, patience=5, max_tokens=tokens))
 
 
@@ -496,7 +496,7 @@ def results(run: Path) -> list[Path]:
     return sorted((run / "batches").glob("*-output.jsonl"))
 
 
-def test_results_that_are_in_the_journal_are_deleted_when_the_run_goes_on(direct: Path, tmp_path: Path) -> None:
+def test_results_that_are_in_the_journal_are_deleted_when_the_run_resumes(direct: Path, tmp_path: Path) -> None:
     left: list[Path] = []
     again: list[Path] = []
 
@@ -552,7 +552,7 @@ def test_a_finished_run_keeps_of_batches_only_what_is_under_way(tmp_path: Path) 
 def test_no_batch_is_sent_once_a_limit_is_reached(
     status: int, code: str | None, direct: Path, tmp_path: Path, pace: SetPace
 ) -> None:
-    """Every batch but the first is kept from the provider until the replies of the first are in the journal."""
+    """Every batch but the first is withheld from the provider until the replies of the first are in the journal."""
     pace(most_requests=3)
     journal = tmp_path / "run" / "journal" / "main.jsonl"
 
@@ -575,7 +575,7 @@ def test_no_batch_is_sent_once_a_limit_is_reached(
 
 
 class Watching(Heard):
-    """Looks often, and mends what the run waits for as soon as it is shown."""
+    """Looks often, and repairs what the run waits for as soon as it is shown."""
 
     interval = 0.02
 
@@ -590,9 +590,9 @@ class Watching(Heard):
     def look(self) -> None:
         if self.progress and self.progress.waiting and not self.shown:
             self.shown = dict(self.progress.waiting)
-            self.mend()
+            self.repair()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """The service is there again."""
 
 
@@ -624,7 +624,7 @@ def test_a_provider_that_takes_no_connection_is_shown_until_it_does(
     with ExitStack() as stack:
 
         class Starting(Watching):
-            def mend(self) -> None:
+            def repair(self) -> None:
                 stack.enter_context(batch_server(port=port))
 
         display = Starting()

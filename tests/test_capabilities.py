@@ -1,4 +1,4 @@
-"""What a server cannot do is found out and lived with: no schemas, a context that is too short, no eyes."""
+"""What a server cannot do is found out and lived with: no schemas, a context that is too short, no vision."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ async def opened(
 
 
 def refusing(words: str, status: int = 400) -> Any:
-    """A server that turns down every request with a schema, in these words."""
+    """A server that refuses every request with a schema, in these words."""
 
     def script(request: Request) -> Answer:
         return error(status, words) if "response_format" in request.body else reply(JSON)
@@ -113,7 +113,7 @@ def test_a_field_that_the_quirks_list_is_left_out_where_a_server_refuses_it(
 
 
 def test_a_fault_of_another_kind_does_not_cost_the_schema(tmp_path: Path) -> None:
-    """Only what a server turns down for good, and accepts without its schema, says that it knows no schemas."""
+    """Only what a server refuses for good, and accepts without its schema, says that it knows no schemas."""
     answers = {
         0: error(500, "schema cache is cold"),
         2: error(400, "the image is too large"),
@@ -165,7 +165,7 @@ def test_a_prompt_that_does_not_fit_says_so(words: str, tmp_path: Path) -> None:
     assert len(server.requests) == 1
 
 
-def test_a_talk_that_does_not_fit_is_rejected_with_that_reason_and_not_asked_again(tmp_path: Path) -> None:
+def test_a_conversation_that_does_not_fit_is_rejected_with_that_reason_and_not_asked_again(tmp_path: Path) -> None:
     def hook(body: Body) -> web.Response | None:
         if asks_for(body) == "victim" and len(body["messages"]) > 4:
             return web.json_response({"error": {"message": TOO_LONG[0]}}, status=400)
@@ -210,7 +210,7 @@ def test_where_nothing_fits_the_run_says_what_to_raise(tmp_path: Path) -> None:
         ("This model does not support image input", "vision-language model"),
     ],
 )
-def test_a_server_without_eyes_ends_the_run_in_one_line_with_the_remedy(
+def test_a_server_without_vision_ends_the_run_in_one_line_with_the_remedy(
     words: str, remedy: str, tmp_path: Path
 ) -> None:
     def hook(body: Body) -> web.Response | None:

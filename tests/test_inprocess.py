@@ -30,7 +30,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 class Paper:
-    """Answers with the text that it is asked, after so many steps; `bad` is refused, `stuck` never ends."""
+    """Answers with the text that it is asked, after some steps; `bad` is refused, `stuck` never ends."""
 
     def __init__(self, steps: int = 1) -> None:
         self.steps = steps
@@ -109,7 +109,7 @@ def test_many_calls_are_worked_on_together_and_a_bad_one_fails_alone() -> None:
     assert made[0].closed
 
 
-def test_a_call_that_is_given_up_is_taken_back_and_leaves_its_place() -> None:
+def test_a_cancelled_call_is_dropped_and_frees_its_slot() -> None:
     made: list[Paper] = []
 
     async def main() -> None:
@@ -195,15 +195,15 @@ def test_closing_does_not_wait_for_what_loads_and_nothing_more_is_loaded() -> No
     assert len(loads) == 1
 
 
-def test_an_engine_that_cannot_be_loaded_is_the_users_to_mend() -> None:
+def test_an_engine_that_cannot_be_loaded_is_an_input_error() -> None:
     def load() -> Paper:
-        raise InputError("no such model", remedy="mend its name")
+        raise InputError("no such model", remedy="correct its name")
 
     async def main() -> None:
         hooks = Hooks()
         thread = EngineThread("paper", load, 9, hooks)
         for _ in range(2):
-            with pytest.raises(InputError, match="mend its name"):
+            with pytest.raises(InputError, match="correct its name"):
                 await thread.answer(asked("hello"))
         assert not hooks.outages
         await thread.aclose()

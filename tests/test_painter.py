@@ -226,7 +226,7 @@ PASSING = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
-def test_a_passing_fault_is_tried_again_and_told_to_nobody(fault: Answer) -> None:
+def test_a_transient_fault_is_tried_again_and_not_told_to_the_user(fault: Answer) -> None:
     said: list[str] = []
     with painting(in_turn(fault, PICTURE)) as server:
         assert paint_once(server, said=said) == Painted(PNG)
@@ -287,7 +287,7 @@ def test_a_server_that_lists_its_models_but_draws_nothing_is_waited_for(fault: A
     assert len(said) == 2
 
 
-def test_a_refused_connection_waits_and_goes_on_when_the_server_comes() -> None:
+def test_a_refused_connection_waits_and_continues_when_the_server_comes() -> None:
     said: list[str] = []
 
     def say(text: str) -> None:

@@ -52,7 +52,9 @@ def colours(store: ImageStore) -> dict[str, str]:
     return {colour: picture(store, colour) for colour in COLOURS}
 
 
-def test_images_of_every_turn_are_seen_in_a_batch_of_unlike_talks(store: ImageStore, colours: dict[str, str]) -> None:
+def test_images_of_every_turn_are_seen_in_a_batch_of_different_conversations(
+    store: ImageStore, colours: dict[str, str]
+) -> None:
     calls = [question("What is it?", colours[colour]) for colour in COLOURS]
     calls += [question("And both?", colours["red"], colours["green"]), question("A forbidden one."), question("Hello.")]
     earlier = (Message("user", "See here.", (colours["blue"],)), Message("assistant", "I see it."))
@@ -98,7 +100,7 @@ def test_a_seed_decides_the_draw_whoever_shares_the_batch(store: ImageStore) -> 
 
 
 def drawn_by(rows: int, width: int = 0, **settings: Any) -> list[int]:
-    """The token that each of so many rows with seeds of their own draws from five logits."""
+    """The token that each of several rows with seeds of their own draws from five logits."""
     import torch  # type: ignore[import-not-found]
 
     from intersafe.models.local.sampling import Row, Rows

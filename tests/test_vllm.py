@@ -89,7 +89,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
 
 @pytest.fixture(scope="module")
 def calls(store: ImageStore) -> list[Call]:
-    """Talks of every kind, good ones and bad ones, which are asked for all at once."""
+    """Conversations of every kind, good ones and bad ones, which are asked for all at once."""
     refs = {colour: picture(store, colour) for colour in COLOURS}
     earlier = (Message("user", "See here.", (refs["blue"],)), Message("assistant", "I see it."))
     return [
@@ -250,7 +250,7 @@ def test_summary_and_funnel_tell_how_busy_the_engines_were(served_run: Path, her
         assert "prefix cache" in cli("show", str(run), "--funnel", cwd=run.parent).stdout
 
 
-def test_an_engine_of_the_run_that_is_killed_ends_it_in_one_line_and_the_same_command_goes_on(
+def test_an_engine_of_the_run_that_is_killed_ends_it_in_one_line_and_the_same_command_resumes_it(
     here_run: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.json", "vllm:tiny-cast", put_up(args=ARGS))

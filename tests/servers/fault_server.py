@@ -128,7 +128,7 @@ class FaultServer:
         return [request for request in self.requests if not request.is_probe]
 
     async def have_come(self, count: int) -> None:
-        """Returns when there were so many requests; to be awaited in the test's own event loop."""
+        """Returns when there were `count` requests; to be awaited in the test's own event loop."""
 
         def wait() -> bool:
             with self._arrival:
