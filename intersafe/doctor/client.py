@@ -108,7 +108,9 @@ class ChatProbeClient(ProbeClient):
         member = structs.replace(self.member, json_schema=True, extra=self.member.extra | extra)
         sampling = Sampling(temperature, member.top_p, max_tokens, seed)
         schema = schema_of(answer) if answer else None
-        call = Call("doctor", "", messages, sampling, schema, "doctor", 0)
+        call = Call(
+            role="doctor", prompt="", messages=messages, sampling=sampling, schema=schema, job="doctor", ordinal=0
+        )
         return await self.send("/chat/completions", chat_body(member, call, part or colour_part))
 
     async def ask(self, *messages: Message, **options: Any) -> Reply:

@@ -119,7 +119,18 @@ def opened(request: RunRequest, workers: int) -> Iterator[RunContext]:
                 budget = Budget(recipe.limits, journal.roles, began=time.monotonic())
                 hooks = Hooks(notify, may_send=budget.check if budget.is_bound else None)
                 images, before = ImageStore(path / "images"), read_incidents(path)
-                yield RunContext(request, workers, lease, undecided, images, writer, journal, budget, hooks, before)
+                yield RunContext(
+                    request=request,
+                    workers=workers,
+                    lease=lease,
+                    undecided=undecided,
+                    images=images,
+                    writer=writer,
+                    journal=journal,
+                    budget=budget,
+                    hooks=hooks,
+                    incidents_before=before,
+                )
     except OSError as error:
         raise StorageError(
             f"{error.filename or path}: {error.strerror}; fix it, then run the same command again"

@@ -59,7 +59,16 @@ def generate_dialogues(
     if state.word != "new":
         _check_images(path)
     if state.word != "complete":
-        request = RunRequest(prepared, path, wanted, display or Display(), older, index, cluster, tries)
+        request = RunRequest(
+            prepared=prepared,
+            path=path,
+            n=wanted,
+            display=display or Display(),
+            older=older,
+            index=index,
+            cluster=cluster,
+            tries=tries,
+        )
         with servers or contextlib.nullcontext():
             run_anywhere(lambda: _grow(request))
     return Run(path)

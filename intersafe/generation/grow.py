@@ -30,19 +30,19 @@ async def grow_dialogue(job: Job, cast: JobCast, recipe: Recipe, provenance: Pro
         await respond(conversation, recipe.respond)
     turns = tuple(conversation.turns)
     return Dialogue(
-        _name(job, provenance, turns),
-        job.index,
-        job.key,
-        job.seed,
-        job.strategy,
-        recipe.cast.victims[job.victim].identity,
-        job.sample,
-        plan,
-        turns,
-        tuple(conversation.backtracked),
-        check,
-        provenance,
-        tuple(conversation.removed),
+        id=_name(job, provenance, turns),
+        job=job.index,
+        key=job.key,
+        seed=job.seed,
+        strategy=job.strategy,
+        victim=recipe.cast.victims[job.victim].identity,
+        sample=job.sample,
+        plan=plan,
+        turns=turns,
+        pruned=tuple(conversation.backtracked),
+        check=check,
+        provenance=provenance,
+        removed=tuple(conversation.removed),
     )
 
 
@@ -52,17 +52,17 @@ async def grow_refusal(job: RefusalJob, cast: JobCast, recipe: Recipe, provenanc
     draft = await refuse(job, cast, recipe.refusals)
     name = _digest(job.key, provenance.recipe, (draft.question, draft.answer))
     return RefusalSample(
-        name,
-        job.index,
-        job.key,
-        job.group,
-        job.seed,
-        draft.question,
-        draft.answer,
-        draft.answered_by,
-        draft.check,
-        provenance,
-        draft.origins,
+        id=name,
+        job=job.index,
+        key=job.key,
+        group=job.group,
+        seed=job.seed,
+        question=draft.question,
+        answer=draft.answer,
+        answered_by=draft.answered_by,
+        check=draft.check,
+        provenance=provenance,
+        origins=draft.origins,
     )
 
 

@@ -40,7 +40,15 @@ def jobs(recipe: Recipe, seeds: Sequence[Seed], first: int = 0) -> Iterator[Job]
                 strategy = recipe.strategies[pair % len(recipe.strategies)]
                 victim = pair // len(recipe.strategies)
                 sample = round_ // pairs
-                yield _job(recipe, index, column[place], strategy, victim, victims[victim], sample)
+                yield _job(
+                    recipe=recipe,
+                    index=index,
+                    seed=column[place],
+                    strategy=strategy,
+                    victim=victim,
+                    identity=victims[victim],
+                    sample=sample,
+                )
             index += 1
 
 
@@ -53,7 +61,17 @@ def _job(recipe: Recipe, index: int, seed: Seed, strategy: str, victim: int, ide
         images = min(_draw(recipe.images, digest[8:] + b"images"), turns)
         pictures = max(0, images - (seed.image is not None))
     random_seed = int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
-    return Job(index, key, seed, strategy, victim, sample, turns, pictures, random_seed)
+    return Job(
+        index=index,
+        key=key,
+        seed=seed,
+        strategy=strategy,
+        victim=victim,
+        sample=sample,
+        turns=turns,
+        pictures=pictures,
+        random_seed=random_seed,
+    )
 
 
 def _draw(settings: Turns | Images, noise: bytes) -> int:

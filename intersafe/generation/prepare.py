@@ -89,7 +89,16 @@ def prepare(recipe: Recipe, run: Path | None = None, purpose: Literal["estimate"
     )
     if before and run and not _is_made_from(run, manifest.seeds):  # the seeds changed, or the cache is damaged
         return prepare(recipe, purpose=purpose)
-    return Prepared(recipe, prompts, seeds, groups, files, values, manifest, known)
+    return Prepared(
+        recipe=recipe,
+        prompts=prompts,
+        seeds=seeds,
+        groups=groups,
+        files=files,
+        values=values,
+        manifest=manifest,
+        known=known,
+    )
 
 
 def _check_vision(recipe: Recipe) -> None:

@@ -25,10 +25,10 @@ from intersafe.generation.provenance import provenance_of
 from intersafe.generation.replay import NOT_PAID, Replay
 from intersafe.models.cast import JobCast
 from intersafe.recipe.sections import Recipe
-from intersafe.records import Ended, Reason, Seed
+from intersafe.records import Ended, Seed
 from intersafe.run.directory import Run, run_path
 from intersafe.run.journal import Entry
-from intersafe.run.kinds import AnyJob, Outcome
+from intersafe.run.kinds import AnyJob, Outcome, ended_by, rejected_by_gates
 from intersafe.run.lock import unwritten
 from intersafe.run.manifest import differences
 from intersafe.run.outcomes import outcome_row
@@ -153,7 +153,7 @@ def _decide_again(kind: JobKind, gates: KindGates, replay: Replay, inputs: JobIn
             if verdict == "grow":
                 job = next(job for job in jobs if job.index == outcome.job)
                 if reason := gates.skip(job):
-                    decided = _rejected(outcome, job.seed.category, reason)
+                    decided = rejected_by_gates(outcome.job, outcome.key, job.seed.category, reason)
                 else:
                     decided = _regrown(replay, kind, job, paid.entries(job.index)) or outcome
             if not isinstance(decided, Ended):
@@ -186,11 +186,7 @@ def _decide_followers(kind: JobKind, gates: KindGates, old: Run, accepted: list[
 
 def _checked(gates: KindGates, outcome: Outcome) -> Outcome | Ended:
     reason = gates.check(outcome)
-    return _rejected(outcome, outcome.seed.category, reason) if reason else outcome
-
-
-def _rejected(outcome: Outcome | Ended, category: str, reason: Reason) -> Ended:
-    return Ended(outcome.job, outcome.key, category, "rejected", "gates", reason.word, reason.detail)
+    return rejected_by_gates(outcome.job, outcome.key, outcome.seed.category, reason) if reason else outcome
 
 
 def _in_order(old: Run, kind: str) -> Iterator[Any]:
@@ -217,8 +213,7 @@ def _regrown(replay: Replay, kind: JobKind, job: AnyJob, entries: dict[str, Entr
             grown.append(await kind.grow(job, JobCast(replay.shared(entries), job, kind.name), recipe, provenance))
         except JobEnded as end:
             if end.reason != NOT_PAID:
-                category = job.seed.category
-                grown.append(Ended(job.index, job.key, category, end.kind, end.stage, end.reason, end.detail))
+                grown.append(ended_by(job, end))
 
     run_anywhere(again)
     return grown[0] if grown else None

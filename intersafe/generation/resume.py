@@ -25,7 +25,18 @@ def resume_kind(kind: JobKind, context: RunContext, dialogues: int) -> KindRun:
         jobs = min(jobs, max(FEWEST_TRIES, context.request.tries * wanted))
     queue = islice(kind.jobs(inputs, first), max(0, jobs - first))
     concurrency = kind.concurrency(recipe.limits.concurrency)
-    return KindRun(kind, inputs, wanted, gates, funnel, streak, first, jobs, queue, concurrency)
+    return KindRun(
+        kind=kind,
+        inputs=inputs,
+        wanted=wanted,
+        gates=gates,
+        funnel=funnel,
+        streak=streak,
+        first=first,
+        jobs=jobs,
+        queue=queue,
+        concurrency=concurrency,
+    )
 
 
 def recall(run: Run, kind: JobKind, gates: KindGates) -> tuple[Funnel, LosingStreak]:

@@ -15,7 +15,7 @@ from intersafe.generation.job_kind import KindRun
 from intersafe.generation.streak import is_full
 from intersafe.models.http.faults import hint_for
 from intersafe.records import Ended
-from intersafe.run.kinds import AnyJob, Outcome
+from intersafe.run.kinds import AnyJob, Outcome, ended_by, rejected_by_gates
 from intersafe.run.outcomes import outcome_row
 from intersafe.storage.jsonl import GroupWriter
 
@@ -134,11 +134,11 @@ class Scheduler:
         try:
             return await self.grower.grow(self.run.kind, job)
         except JobEnded as error:
-            ended = _ended(job, error.kind, error.stage, error.reason, error.detail)
+            ended = ended_by(job, error)
         except IntersafeError:
             raise
         except Exception as error:  # noqa: BLE001  a defect ends the job that met it, by name, and no other job
-            ended = _ended(job, "failed", "internal", type(error).__name__, str(error)[:300])
+            ended = ended_by(job, JobEnded("internal", type(error).__name__, str(error)[:300]))
         if ended.kind == "failed":
             _log.warning("job %s failed: %s %s (%s)", job.key, ended.stage, ended.reason, ended.detail)
         return ended
@@ -163,7 +163,7 @@ class Scheduler:
         if job is None:
             return None
         if reason := self.run.gates.skip(job):
-            outcome = _ended(job, "rejected", "gates", reason.word, reason.detail)
+            outcome = rejected_by_gates(job.index, job.key, job.seed.category, reason)
         elif outcome is None:
             return None
         elif not isinstance(outcome, Ended):
@@ -206,12 +206,6 @@ class Scheduler:
 
     def _through_gates(self, outcome: Outcome) -> Outcome | Ended:
         if reason := self.run.gates.check(outcome):
-            category = outcome.seed.category
-            return Ended(outcome.job, outcome.key, category, "rejected", "gates", reason.word, reason.detail)
+            return rejected_by_gates(outcome.job, outcome.key, outcome.seed.category, reason)
         self.run.gates.add(outcome)
         return outcome
-
-
-def _ended(job: AnyJob, kind: str, stage: str, reason: str, detail: str) -> Ended:
-    assert kind in ("rejected", "failed")
-    return Ended(job.index, job.key, job.seed.category, kind, stage, reason, detail)  # type: ignore[arg-type]

@@ -171,14 +171,14 @@ def _write_summary(
     funnels = {"dialogues": Funnel(), "refusals": Funnel(), "twins": Funnel()}
     funnels |= {run.kind.name: run.funnel for run in runs}
     summary = Summary(
-        context.request.n,
-        not missing,
-        funnels.pop("dialogues"),
-        funnels.pop("refusals"),
-        funnels.pop("twins"),
-        tuple(short),
-        context.journal.roles,
-        len(context.prepared.manifest.excluded),
+        n=context.request.n,
+        complete=not missing,
+        funnel=funnels.pop("dialogues"),
+        refusals=funnels.pop("refusals"),
+        twins=funnels.pop("twins"),
+        short=tuple(short),
+        roles=context.journal.roles,
+        excluded_seeds=len(context.prepared.manifest.excluded),
         scripted=any(model.spec.backend == "scripted" for model in cast.models.values()),
         prices=prices_of(context.recipe.cast),
         engines=engines,

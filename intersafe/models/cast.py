@@ -110,7 +110,15 @@ class JobCast:
         """One reply of that member of the cast; `CallFailed` if the call failed for good."""
         member, model = self._shared.members[role], self._shared.models[role]
         sampling = Sampling(member.temperature, member.top_p, member.max_tokens, self._next_seed())
-        call = Call(role, prompt, tuple(messages), sampling, schema, self._job.key, self._ordinal)
+        call = Call(
+            role=role,
+            prompt=prompt,
+            messages=tuple(messages),
+            sampling=sampling,
+            schema=schema,
+            job=self._job.key,
+            ordinal=self._ordinal,
+        )
         self._ordinal += 1
         key = call.key(model.identity, member.extra)
         entry = self._paid(key)
@@ -136,7 +144,15 @@ class JobCast:
         assert model is not None
         assert store is not None
         sampling = Sampling(0.0, 1.0, 0, self._next_seed())
-        call = Call("painter", "", (Message("user", description),), sampling, None, self._job.key, self._ordinal)
+        call = Call(
+            role="painter",
+            prompt="",
+            messages=(Message("user", description),),
+            sampling=sampling,
+            schema=None,
+            job=self._job.key,
+            ordinal=self._ordinal,
+        )
         self._ordinal += 1
         options = (settings.size, settings.steps, settings.guidance, settings.negative_prompt, settings.extra)
         key = call.key(model.identity, {"painter": options})

@@ -9,12 +9,12 @@ from msgspec import structs
 
 from intersafe.errors import InputError
 from intersafe.images.store import ImageStore
+from intersafe.models.base import ChatModel, Hooks, PaintModel
 from intersafe.recipe.engine import Engine
 from intersafe.recipe.sections import Cast, Limits, Member, Painter
 
 if TYPE_CHECKING:
     from intersafe.models.batch.lanes import Lanes
-from intersafe.models.base import ChatModel, Hooks, PaintModel
 
 
 def open_models(
@@ -36,12 +36,12 @@ def open_models(
     if lanes := _lanes(cast, limits, hooks, folder):
         for role, member in cast.members.items():
             if member.batch:
-                shared.setdefault(_same(member), lanes.open(role, member, images))
+                shared.setdefault(_share_key(member), lanes.open(role, member, images))
         lanes.begin()
     if any(member.in_process for member in members):  # last: they begin to load
         from intersafe.models.local.open import open_engines
 
-        shared |= open_engines(members, _same, images, hooks, engine_of)
+        shared |= open_engines(members, _share_key, images, hooks, engine_of)
     return {
         role: _open(_within_limits_of_all(member, members), limits, images, hooks, shared)
         for role, member in cast.members.items()
@@ -70,40 +70,34 @@ def clear_batches(folder: Path) -> None:
 
 def _within_limits_of_all(member: Member, members: list[Member]) -> Member:
     """The member with the lowest `concurrency`, `rpm` and `tpm` of those that share its model."""
-    same = [other for other in members if _same(other) == _same(member)]
+    sharing = [other for other in members if _share_key(other) == _share_key(member)]
     return structs.replace(
         member,
-        concurrency=min(other.concurrency for other in same),
-        rpm=min((other.rpm for other in same if other.rpm), default=None),
-        tpm=min((other.tpm for other in same if other.tpm), default=None),
+        concurrency=min(other.concurrency for other in sharing),
+        rpm=min((other.rpm for other in sharing if other.rpm), default=None),
+        tpm=min((other.tpm for other in sharing if other.tpm), default=None),
     )
 
 
-def _same(member: Member) -> str:
-    """Equal for members that can share one model."""
+def _share_key(member: Member) -> str:
+    """The same text for members that can share one model."""
     apart = (member.revision, member.key, member.json_schema, member.send_images, member.batch, member.extra)
     return f"{member.model} {apart}"
 
 
-def _open(
-    member: Member,
-    limits: Limits,
-    images: ImageStore,
-    hooks: Hooks,
-    shared: dict[str, ChatModel],
-) -> ChatModel:
+def _open(member: Member, limits: Limits, images: ImageStore, hooks: Hooks, shared: dict[str, ChatModel]) -> ChatModel:
     backend = member.spec.backend
-    same = _same(member)
-    if same not in shared:
+    key = _share_key(member)
+    if key not in shared:
         if backend == "scripted":
             from intersafe.models.scripted.chat import ScriptedModel
 
-            shared[same] = ScriptedModel(member.spec.model)
+            shared[key] = ScriptedModel(member.spec.model)
         else:
             from intersafe.models.http.chat import EndpointModel
 
-            shared[same] = EndpointModel(member, limits, images, hooks)
-    return shared[same]
+            shared[key] = EndpointModel(member, limits, images, hooks)
+    return shared[key]
 
 
 def open_painter(painter: Painter, limits: Limits, hooks: Hooks) -> PaintModel:

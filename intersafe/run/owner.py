@@ -148,7 +148,16 @@ def myself(root: Path, nonce: str, beat: float, flock: bool) -> Owner:
     """This process as the owner of a run."""
     pid, begun = os.getpid(), datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return Owner(
-        socket.gethostname(), _boot(), _pids(), pid, _started(pid) or "", _identity(root), flock, beat, begun, nonce
+        host=socket.gethostname(),
+        boot=_boot(),
+        pids=_pids(),
+        pid=pid,
+        started=_started(pid) or "",
+        folder=_identity(root),
+        flock=flock,
+        beat=beat,
+        begun=begun,
+        nonce=nonce,
     )
 
 

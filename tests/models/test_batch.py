@@ -382,7 +382,7 @@ def test_a_wrong_key_ends_the_run_when_patience_does_and_the_right_one_resumes(
         del gone
         gc.collect()
         complaints = [record for record in caplog.records if not record.name.startswith("intersafe")]
-        assert not complaints  # an error for each call, and nobody left to look at it
+        assert not complaints  # an error for each call that nobody reads
         monkeypatch.setenv("BATCH_KEY", KEY)
         generate_dialogues(recipe, run=tmp_path / "run", n=N)
     assert dialogues(tmp_path / "run") == dialogues(direct)
@@ -540,7 +540,7 @@ def test_a_finished_run_keeps_of_batches_only_what_is_under_way(tmp_path: Path) 
 def test_no_batch_is_sent_once_a_limit_is_reached(
     status: int, code: str | None, direct: Path, tmp_path: Path, pace: SetPace
 ) -> None:
-    """Every batch but the first is kept from the provider until the replies of the first are in the journal."""
+    """Every batch but the first is withheld from the provider until the replies of the first are in the journal."""
     pace(most_requests=3)
     journal = tmp_path / "run" / "journal" / "main.jsonl"
 
@@ -578,9 +578,9 @@ class Watching(Recording):
     def look(self) -> None:
         if self.progress and self.progress.waiting and not self.shown:
             self.shown = dict(self.progress.waiting)
-            self.mend()
+            self.repair()
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """The service is there again."""
 
 
@@ -612,7 +612,7 @@ def test_a_provider_that_takes_no_connection_is_shown_until_it_does(
     with ExitStack() as stack:
 
         class Starting(Watching):
-            def mend(self) -> None:
+            def repair(self) -> None:
                 stack.enter_context(batch_server(port=port))
 
         display = Starting()

@@ -1,5 +1,3 @@
-"""What a server cannot do is detected and handled: no schemas, a context that is too short, no vision support."""
-
 import asyncio
 import contextlib
 import json
@@ -28,6 +26,9 @@ from tests.support.runs import demo, digest, rows
 from tests.support.servers.fault_server import Answer, FaultServer, Request, error, reply
 from tests.support.servers.scripted_server import Body, asks_for, scripted_server
 
+"""What a server cannot do is detected and handled: no schemas, a context that is too short, no vision support."""
+
+
 SCHEMA = schema_of(MessageAnswer)
 JSON = '{"message": "Hello there.", "rationale": ""}'
 
@@ -50,7 +51,7 @@ async def opened(
 
 
 def refusing(words: str, status: int = 400) -> Any:
-    """A server that turns down every request with a schema, in these words."""
+    """A server that refuses every request with a schema, in these words."""
 
     def script(request: Request) -> Answer:
         return error(status, words) if "response_format" in request.body else reply(JSON)
@@ -113,7 +114,7 @@ def test_a_field_that_the_quirks_list_is_left_out_where_a_server_refuses_it(
 
 
 def test_a_fault_of_another_kind_does_not_cost_the_schema(tmp_path: Path) -> None:
-    """Only what a server turns down for good, and accepts without its schema, says that it knows no schemas."""
+    """Only what a server refuses for good, and accepts without its schema, says that it knows no schemas."""
     answers = {
         0: error(500, "schema cache is cold"),
         2: error(400, "the image is too large"),

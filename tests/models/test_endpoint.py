@@ -217,7 +217,7 @@ def test_a_bad_request_fails_at_once_with_the_servers_words(status: int) -> None
 
 
 TOO_LONG = raw(b" " * (17 * 2**20) + reply().body)
-PASSING = {
+TRANSIENT = {
     "500": error(500),
     "502": Answer(502, b"<html>Bad Gateway</html>"),
     "504": error(504),
@@ -239,8 +239,8 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
-def test_a_passing_fault_is_tried_again_and_told_to_nobody(fault: Answer) -> None:
+@pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT.keys())
+def test_a_transient_fault_is_tried_again_and_not_told_to_the_user(fault: Answer) -> None:
     said: list[str] = []
     with FaultServer(in_turn(fault, reply())) as server:
         assert ask_once(server, said=said).text == "ok"
@@ -250,7 +250,7 @@ def test_a_passing_fault_is_tried_again_and_told_to_nobody(fault: Answer) -> Non
 
 @pytest.mark.alone
 @pytest.mark.parametrize("fault", [STALL, raw(reply("a" * 4000).body, how="trickle")], ids=["stall", "trickle"])
-def test_an_answer_that_stalls_or_never_ends_is_a_passing_fault(fault: Answer) -> None:
+def test_an_answer_that_stalls_or_never_ends_is_a_transient_fault(fault: Answer) -> None:
     with FaultServer(in_turn(fault, reply())) as server:
         assert ask_once(server, limits=Limits(timeout=0.3)).text == "ok"
     assert len(server.requests) == 2
@@ -359,7 +359,7 @@ def test_a_named_pause_holds_for_those_too_who_have_a_place_and_wait_for_their_q
     assert len(server.served) == 9
     assert server.requests[5].at - server.requests[0].at > 0.9, "five at once, and none during the pause"
     later = [request.at for request in server.requests[5:]]
-    assert later[-1] - later[0] < 2, "what was held back did not use the quota up"
+    assert later[-1] - later[0] < 2, "calls that had to wait did not use the quota up"
 
 
 @pytest.mark.parametrize("nonsense", ["soon", "-5", "nan", "", "Sun, 99 Foo 2020", "0"])
@@ -410,7 +410,7 @@ def test_an_account_that_is_used_up_is_no_overload_but_a_bill_to_settle() -> Non
     assert len(server.asked) == 8, "one request each, and no more"
 
 
-def test_a_call_that_asks_for_more_than_a_minute_has_fails_at_once_and_stops_nobody() -> None:
+def test_a_call_that_asks_for_more_than_a_minute_has_fails_at_once_and_stops_no_other() -> None:
     large = error(429, "Request too large on tokens per min (TPM): Limit 30000, Requested 45000.", code="rate_limit")
 
     async def main() -> None:
@@ -582,7 +582,7 @@ def test_a_refused_connection_waits_says_so_once_and_continues_when_the_server_c
 
 
 @pytest.mark.parametrize("fault", [error(401), error(500), RESET])
-def test_a_service_that_answers_nobody_is_waited_for_and_no_call_is_lost(fault: Answer) -> None:
+def test_a_service_that_answers_no_call_is_waited_for_and_no_call_is_lost(fault: Answer) -> None:
     """From the first `say` on the server answers again."""
     said: list[str] = []
 
@@ -621,7 +621,7 @@ def test_a_server_that_leaves_between_the_probe_and_the_last_try_loses_no_call()
 
 
 def test_tries_made_in_an_outage_do_not_count() -> None:
-    """Out until it is said, and then every call fails once more before it is answered."""
+    """Out until it is said, and then every call fails again before it is answered."""
     seen: set[str] = set()
 
     def stumbles(request: Request) -> Answer:
@@ -723,7 +723,7 @@ def test_a_server_that_was_started_again_gets_its_calls_over_new_connections() -
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificate with openssl")
-def test_a_certificate_that_nobody_vouches_for_is_an_outage(tmp_path: Path) -> None:
+def test_an_unverified_certificate_is_an_outage(tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("key.pem", "cert.pem")]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     subprocess.run([*command, "-keyout", files[0], "-out", files[1]], check=True, capture_output=True, timeout=60)

@@ -195,15 +195,15 @@ def test_closing_does_not_wait_for_what_loads_and_nothing_more_is_loaded() -> No
     assert len(loads) == 1
 
 
-def test_an_engine_that_cannot_be_loaded_is_the_users_to_mend() -> None:
+def test_an_engine_that_cannot_be_loaded_is_an_input_error() -> None:
     def load() -> Paper:
-        raise InputError("no such model", remedy="mend its name")
+        raise InputError("no such model", remedy="correct its name")
 
     async def main() -> None:
         hooks = Hooks()
         thread = EngineThread("paper", load, 9, hooks)
         for _ in range(2):
-            with pytest.raises(InputError, match="mend its name"):
+            with pytest.raises(InputError, match="correct its name"):
                 await thread.answer(asked("hello"))
         assert not hooks.outages
         await thread.aclose()

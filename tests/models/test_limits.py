@@ -146,7 +146,7 @@ def test_a_burst_of_rejections_lowers_the_limit_once_and_pauses_once() -> None:
     assert longest < 0.1
 
 
-def test_the_limit_falls_below_what_is_in_flight_and_not_below_a_ceiling_that_nobody_reaches() -> None:
+def test_the_limit_falls_below_what_is_in_flight_and_not_below_a_ceiling_that_is_never_reached() -> None:
     async def main() -> int:
         limiter = Limiter(1000)
         starts = [await limiter.acquire() for _ in range(8)]
@@ -221,7 +221,7 @@ def test_successes_of_a_server_that_is_hardly_asked_raise_nothing() -> None:
     assert run(main()) == 30
 
 
-def test_places_go_to_those_who_wait_in_the_order_in_which_they_came() -> None:
+def test_slots_are_given_first_come_first_served() -> None:
     async def main() -> list[int]:
         limiter = Limiter(2)
         order: list[int] = []
@@ -231,7 +231,7 @@ def test_places_go_to_those_who_wait_in_the_order_in_which_they_came() -> None:
             order.append(number)
             await asyncio.sleep(1)
             limiter.release()
-            if number < 4:  # comes again in the very moment in which the place is free
+            if number < 4:  # comes again in the very moment in which the slot is free
                 await one(number + 10)
 
         await asyncio.gather(*(one(number) for number in range(6)))
@@ -240,7 +240,7 @@ def test_places_go_to_those_who_wait_in_the_order_in_which_they_came() -> None:
     assert run(main()) == [0, 1, 2, 3, 4, 5, 10, 11, 12, 13]
 
 
-def test_cancelled_callers_leak_no_place_wherever_the_cancellation_meets_them() -> None:
+def test_cancelled_callers_leak_no_slot_wherever_the_cancellation_meets_them() -> None:
     async def main() -> None:
         for tick in range(40):
             limiter = Limiter(2)
@@ -260,7 +260,7 @@ def test_cancelled_callers_leak_no_place_wherever_the_cancellation_meets_them() 
                 task.cancel()
             await asyncio.wait_for(asyncio.wait(tasks), 100)
             assert limiter.in_flight == 0
-            for task in tasks:  # an InvalidStateError in here would be a place given to a caller that had gone
+            for task in tasks:  # an InvalidStateError in here would be a slot given to a cancelled caller
                 assert task.cancelled() or task.exception() is None
 
     run(main())
@@ -277,7 +277,7 @@ def test_a_slot_that_was_handed_over_in_the_moment_of_the_cancellation_passes_to
         await limiter.acquire()
         first, second = asyncio.create_task(caller("first")), asyncio.create_task(caller("second"))
         await asyncio.sleep(0)
-        limiter.release()  # hands the place to `first`, which has not run yet
+        limiter.release()  # gives the slot to `first`, which has not run yet
         first.cancel()
         await asyncio.wait([first, second], timeout=10)
         return got

@@ -188,7 +188,7 @@ PASSING = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
-def test_a_passing_fault_is_tried_again_and_told_to_nobody(fault: Answer) -> None:
+def test_a_transient_fault_is_tried_again_and_not_told_to_the_user(fault: Answer) -> None:
     said: list[str] = []
     with painting(in_turn(fault, PICTURE)) as server:
         assert paint_once(server, said=said) == Painted(PNG)

@@ -84,7 +84,7 @@ def test_a_request_larger_than_the_quota_goes_alone_and_is_never_starved() -> No
     assert run(main()) == [5, 5, 1500, 5, 5]
 
 
-def test_a_caller_that_is_cancelled_in_the_queue_takes_nothing_and_stops_nobody() -> None:
+def test_a_caller_that_is_cancelled_in_the_queue_takes_nothing_and_stops_no_other() -> None:
     async def main() -> float:
         quota = Quota(60, None)
         await quota.acquire(0)

@@ -53,7 +53,7 @@ def texts(server: FaultServer) -> list[str]:
     "fault", [error(500), error(502), error(401), error(404), error(429, Retry_After="20"), RESET, STALL],
     ids=["500", "502", "401", "404", "429", "reset", "stall"],
 )  # fmt: skip
-def test_a_replica_that_answers_nobody_is_taken_out_and_the_others_answer_for_it(fault: Answer) -> None:
+def test_a_replica_that_answers_no_call_is_taken_out_and_the_others_answer_for_it(fault: Answer) -> None:
     async def main() -> None:
         async with opened(well, ill, other, limits=Limits(timeout=0.5, patience=1e6, retries=2), concurrency=12) as ask:
             await ask_all(ask, JOBS)
@@ -62,7 +62,7 @@ def test_a_replica_that_answers_nobody_is_taken_out_and_the_others_answer_for_it
                 "its dialogues continue on the other replicas until it is back"
             ]
             await ask_all(ask, JOBS)
-            assert len(ill.asked) == tried, "nobody is sent there any more"
+            assert len(ill.asked) == tried, "no call is sent there any more"
             assert len(ask.said) == 1
             assert [state.is_in for state in ask.model.states()] == [True, False, True]
 
@@ -283,8 +283,8 @@ def test_those_that_are_in_share_the_whole_concurrency() -> None:
         asyncio.run(main())
 
 
-def test_those_who_wait_for_a_place_at_a_lost_replica_do_not_wait_for_its_hanging_requests() -> None:
-    """Two places there, held by requests that hang: the third one would otherwise hang too, and a hundred after it."""
+def test_calls_that_wait_for_a_slot_of_a_lost_replica_do_not_wait_for_its_hanging_requests() -> None:
+    """Two slots there, taken by requests that hang: the third one would otherwise hang too, and a hundred after it."""
 
     async def main() -> None:
         async with opened(well, ill, concurrency=4, limits=Limits(timeout=1, retries=2)) as ask:
@@ -362,7 +362,7 @@ def test_a_replica_may_be_slow_and_quick_again_for_days() -> None:
     run(main())
 
 
-def test_images_that_a_replica_does_not_read_keep_nobody_from_the_other(tmp_path: Path) -> None:
+def test_images_that_a_replica_does_not_read_block_no_call_to_the_other(tmp_path: Path) -> None:
     store = ImageStore(tmp_path)
     ref = store.put(normalise(picture(900, 900, noise=True), at="test"))
 
@@ -396,7 +396,7 @@ class Deaf:
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
 
     def accept(self) -> None:
-        """Takes whoever has come."""
+        """Accepts a connection if there is one."""
         with contextlib.suppress(BlockingIOError):
             self.arrived.append(self._socket.accept()[0])
 

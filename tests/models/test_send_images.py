@@ -100,7 +100,7 @@ def test_bytes_travel_once_and_then_the_uuid_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("forgets", [error(400, "unknown uuid"), error(500), error(422), error(404)])
-def test_a_server_that_forgot_gets_the_bytes_again_and_nobody_is_told(forgets: Answer, tmp_path: Path) -> None:
+def test_a_server_that_forgot_gets_the_bytes_again_and_the_user_is_not_told(forgets: Answer, tmp_path: Path) -> None:
     """As after a restart: what every dialogue has sent is unknown at once."""
     store, script = ImageStore(tmp_path), Remembering(forgets)
     refs = stored(store, 8)

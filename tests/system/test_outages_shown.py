@@ -17,7 +17,7 @@ pytestmark = pytest.mark.alone
 
 
 class Watching(Display):
-    """Keeps every line that a log would show."""
+    """Records every line that a log would show."""
 
     interval = 0.02
 

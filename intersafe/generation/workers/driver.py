@@ -226,7 +226,15 @@ class RayWorkers:
         seal = hashlib.sha256((self._root / "recipe.json").read_bytes()).hexdigest()
         older, manifest = self._context.request.older, self._context.prepared.manifest
         reuse = str(older.resolve()) if older else ""
-        setup = Setup(str(self._root), self._recipe, manifest, seal, journal, versions_here(), reuse)
+        setup = Setup(
+            run=str(self._root),
+            recipe=self._recipe,
+            manifest=manifest,
+            seal=seal,
+            journal=journal,
+            versions=versions_here(),
+            reuse=reuse,
+        )
         # A restart by Ray would write to the same file again, so a lost worker stays lost.
         kind = self._ray.remote(Worker).options(
             num_cpus=1, max_restarts=0, max_concurrency=10 * self._room + 100, scheduling_strategy="SPREAD"

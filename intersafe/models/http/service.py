@@ -98,9 +98,8 @@ class Service:
             return await self._until_answered(job, request)
 
     async def _until_answered(self, job: str, request: Request[A]) -> A:
-        # The replica whose health probe was answered right after a fault of this call, so that the call is at fault;
-        # by whether the fault was transient. One kind says nothing about the other: after a lapse of the key a single
-        # 500 is still the first of its tries.
+        # The replica that answered a health probe right after a fault of this call, so that the call is at fault.
+        # Transient faults and others count apart: after a lapse of the key, a 500 is still the first of its tries.
         cleared: dict[bool, Replica] = {}
         moves = 0
         while True:

@@ -26,23 +26,23 @@ _SEES = re.compile(r"vis|image|img|mm_|auto_map", re.IGNORECASE)
 
 def open_engines(
     members: Sequence[Member],
-    same: Callable[[Member], str],
+    share_key: Callable[[Member], str],
     images: ImageStore,
     hooks: Hooks,
     engine_of: Callable[[str], Engine],
 ) -> dict[str, ChatModel]:
-    """A model for each in-process member, by what members have in common (`same`); one identity is one engine."""
+    """A model for each in-process member, by its `share_key`; members of one identity share an engine."""
     models: dict[str, ChatModel] = {}
     threads: dict[str, EngineThread] = {}
     for member in members:
-        if not member.in_process or same(member) in models:
+        if not member.in_process or share_key(member) in models:
             continue
         if member.identity not in threads:
             mine = [other for other in members if other.identity == member.identity]
             concurrency = min(other.concurrency for other in mine)
             load = _loader(member, engine_of(member.spec.model), [other.extra for other in mine])
             threads[member.identity] = EngineThread(member.identity, load, concurrency, hooks)
-        models[same(member)] = InProcessModel(member, images, threads[member.identity])
+        models[share_key(member)] = InProcessModel(member, images, threads[member.identity])
     return models
 
 

@@ -195,14 +195,14 @@ class TransformersLibrary:
         drawn, extra = call.sampling, call.extra
         matcher = self._matcher(call.schema.schema) if call.schema else None
         return Row(
-            prompt,
-            most,
-            drawn.temperature,
-            drawn.top_p,
-            int(extra.get("top_k", 0)),
-            float(extra.get("repetition_penalty", 1.0)),
-            self._torch.Generator("cpu").manual_seed(drawn.seed),
-            matcher,
+            prompt=prompt,
+            most=most,
+            temperature=drawn.temperature,
+            top_p=drawn.top_p,
+            top_k=int(extra.get("top_k", 0)),
+            repetition_penalty=float(extra.get("repetition_penalty", 1.0)),
+            generator=self._torch.Generator("cpu").manual_seed(drawn.seed),
+            matcher=matcher,
         )
 
     def _matcher(self, schema: dict[str, Any]) -> Any:
