@@ -14,7 +14,6 @@ from intersafe.errors import InputError
 from intersafe.generation.context import RunRequest, opened
 from intersafe.generation.prepare import prepare
 from intersafe.generation.progress import Display
-from intersafe.generation.session import grow_run
 from intersafe.generation.workers.ray_cluster import Cluster, check_recipe, joined
 from intersafe.recipe.sections import Recipe
 from intersafe.run.budget import check_prices
@@ -75,6 +74,8 @@ def generate_dialogues(
 
 
 async def _grow(request: RunRequest) -> None:
+    from intersafe.generation.session import grow_run  # it needs the HTTP client, which a complete run does not
+
     async with joined(request.cluster) as workers:
         with opened(request, workers) as context:
             await grow_run(context)
