@@ -17,15 +17,21 @@ import intersafe
 from intersafe import taxonomy
 from intersafe.errors import JobRejected
 from intersafe.gates.chain import Chain
-from intersafe.generation import jobs
+from intersafe.generation import dialogues, jobs
 from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.grow import grow_dialogue
+from intersafe.generation.job_kind import JobKind
+from intersafe.generation.kinds import KINDS
 from intersafe.generation.replay import calls_of
+from intersafe.generation.shortfall import all_tried
+from intersafe.generation.twins import TwinGates
 from intersafe.images.store import ImageStore
 from intersafe.models.cast import JobCast
 from intersafe.recipe import gates
 from intersafe.recipe.gates import Gates
-from intersafe.records import Check, Dialogue, Message, Reason, Turn
+from intersafe.records import Check, Dialogue, Job, Message, Reason, Turn
 from intersafe.run.directory import Run
+from intersafe.run.kinds import RECORDS, records_of
 from intersafe.stages import calls
 from intersafe.stages.judging import check_dialogue
 from intersafe.storage.bundled import bundled
@@ -154,3 +160,18 @@ def test_a_stage_is_a_function_on_the_conversation_and_a_line_in_the_order(first
     else:
         with pytest.raises(JobRejected, match="confirm: checks_differ"):
             with_cast("scripted:flawless", ImageStore(tmp_path), act, job=job)
+
+
+def test_a_job_kind_is_generated_beside_the_dialogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(path: str, **names: Any) -> Any:
+        return eval(f"{{{BLOCKS[path]}}}", names)["single"]
+
+    single = SimpleNamespace(**run_code("intersafe/generation/single.py"))
+    names = {"records_of": records_of, "Job": Job, "Dialogue": Dialogue}
+    monkeypatch.setitem(RECORDS, "single", entry("intersafe/run/kinds.py", **names))
+    names = {"JobKind": JobKind, "RECORDS": RECORDS, "single": single, "dialogues": dialogues}
+    names |= {"grow_dialogue": grow_dialogue, "TwinGates": TwinGates, "all_tried": all_tried}
+    monkeypatch.setitem(KINDS, "single", entry("intersafe/generation/kinds.py", **names))
+    run = generate_dialogues(demo(), run=tmp_path / "run", n=8)
+    assert [len(one.turns) for one in run.accepted("single")] == [1, 1]
+    assert run.funnel("single").accepted == 2
