@@ -1,6 +1,7 @@
 """The layers of the package: a package imports only from layers above it, no import runs in a circle."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,20 @@ def test_no_module_is_crowded() -> None:
 
 def test_the_root_of_the_package_stays_small() -> None:
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 12
+
+
+def test_the_architecture_page_names_every_module_and_no_other() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    there = {name.replace(".", "/") for name in modules() if not (PACKAGE / name.replace(".", "/")).is_dir()}
+    named = set(re.findall(r"^\| `([a-z_/0-9]+)` \|", page[page.index("## The modules") :], re.MULTILINE))
+    assert named - {"gates/__init__"} == there  # the contract of a gate is the text of its package
+
+
+def test_the_architecture_page_shows_the_same_layers() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ((?:`[a-z_]+/?` ?)*)\|", page, re.MULTILINE)
+    shown = {int(number): set(re.findall(r"`([a-z_]+)/?`", packages)) for number, packages in rows}
+    assert shown == {number: set(packages) - PLANNED for number, packages in enumerate(LAYERS)}
 
 
 def test_importing_the_package_needs_no_model_library() -> None:
