@@ -97,6 +97,7 @@ def opened(request: RunRequest, workers: int) -> Iterator[RunContext]:
     Raises `InputError` if another process writes the run, or if the directory holds another run. Signals stop the block
     as `KeyboardInterrupt`; an `OSError` in it becomes a `StorageError`.
     """
+    began = time.monotonic()
     path, recipe = request.path, request.prepared.recipe
     notify = functools.partial(_tell, request.display)
     lease = lock(path)
@@ -116,7 +117,7 @@ def opened(request: RunRequest, workers: int) -> Iterator[RunContext]:
                 writer = GroupWriter(path, lease.check)
                 journal = Journal(writer, prices=prices_of(recipe.cast))
                 journal.load(path / "journal", undecided)
-                budget = Budget(recipe.limits, journal.roles, began=time.monotonic())
+                budget = Budget(recipe.limits, journal.roles, began=began)
                 hooks = Hooks(notify, may_send=budget.check if budget.is_bound else None)
                 images, before = ImageStore(path / "images"), read_incidents(path)
                 yield RunContext(

@@ -19,8 +19,10 @@ from msgspec import structs
 from intersafe.cli.live import LivePanel, PlainLines, rate_of
 from intersafe.cli.values import DURATION, TOKENS, USD
 from intersafe.errors import BudgetReached
+from intersafe.generation.context import RunRequest, opened
 from intersafe.generation.generate import generate_dialogues
-from intersafe.generation.progress import Progress
+from intersafe.generation.prepare import prepare
+from intersafe.generation.progress import Display, Progress
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Price, Recipe
@@ -212,6 +214,16 @@ def test_the_command_ends_with_code_5_and_says_how_to_continue(tmp_path: Path) -
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_the_time_limit_counts_from_before_the_run_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> int:
+        time.sleep(0.05)
+        return 0
+
+    monkeypatch.setattr("intersafe.generation.context.align_outcomes", slow)
+    with opened(RunRequest(prepare(demo()), tmp_path / "run", 1, Display()), 0) as context:
+        assert context.budget.seconds >= 0.05
 
 
 def test_what_several_roles_used_is_added_up() -> None:
