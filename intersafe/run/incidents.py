@@ -50,6 +50,18 @@ def added_up(*parts: Mapping[str, Incidents]) -> dict[str, Incidents]:
     return {role: incidents for role, incidents in sorted(total.items()) if incidents != Incidents()}
 
 
+def over_workers(*parts: Mapping[str, Incidents]) -> dict[str, Incidents]:
+    """The counts of workers that share the servers: the sum of retries and throttling, the maximum of the others.
+
+    All workers see the same outage of a server, so a sum would count it once per worker.
+    """
+    total = added_up(*parts)
+    for role, incidents in total.items():
+        for name in ("outages", "replicas_out"):
+            setattr(incidents, name, max(getattr(part[role], name) for part in parts if role in part))
+    return total
+
+
 def read_incidents(root: Path) -> dict[str, Incidents]:
     """Those of the commands that have ended; none if the file is absent or damaged."""
     try:

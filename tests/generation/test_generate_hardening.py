@@ -26,7 +26,7 @@ from intersafe.generation.scheduler import FAILURES
 from intersafe.recipe.gates import Gates
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
-from intersafe.run.incidents import FILE, Incidents, added_up, read_incidents, write_incidents
+from intersafe.run.incidents import FILE, Incidents, added_up, over_workers, read_incidents, write_incidents
 from intersafe.run.outcomes import align_outcomes
 from intersafe.run.state import DirectoryState, state_of
 from intersafe.storage.jsonl import GroupWriter
@@ -349,6 +349,12 @@ def test_incidents_add_up_over_the_commands_of_a_run(tmp_path: Path) -> None:
     assert added_up(more.incidents(), {"judge": Incidents(retries=1, throttled=2)})["judge"] == Incidents(4, 2)
     assert "judge        3 retries" in cli("show", str(run.path), "--funnel", cwd=tmp_path).stdout
     assert "attacker: 1 outage" in cli("stats", str(run.path), cwd=tmp_path).stdout
+
+
+def test_workers_that_meet_the_same_outage_count_it_once() -> None:
+    one, two = Incidents(retries=1, throttled=2, outages=1, replicas_out=2), Incidents(retries=3, outages=1)
+    counts = over_workers({"judge": one}, {"judge": two}, {"victim:0": two})
+    assert counts == {"judge": Incidents(4, 2, 1, 2), "victim:0": two}
 
 
 def test_a_summary_counts_what_a_server_did_to_each_role(tmp_path: Path) -> None:

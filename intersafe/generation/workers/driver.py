@@ -30,7 +30,7 @@ from intersafe.generation.kinds import KINDS
 from intersafe.generation.workers.ray_cluster import first_line, library
 from intersafe.generation.workers.worker import ENDS, Grown, Report, Setup, Worker, share_of, versions_here
 from intersafe.models.base import ChatModel
-from intersafe.run.incidents import added_up
+from intersafe.run.incidents import over_workers
 from intersafe.run.journal import Entry, RoleTally, entries_of, tally
 from intersafe.run.kinds import AnyJob, Outcome
 
@@ -351,7 +351,7 @@ class RayWorkers:
                 for name in RoleTally.__struct_fields__:
                     setattr(whole, name, getattr(whole, name) + getattr(spent, name))
         self._context.journal.roles.update(roles)
-        self._context.hooks.incidents.update(added_up(*(handle.report.incidents for handle in handles)))
+        self._context.hooks.incidents.update(over_workers(*(handle.report.incidents for handle in handles)))
         self.in_flight.clear()
         self.waiting.clear()
         for handle in self._handles:
