@@ -13,8 +13,8 @@ from msgspec import structs
 from intersafe.errors import CallFailed
 from intersafe.models.base import Call, Reply, Sampling
 from intersafe.models.http.completions import Part, chat_body, read_reply
-from intersafe.models.http.faults import Overloaded, TooSlow, Transient, error_of, raise_for
-from intersafe.models.http.transport import Account, Address, fault_of, read_body
+from intersafe.models.http.faults import Overloaded, TooSlow, Transient, raise_for
+from intersafe.models.http.transport import Account, Address, fault_of, read_body, refusal_in
 from intersafe.recipe.sections import Member, Model
 from intersafe.records import Message
 from intersafe.replies import Answer, schema_of
@@ -25,6 +25,8 @@ MAX_ANSWER_BYTES = 48 * 2**20
 RETRY_PAUSE = 0.5
 """Seconds before the one retry."""
 SEED = 20_260_101
+MOST = 200
+"""Characters of a message."""
 
 
 class ProbeClient:
@@ -70,18 +72,14 @@ class ProbeClient:
         return data if status == 200 else self._refused(status, heads, data)
 
     def _refused(self, status: int, heads: Mapping[str, str], data: bytes) -> bytes:
-        message, code = error_of(data)
-        if 300 <= status < 400:
-            message = f"redirects to {heads.get('Location', 'nowhere')}"
-        if status in (401, 403):
-            message = ""  # some servers repeat part of the key
-        what = self.clean(f"HTTP {status} {message}".strip())
+        what, code = refusal_in(status, heads, data, self._account)
+        what = what[:MOST]
         raise_for(status, heads, data, what, code)
         raise CallFailed("endpoint", "blocked", what)
 
     def clean(self, text: str) -> str:
-        """The text as one printable line of at most 200 characters, without the key."""
-        return self._account.clean(text, 200)
+        """The text as one printable line of at most `MOST` characters, without the key."""
+        return self._account.clean(text, MOST)
 
 
 class ChatProbeClient(ProbeClient):

@@ -23,6 +23,7 @@ import pytest
 from intersafe.errors import CallFailed, InputError, IntersafeError, ServiceGone
 from intersafe.images.store import ImageStore, normalise
 from intersafe.models.base import Hooks, Reply
+from intersafe.models.http.transport import Account, refusal_in
 from intersafe.models.open import open_models
 from intersafe.recipe.sections import Cast, Limits, Member
 from intersafe.replies import MessageAnswer, Schema, schema_of
@@ -806,8 +807,16 @@ def test_an_outage_is_logged_when_it_begins_and_when_it_ends_and_counted_once(lo
     assert not outages
     began, ended = logged()
     assert began[0] == ended[0] == "WARNING"
-    assert began[1].startswith("attacker: openai:some/model is away (HTTP 401 no such key; name the variable")
+    assert began[1].startswith("attacker: openai:some/model is away (HTTP 401; name the variable")
     assert re.fullmatch(r"openai:some/model is back after \d+ s", ended[1])
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_is_not_repeated_even_in_part(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_KEY", "sk-wrong-one")
+    account = Account(Member("openai:m@http://h/v1", key="TOY_KEY"))
+    body = b'{"error": {"message": "Incorrect API key: sk-wr*****", "code": "invalid_api_key"}}'
+    assert refusal_in(status, {}, body, account) == (f"HTTP {status}", "invalid_api_key")
 
 
 def test_an_answer_at_once_logs_and_counts_nothing(logged: Logged) -> None:

@@ -86,6 +86,12 @@ def error_of(data: bytes) -> tuple[str, str]:
     return str(error.get("message", error)), str(error.get("code") or error.get("type") or "")
 
 
+def message_in(status: int, data: bytes) -> tuple[str, str]:
+    """As `error_of`, without the message of a 401 or 403: some servers repeat part of the key in it."""
+    message, code = error_of(data)
+    return "" if status in (401, 403) else message, code
+
+
 def is_refusal(status: int) -> bool:
     """True if the status refuses this one request for good; False where another moment or key may help."""
     others = (*quirks.AWAY, *quirks.TRANSIENT, *quirks.OVERLOADED)

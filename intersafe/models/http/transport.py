@@ -15,7 +15,7 @@ from aiohttp.helpers import get_env_proxy_for_url
 from yarl import URL
 
 from intersafe.errors import InputError
-from intersafe.models.http.faults import Away, Fault, TooSlow, Transient, error_of, raise_for
+from intersafe.models.http.faults import Away, Fault, TooSlow, Transient, message_in, raise_for
 from intersafe.models.http.request import A, Request
 from intersafe.recipe.sections import Model
 from intersafe.wording import printable
@@ -119,7 +119,7 @@ class Transport:
 
 def refusal_in(status: int, headers: Mapping[str, str], answer: bytes, account: Account) -> tuple[str, str]:
     """An answer with a status other than 200 in one line for the user, without the key, and the server's own code."""
-    message, code = error_of(answer)
+    message, code = message_in(status, answer)
     if 300 <= status < 400:
         message = f"redirects to {headers.get('Location', 'nowhere')}"
     return account.clean(f"HTTP {status} {message}".strip()), code
