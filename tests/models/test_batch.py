@@ -21,14 +21,16 @@ import pytest
 from aiohttp import web
 from msgspec import structs
 
-from intersafe.errors import BudgetReached, ServiceGone
+from intersafe.errors import BudgetReached, CallFailed, ServiceGone
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.progress import Progress
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Call, Hooks, Sampling
 from intersafe.models.batch import lanes
 from intersafe.models.batch.api import Pace
+from intersafe.models.batch.files import reply_in
 from intersafe.models.batch.lanes import Lanes
+from intersafe.models.http.faults import Transient
 from intersafe.models.http.quirks import QUEUE_FULL
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
@@ -36,6 +38,7 @@ from intersafe.recipe.sections import Limits, Member, Recipe, Turns
 from intersafe.records import Message
 from intersafe.run.incidents import Incidents
 from intersafe.storage.bundled import bundled
+from intersafe.wording import printable
 from tests.support.displays import Recording
 from tests.support.runs import demo, digest, journal_keys, refusal, rows
 from tests.support.servers.batch_server import KEY, Line, Provider, batch_server, fingerprint, problem
@@ -596,7 +599,8 @@ def test_a_provider_that_is_away_is_shown_for_as_long_as_it_is(
 
     with batch_server(away) as provider:
         generate_dialogues(through(provider.url), run=tmp_path / "run", n=N, display=display)
-    assert [f"HTTP {status} not now" in why for why in display.shown.values()] == [True]
+    said = "HTTP 401;" if status == 401 else f"HTTP {status} not now"
+    assert [said in why for why in display.shown.values()] == [True]
     assert display.progress
     assert not display.progress.waiting
     assert display.heard("is back after")
@@ -674,7 +678,7 @@ def ok(_: Body, before: int) -> Line | str:
     [
         (502, Incidents(retries=1), ("INFO", "attacker: openai:scripted at {url}: try 1 failed (HTTP 502 a fault); ")),
         (429, Incidents(throttled=1), ("INFO", "attacker: openai:scripted at {url} throttles (HTTP 429 a fault)")),
-        (401, Incidents(outages=1), ("WARNING", "attacker: openai:scripted is away (HTTP 401 a fault; is the key in ")),
+        (401, Incidents(outages=1), ("WARNING", "attacker: openai:scripted is away (HTTP 401; is the key in ")),
     ],
 )
 def test_a_fault_of_the_batch_endpoint_is_logged_and_counted(
@@ -688,6 +692,18 @@ def test_a_fault_of_the_batch_endpoint_is_logged_and_counted(
     assert first[1].startswith(line[1].format(url=provider.url))
     assert [level for level, _ in others] == (["WARNING"] if status == 401 else []), "back again"
     assert KEY not in caplog.text
+
+
+@pytest.mark.parametrize("status", [None, 404, 500])
+def test_no_text_of_a_result_holds_the_key_or_breaks(status: int | None) -> None:
+    said = {"message": f"no use of {KEY}\n\x1b[2J"}
+    line = {"error": said} if status is None else {"response": {"status_code": status, "body": {"error": said}}}
+    with pytest.raises((CallFailed, Transient)) as raised:
+        reply_in(json.dumps(line).encode(), lambda text: printable(text, secret=KEY))
+    text = str(raised.value.detail if isinstance(raised.value, CallFailed) else raised.value)
+    assert KEY not in text
+    assert "no use of ***" in text
+    assert text.isprintable()
 
 
 def test_calls_that_go_into_a_later_batch_count_for_their_own_roles(

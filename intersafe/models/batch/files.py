@@ -14,7 +14,7 @@ folder deletes results that the journal has; all are deleted once the run's jobs
 import contextlib
 import os
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +23,7 @@ import msgspec
 from intersafe.errors import InputError
 from intersafe.models.base import Reply
 from intersafe.models.http.completions import read_reply
-from intersafe.models.http.faults import UNREADABLE, Transient, error_of, is_refusal, refusal_of
+from intersafe.models.http.faults import UNREADABLE, Transient, is_refusal, message_in, refusal_of
 from intersafe.models.http.quirks import FILTER_CODES
 from intersafe.run.journal import entries_of
 from intersafe.storage.files import write_whole
@@ -242,8 +242,11 @@ def _heads(path: Path) -> Iterator[tuple[bytes, int, int]]:
             yield bytes.fromhex(head.custom_id), (head.response.status_code or 0) if head.response else 0, offset
 
 
-def reply_in(line: bytes) -> Reply:
-    """The reply in a line of results; `CallFailed` if the request is at fault, `Transient` if it may be asked again."""
+def reply_in(line: bytes, clean: Callable[[str], str]) -> Reply:
+    """The reply in a line of results; `CallFailed` if the request is at fault, `Transient` if it may be asked again.
+
+    `clean` makes one printable line of the provider's text, without the key.
+    """
     try:
         result = msgspec.json.decode(line, type=_Line)
     except UNREADABLE as error:
@@ -252,8 +255,8 @@ def reply_in(line: bytes) -> Reply:
     body = bytes(result.response.body) if result.response else b""
     if status == 200:
         return read_reply(body)
-    message, code = error_of(body if status else bytes(result.error) or b"{}")
-    what = " ".join(f"HTTP {status} {message}".split() if status else f"{code} {message}".split())[:300]
+    message, code = message_in(status, body if status else bytes(result.error) or b"{}")
+    what = clean(" ".join((f"HTTP {status} {message}" if status else f"{code} {message}").split()))
     if status == 400 and code in FILTER_CODES:
         return Reply("", "blocked")
     if not is_refusal(status):

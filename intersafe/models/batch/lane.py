@@ -126,7 +126,7 @@ class Lane:
         if found is None:
             return None
         try:
-            reply = reply_in(found.line)
+            reply = reply_in(found.line, self._api.clean)
         except Transient:
             return None
         except CallFailed:
@@ -272,7 +272,7 @@ class Lane:
             try:
                 if found is None:
                     raise Transient(words)
-                waiting.answered.set_result(reply_in(found.line))
+                waiting.answered.set_result(reply_in(found.line, self._api.clean))
             except Transient as fault:
                 unusable += 1
                 is_counted = remote.status != "expired"
