@@ -2,7 +2,8 @@
 
 Retries and throttling are logged as INFO. Replicas and outages are logged as WARNING; the user is told of them by
 `Hooks.notify`, so their records are marked as shown. The loggers are `intersafe.models.http` and
-`intersafe.models.batch`. A model that several roles share counts an incident for the role whose call met it first.
+`intersafe.models.batch`. A model that several roles share counts an incident for the role whose call met it first;
+faults of its batch API count for the role that opened the lane.
 """
 
 import logging
