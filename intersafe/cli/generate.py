@@ -69,11 +69,11 @@ def _log_options(command: _Command) -> _Command:
 
 
 def _log(recipe: "Recipe", log_file: Path | None, verbose: bool, display: "Display") -> None:
-    """Starts the log of a command."""
-    from intersafe.cli.logs import configure_logging
+    """Starts the log of the command, which ends with it."""
+    from intersafe.cli.logs import command_log
 
     keys = [model.key for model in recipe.cast.models.values() if model.key]
-    configure_logging(log_file, verbose, display.say, keys)
+    click.get_current_context().with_resource(command_log(log_file, verbose, display.say, keys))
 
 
 def _changed(recipe: "Recipe", changes: dict[str, Any]) -> "Recipe":

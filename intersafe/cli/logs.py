@@ -1,8 +1,9 @@
 """The log of a command: warnings on the terminal, everything in a file. No line holds a key."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from intersafe.errors import InputError
@@ -12,28 +13,38 @@ _LOGGER = logging.getLogger("intersafe")
 _TIME = "%Y-%m-%dT%H:%M:%S%z"
 
 
-def configure_logging(path: Path | None, verbose: bool, show: Callable[[str], None], keys: Iterable[str] = ()) -> None:
-    """Shows warnings, or with `verbose` everything, and appends everything to the file at `path`.
+@contextlib.contextmanager
+def command_log(
+    path: Path | None, verbose: bool, show: Callable[[str], None], keys: Iterable[str] = ()
+) -> Iterator[None]:
+    """Shows warnings, or with `verbose` everything, and appends everything to the file at `path`, within the block.
 
     `keys` are the names of environment variables whose values are never written. `InputError` for a file that cannot
     be opened.
     """
-    for handler in [handler for handler in _LOGGER.handlers if isinstance(handler, _Terminal | _File)]:
-        _LOGGER.removeHandler(handler)
-        handler.close()
     secrets = [value for key in keys if (value := os.environ.get(key, "").strip())]
     terminal = _Terminal(show)
     terminal.setLevel(logging.INFO if verbose else logging.WARNING)
     terminal.setFormatter(_OneLine("%(levelname)s %(message)s", None, secrets))
-    _LOGGER.addHandler(terminal)
+    handlers: list[logging.Handler] = [terminal]
     if path:
         try:
             file = _File(path, encoding="utf-8", errors="replace")
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}", at="--log-file", remedy="name a file to append to") from None
         file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s", _TIME, secrets))
-        _LOGGER.addHandler(file)
+        handlers.append(file)
+    level = _LOGGER.level
+    for handler in handlers:
+        _LOGGER.addHandler(handler)
     _LOGGER.setLevel(logging.INFO if path or verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        _LOGGER.setLevel(level)
+        for handler in handlers:
+            _LOGGER.removeHandler(handler)
+            handler.close()
 
 
 class _OneLine(logging.Formatter):

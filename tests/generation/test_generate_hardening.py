@@ -16,9 +16,11 @@ from pathlib import Path
 import msgspec
 import pytest
 from aiohttp import web
+from click.testing import CliRunner
 from PIL import Image
 
-from intersafe.cli.logs import configure_logging
+from intersafe.cli.logs import command_log
+from intersafe.cli.main import main
 from intersafe.errors import InputError, SeedsExhausted, ServiceGone, StorageError
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.prepare import open_directory, prepare
@@ -403,14 +405,23 @@ def test_no_line_of_a_log_holds_a_key_or_breaks(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("SOME_KEY", "sk-secret")
     shown: list[str] = []
     logger = logging.getLogger("intersafe.test")
-    try:
-        configure_logging(tmp_path / "log.txt", True, shown.append, ["SOME_KEY", "NO_SUCH_KEY"])
+    with command_log(tmp_path / "log.txt", True, shown.append, ["SOME_KEY", "NO_SUCH_KEY"]):
         logger.warning("HTTP 401 of Bearer sk-secret\n%s", "\x1b[2J")
         logger.info("seen on the display", extra={"shown": True})
-    finally:
-        configure_logging(None, False, shown.append)
     assert shown == ["WARNING HTTP 401 of Bearer ***  [2J"]
     log = (tmp_path / "log.txt").read_text()
     assert log.count("\n") == 2
     assert "secret" not in log
-    assert "--log-file" in refusal(lambda: configure_logging(tmp_path / "no" / "log.txt", False, shown.append))
+
+
+def test_the_log_of_a_command_ends_with_it(tmp_path: Path) -> None:
+    logger = logging.getLogger("intersafe")
+    before, shown = (list(logger.handlers), logger.level), list[str]()
+    assert "--log-file" in refusal(lambda: command_log(tmp_path / "no" / "log.txt", False, shown.append).__enter__())
+    assert (list(logger.handlers), logger.level) == before
+    for name in ("one", "two"):
+        flags = ["--n", "1", "--no-refusals", "--run", str(tmp_path / name), "--log-file", str(tmp_path / f"{name}.txt")]
+        assert CliRunner().invoke(main, ["generate", *flags]).exit_code == 0
+        assert (list(logger.handlers), logger.level) == before
+    assert "two" not in (tmp_path / "one.txt").read_text()
+    assert "two" in (tmp_path / "two.txt").read_text()
