@@ -118,7 +118,7 @@ def opened(request: RunRequest, workers: int) -> Iterator[RunContext]:
                 journal = Journal(writer, prices=prices_of(recipe.cast))
                 journal.load(path / "journal", undecided)
                 budget = Budget(recipe.limits, journal.roles, began=began)
-                hooks = Hooks(notify, may_send=budget.check if budget.is_bound else None)
+                hooks = Hooks(notify, request.display.say, may_send=budget.check if budget.is_bound else None)
                 images, before = ImageStore(path / "images"), read_incidents(path)
                 yield RunContext(
                     request=request,

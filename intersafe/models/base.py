@@ -64,6 +64,8 @@ class Hooks:
 
     notify: Callable[[str], None] = lambda _: None
     """Tells the user one line, for example that a service is away or back."""
+    show: Callable[[str], None] | None = None
+    """Like `notify`, for a line whose event the log has already; None: `notify`."""
     outages: dict[str, str] = field(default_factory=dict)
     """The services that are away right now, by name, each with its reason; the same object for the whole run."""
     may_send: Callable[[], None] | None = None
@@ -74,6 +76,10 @@ class Hooks:
     def incidents_of(self, role: str) -> Incidents:
         """The counts of a role, which begin at 0."""
         return self.incidents.setdefault(role, Incidents())
+
+    def tell(self, text: str, *, logged: bool) -> None:
+        """Tells the user one line; `logged`: the log has its event already."""
+        (self.show if logged and self.show else self.notify)(text)
 
 
 class ChatModel(Protocol):

@@ -32,6 +32,7 @@ from intersafe.run.incidents import FILE, Incidents, added_up, over_workers, rea
 from intersafe.run.outcomes import align_outcomes
 from intersafe.run.state import DirectoryState, state_of
 from intersafe.storage.jsonl import GroupWriter
+from tests.support.displays import Recording
 from tests.support.paths import REPOSITORY
 from tests.support.runs import cli, demo, digest, hears_ctrl_c, journal_keys, refusal, rows
 from tests.support.servers.scripted_server import Body, asks_for, scripted_server, text_of
@@ -401,6 +402,22 @@ def test_the_log_file_has_the_course_of_a_run_and_the_terminal_its_warnings(tmp_
     assert sum(line.endswith("end run: complete") for line in log) == 2
 
 
+def test_an_outage_is_one_line_of_the_log_and_one_on_the_terminal(tmp_path: Path) -> None:
+    faults = [404] * 2
+
+    def hook(body: Body) -> web.Response | None:
+        return web.json_response({"error": "away"}, status=faults.pop()) if faults else None
+
+    shown = Recording()
+    with scripted_server(hook, profile="flawless") as server, command_log(tmp_path / "log.txt", False, shown.say):
+        recipe = over_http(server.url, tmp_path, concurrency=1)
+        generate_dialogues(recipe, run=tmp_path / "run", n=1, display=shown)
+    log = (tmp_path / "log.txt").read_text().splitlines()
+    for words in ("HTTP 404", "is back after"):
+        assert len([line for line in shown.lines if words in line]) == 1
+        assert [line.split()[1] for line in log if words in line] == ["WARNING"]
+
+
 def test_no_line_of_a_log_holds_a_key_or_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "sk-secret")
     shown: list[str] = []
@@ -420,7 +437,15 @@ def test_the_log_of_a_command_ends_with_it(tmp_path: Path) -> None:
     assert "--log-file" in refusal(lambda: command_log(tmp_path / "no" / "log.txt", False, shown.append).__enter__())
     assert (list(logger.handlers), logger.level) == before
     for name in ("one", "two"):
-        flags = ["--n", "1", "--no-refusals", "--run", str(tmp_path / name), "--log-file", str(tmp_path / f"{name}.txt")]
+        flags = [
+            "--n",
+            "1",
+            "--no-refusals",
+            "--run",
+            str(tmp_path / name),
+            "--log-file",
+            str(tmp_path / f"{name}.txt"),
+        ]
         assert CliRunner().invoke(main, ["generate", *flags]).exit_code == 0
         assert (list(logger.handlers), logger.level) == before
     assert "two" not in (tmp_path / "one.txt").read_text()

@@ -325,6 +325,20 @@ def group_of(*urls: str) -> Replicas:
     return Replicas(urls, "", 8, 600.0, probe, incidents=IncidentLog("m", Hooks()), remedy=str)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_record_is_marked_as_shown_only_if_the_user_is_told(told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        group = group_of("http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1")
+        one, _ = group.all
+        one.told = told
+        group.lost(one, Away("no connection"), "judge")
+        await group.aclose()
+
+    run(main())
+    (record,) = [record for record in caplog.records if "is taken out" in record.getMessage()]
+    assert getattr(record, "shown", False) is not told
+
+
 def test_the_replica_of_a_job_is_remembered_within_bounds() -> None:
     """Jobs that began while one replica was out stay where they are; those that are forgotten go by hash again."""
     jobs = [f"job {i}" for i in range(3 * REMEMBERED_JOBS)]

@@ -322,8 +322,8 @@ class BatchApi:
             self.incidents.retried(self._role, self.url, failing.tries, fault)
         if not self._is_told and (fault.status in AWAY or away + pause >= self._pace.tell_after):
             self._is_told = failing.is_told = True
-            self.incidents.outage_began(self._role, why)
-            self._hooks.notify(f"{where}: {why}; waiting up to {patience:.0f} s")
+            self.incidents.outage_began(self._role, why, shown=True)
+            self._hooks.tell(f"{where}: {why}; waiting up to {patience:.0f} s", logged=True)
         if failing.is_told:
             self._hooks.outages[self._name] = why
         await asyncio.sleep(pause)
@@ -335,8 +335,8 @@ class BatchApi:
             seconds = asyncio.get_running_loop().time() - failing.since
             self._is_told = False
             self._hooks.outages.pop(self._name, None)
-            self.incidents.outage_ended(seconds)
-            self._hooks.notify(f"{self.identity} at {self.url} is back after {seconds:.0f} s")
+            self.incidents.outage_ended(seconds, shown=True)
+            self._hooks.tell(f"{self.identity} at {self.url} is back after {seconds:.0f} s", logged=True)
 
     def _remedy(self, fault: Fault) -> str:
         if fault.status in (401, 403):

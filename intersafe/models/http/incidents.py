@@ -1,7 +1,7 @@
 """What goes wrong with the calls of one model: a log line for each incident, and a count for the role that met it.
 
-Retries and throttling are logged as INFO. Replicas and outages are logged as WARNING; the user is told of them by
-`Hooks.notify`, so their records are marked as shown. The loggers are `intersafe.models.http` and
+Retries and throttling are logged as INFO. Replicas and outages are logged as WARNING. Those that the caller also tells
+the user, by `Hooks.tell`, are marked as shown. The loggers are `intersafe.models.http` and
 `intersafe.models.batch`. A model that several roles share counts an incident for the role whose call met it first;
 faults of its batch API count for the role that opened the lane.
 """
@@ -42,22 +42,23 @@ class IncidentLog:
         self.hooks.incidents_of(role).throttled += 1
         self._logger.info("%s: %s at %s throttles (%s)", role, self.name, url, self._clean(str(cause)))
 
-    def taken_out(self, role: str, url: str, cause: object) -> None:
+    def taken_out(self, role: str, url: str, cause: object, *, shown: bool = False) -> None:
         """One of several replicas gets no calls for now."""
         self.hooks.incidents_of(role).replicas_out += 1
-        self._logger.warning(
-            "%s: %s: replica %s is taken out (%s)", role, self.name, url, self._clean(str(cause)), extra=SHOWN
-        )
+        self._warn(shown, "%s: %s: replica %s is taken out (%s)", role, self.name, url, self._clean(str(cause)))
 
-    def brought_in(self, url: str, seconds: float) -> None:
+    def brought_in(self, url: str, seconds: float, *, shown: bool = False) -> None:
         """That replica gets calls again."""
-        self._logger.warning("%s: replica %s is back after %.0f s", self.name, url, seconds, extra=SHOWN)
+        self._warn(shown, "%s: replica %s is back after %.0f s", self.name, url, seconds)
 
-    def outage_began(self, role: str, cause: object) -> None:
+    def outage_began(self, role: str, cause: object, *, shown: bool = False) -> None:
         """No replica answers: all calls wait."""
         self.hooks.incidents_of(role).outages += 1
-        self._logger.warning("%s: %s is away (%s); calls wait", role, self.name, self._clean(str(cause)), extra=SHOWN)
+        self._warn(shown, "%s: %s is away (%s); calls wait", role, self.name, self._clean(str(cause)))
 
-    def outage_ended(self, seconds: float) -> None:
+    def outage_ended(self, seconds: float, *, shown: bool = False) -> None:
         """A replica answers again."""
-        self._logger.warning("%s is back after %.0f s", self.name, seconds, extra=SHOWN)
+        self._warn(shown, "%s is back after %.0f s", self.name, seconds)
+
+    def _warn(self, shown: bool, text: str, *values: object) -> None:
+        self._logger.warning(text, *values, extra=SHOWN if shown else None)

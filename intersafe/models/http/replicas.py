@@ -141,7 +141,7 @@ class Replicas:
         replica.limiter.succeeded()
         lasted = replica.outage.end(sent)
         if replica.told and not replica.out:
-            self._tell_back(replica, lasted)
+            self._tell_back(replica, lasted, logged=self._end_outage(shown=True))
         if len(self.all) > 1:
             replica.answers += 1
             took = asyncio.get_running_loop().time() - sent
@@ -178,8 +178,9 @@ class Replicas:
         if self._others(replica):
             self._take_out(replica, self._cause(fault), pause, role)
         else:
-            self._begin_outage(self._cause(fault), role)
-            self._tell_once(replica, self._cause(fault))
+            logged = self._begin_outage(self._cause(fault), role, shown=not replica.told)
+            if not replica.told:
+                self._tell_away(replica, self._cause(fault), logged=logged)
 
     def lost(self, replica: Replica, fault: Fault, role: str) -> None:
         """Takes a replica out that answers no call."""
@@ -196,32 +197,38 @@ class Replicas:
     def _take_out(self, replica: Replica, why: str, pause: float, role: str, *, is_slow: bool = False) -> None:
         loop = asyncio.get_running_loop()
         replica.out, replica.is_slow, replica.out_since = True, is_slow, loop.time()
-        if len(self.all) > 1:
-            self._incidents.taken_out(role, replica.url, why)
+        shown, logged = not replica.told and (replica.slow_times < SLOW_NOTICES or not is_slow), len(self.all) > 1
+        if logged:
+            self._incidents.taken_out(role, replica.url, why, shown=shown)
         if not self._others(replica):
             for other in self.all:
                 if other.is_slow and other is not replica:  # better than none
-                    self._bring_in(other)
+                    self._bring_in(other, loop.time() - other.out_since)
         if not self._others(replica):
             self._is_any_in.clear()
-            self._begin_outage(why, role)
+            logged = self._begin_outage(why, role, shown=shown) or logged
         self._share_concurrency()
-        if replica.slow_times < SLOW_NOTICES or not is_slow:
-            self._tell_once(replica, why)
+        if shown:
+            self._tell_away(replica, why, logged=logged)
         replica.limiter.clear_queue()
         if replica.return_task:
             replica.return_task.cancel()
         replica.return_task = loop.create_task(self._probe_until_back(replica, pause, role))
 
-    def _bring_in(self, replica: Replica) -> None:
-        if len(self.all) > 1:
-            self._incidents.brought_in(replica.url, asyncio.get_running_loop().time() - replica.out_since)
+    def _bring_in(self, replica: Replica, lasted: float) -> None:
+        """`lasted`: seconds for which it was away, as the user is told."""
+        shown, logged = replica.told, len(self.all) > 1
+        if logged:
+            out = asyncio.get_running_loop().time() - replica.out_since
+            self._incidents.brought_in(replica.url, out, shown=shown)
         replica.out = replica.is_slow = False
         replica.answers, replica.seconds = 0, 0.0
         replica.limiter.resume()
         self._share_concurrency()
         self._is_any_in.set()
-        self._end_outage()
+        logged = self._end_outage(shown=shown) or logged
+        if shown:
+            self._tell_back(replica, lasted, logged=logged)
 
     def _share_concurrency(self) -> None:
         """Gives the concurrency of the lost replicas to those that are in."""
@@ -252,9 +259,7 @@ class Replicas:
                 break
             # A health probe may be a picture, drawn on two servers: the longer it takes the rarer it is sent.
             pause = max(min(LONGEST_PAUSE, 2 * max(pause, 1.0)), 4 * (loop.time() - began))
-        self._bring_in(replica)
-        if replica.told:
-            self._tell_back(replica, loop.time() - since)
+        self._bring_in(replica, loop.time() - since)
 
     async def _is_back(self, replica: Replica, role: str) -> bool:
         """True if it answers, and one that was slow is quick; `Fault` if it does not answer."""
@@ -294,30 +299,35 @@ class Replicas:
 
     # --- what the user is told ---------------------------------------------------------------------------------------
 
-    def _begin_outage(self, why: str, role: str) -> None:
-        """Shows that no replica answers, until `_end_outage`; `why` is the first cause."""
-        if self._away_since is None:
-            self._away_since = asyncio.get_running_loop().time()
-            self._hooks.outages[self._name] = why
-            self._incidents.outage_began(role, why)
+    def _begin_outage(self, why: str, role: str, *, shown: bool) -> bool:
+        """Shows that no replica answers, until `_end_outage`; `why` is the first cause. True if it begins now.
 
-    def _end_outage(self) -> None:
+        `shown`: the user is told so in other words.
+        """
         if self._away_since is not None:
-            self._hooks.outages.pop(self._name, None)
-            self._incidents.outage_ended(asyncio.get_running_loop().time() - self._away_since)
-            self._away_since = None
+            return False
+        self._away_since = asyncio.get_running_loop().time()
+        self._hooks.outages[self._name] = why
+        self._incidents.outage_began(role, why, shown=shown)
+        return True
 
-    def _tell_once(self, replica: Replica, why: str) -> None:
-        if replica.told:
-            return
+    def _end_outage(self, *, shown: bool) -> bool:
+        """True if there was one; `shown`: the user is told of its end in other words."""
+        if self._away_since is None:
+            return False
+        self._hooks.outages.pop(self._name, None)
+        self._incidents.outage_ended(asyncio.get_running_loop().time() - self._away_since, shown=shown)
+        self._away_since = None
+        return True
+
+    def _tell_away(self, replica: Replica, why: str, *, logged: bool) -> None:
         replica.told = True
         if self._others(replica):
             then = "its dialogues continue on the other replicas until it is back"
         else:
             then = f"waiting up to {self._patience:.0f} s, Ctrl-C stops and keeps everything"
-        self._hooks.notify(f"{self._name} at {replica.url}: {why}; {then}")
+        self._hooks.tell(f"{self._name} at {replica.url}: {why}; {then}", logged=logged)
 
-    def _tell_back(self, replica: Replica, lasted: float) -> None:
+    def _tell_back(self, replica: Replica, lasted: float, *, logged: bool) -> None:
         replica.told = False
-        self._end_outage()
-        self._hooks.notify(f"{self._name} at {replica.url} is back after {lasted:.0f} s")
+        self._hooks.tell(f"{self._name} at {replica.url} is back after {lasted:.0f} s", logged=logged)
