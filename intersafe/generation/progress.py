@@ -27,7 +27,7 @@ class Progress:
     """The other kinds: what they have and how many outcomes they want."""
     budget: Budget | None = None
     waiting: Mapping[str, str] = field(default_factory=dict)
-    """The services that are away right now, each with its reason: the first cause of an outage, or the latest fault of a batch API."""
+    """The services that are away now, each with its reason: an outage's first cause, a batch API's latest fault."""
     engines: Mapping[str, Figures] = field(default_factory=dict)
     """vLLM's engines, in this process and behind URLs, with their latest metrics."""
 
