@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import math
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiohttp import web
 
 from intersafe.generation.context import RunRequest, opened
 from intersafe.generation.generate import generate_dialogues
@@ -28,14 +30,15 @@ from intersafe.generation.kinds import DIALOGUES
 from intersafe.generation.prepare import Prepared, open_directory, prepare
 from intersafe.generation.progress import Display
 from intersafe.generation.workers.ray_cluster import Cluster, joined
-from intersafe.generation.workers.worker import Setup, Worker, share_of, versions_here
+from intersafe.generation.workers.worker import Report, Setup, Worker, share_of, versions_here
+from intersafe.generation.workers.worker_log import MOST, LogLine, log_again
 from intersafe.recipe.load import load_recipe
 from intersafe.run.directory import Run
 from intersafe.run.journal import Journal
 from intersafe.storage.bundled import bundled
 from intersafe.storage.jsonl import GROUP_LINES, GROUP_SECONDS, GroupWriter
 from tests.support.runs import cli, demo, digest, journal_keys, rows, started, whole_demo
-from tests.support.servers.scripted_server import Server, scripted_server
+from tests.support.servers.scripted_server import Body, Server, scripted_server
 
 JOBS, SLOTS = 24, 8
 """Of the runs over HTTP: dialogues, all of them kept, and how many are grown at once; each has some 50 calls, so that
@@ -104,6 +107,42 @@ def test_an_outcome_leaves_a_worker_when_its_replies_are_written(tmp_path: Path)
         assert b'"line"' not in journal, "the kind of a dialogue is left out, wherever its name came from"
 
     asyncio.run(act())
+
+
+def test_what_a_worker_logs_comes_with_its_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, setup = set_up(tmp_path / "run")
+    monkeypatch.setenv("VICTIM_KEY", "sk-secret")
+    cast = prepared.recipe.cast
+    keyed = msgspec.structs.replace(cast, judge=msgspec.structs.replace(cast.judge, key="VICTIM_KEY"))
+    recipe = msgspec.structs.replace(prepared.recipe, cast=keyed)
+    setup = msgspec.structs.replace(setup, recipe=recipe, log_level=logging.INFO)
+    logger = logging.getLogger("intersafe.test")
+
+    async def act() -> None:
+        worker = Worker(msgspec.msgpack.encode(setup))
+        assert await worker.report() == Report({}, {}, []), "nothing is opened yet"
+        assert (await worker.open()).kind == "accepted"
+        logger.info("401 of sk-secret\n")
+        logger.warning("out", extra={"shown": True})
+        lines = [LogLine(20, "intersafe.test", "401 of *** "), LogLine(30, "intersafe.test", "out", shown=True)]
+        assert (await worker.report()).logged == lines
+        for number in range(MOST + 5):
+            logger.info("%d", number)
+        *most, last = (await worker.report()).logged
+        assert (len(most), "5 more log lines" in last.text) == (MOST, True)
+        await worker.close()
+
+    before = list(logging.getLogger("intersafe").handlers)
+    asyncio.run(act())
+    assert logging.getLogger("intersafe").handlers == before
+
+
+def test_an_event_that_several_workers_meet_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "intersafe")
+    retry, event = LogLine(20, "intersafe.test", "again"), LogLine(30, "intersafe.test", "out", shown=True)
+    log_again([[retry, event], [retry, event]])
+    assert [record.getMessage() for record in caplog.records] == ["again", "out", "again"]
+    assert [getattr(record, "shown", False) for record in caplog.records] == [False, True, False]
 
 
 def refused(worker: Worker) -> str:
@@ -327,6 +366,20 @@ def test_the_bytes_are_those_of_one_process(cluster: str, tmp_path: Path) -> Non
         assert set(paid) == set(kept)
         assert "ray" not in done.stdout.lower().replace(str(tmp_path).lower(), "")
         assert "(raylet)" not in done.stderr
+
+
+@with_ray
+def test_the_log_file_has_what_the_workers_log(cluster: str, tmp_path: Path) -> None:
+    faults = [500] * 3
+
+    def hook(_: Body) -> web.Response | None:
+        return web.json_response({"error": "passing"}, status=faults.pop()) if faults else None
+
+    with scripted_server(hook, profile="flawless") as server:
+        command = (*on_two_workers(over_http(tmp_path, server), cluster), "--log-file", "log.txt")
+        done = cli(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert " INFO intersafe.models.http: attacker: " in (tmp_path / "log.txt").read_text()
 
 
 @with_ray

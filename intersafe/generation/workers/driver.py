@@ -29,6 +29,7 @@ from intersafe.generation.job_kind import JobKind
 from intersafe.generation.kinds import KINDS
 from intersafe.generation.workers.ray_cluster import first_line, library
 from intersafe.generation.workers.worker import ENDS, Grown, Report, Setup, Worker, share_of, versions_here
+from intersafe.generation.workers.worker_log import LOGGER, LogLine, log_again
 from intersafe.models.base import ChatModel
 from intersafe.run.incidents import over_workers
 from intersafe.run.journal import Entry, RoleTally, entries_of, tally
@@ -74,6 +75,11 @@ class WorkerHandle:
         said, self.report.said[:] = list(self.report.said), []
         return said
 
+    def log_lines(self) -> list[LogLine]:
+        """What it logged since the last call."""
+        logged, self.report.logged[:] = list(self.report.logged), []
+        return logged
+
 
 class RayWorkers:
     """A `Grower` whose jobs run in Ray workers; an async context manager around all growing."""
@@ -116,7 +122,9 @@ class RayWorkers:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._closing = True
-        problems = await asyncio.gather(*(self._close(handle) for handle in list(self._handles)))
+        handles = list(self._handles)
+        problems = await asyncio.gather(*(self._close(handle) for handle in handles))
+        self._pass_on(handles)
         await asyncio.gather(*(handle.left for handle in self._gone if handle.left), return_exceptions=True)
         self._count_up()
         if problem := next(filter(None, problems), ""):
@@ -234,6 +242,7 @@ class RayWorkers:
             journal=journal,
             versions=versions_here(),
             reuse=reuse,
+            log_level=LOGGER.getEffectiveLevel(),
         )
         # A restart by Ray would write to the same file again, so a lost worker stays lost.
         kind = self._ray.remote(Worker).options(
@@ -308,8 +317,7 @@ class RayWorkers:
             if reporting := [handle.reporting for handle in handles if handle.reporting]:
                 await asyncio.wait(reporting, timeout=PERIOD)
             self._count_up()
-            for text in dict.fromkeys(text for handle in handles for text in handle.messages()):
-                self._context.say(text)
+            self._pass_on(handles)
             if may_be_few and time.monotonic() - began > STARTING / 2:
                 may_be_few = False
                 if len(self._handles) < self._count:
@@ -324,6 +332,12 @@ class RayWorkers:
                 )
             if not stopped:
                 stopped = await self._stop_if_used_up(handles)
+
+    def _pass_on(self, handles: list[WorkerHandle]) -> None:
+        """Shows the workers' messages, which their log lines have too, and logs these again."""
+        for text in dict.fromkeys(text for handle in handles for text in handle.messages()):
+            self._context.request.display.say(text)
+        log_again(handle.log_lines() for handle in handles)
 
     async def _fetch_report(self, handle: WorkerHandle) -> None:
         try:

@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 import hashlib
 import importlib.metadata
+import logging
 import platform
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -23,17 +25,20 @@ from intersafe.errors import BudgetReached, InputError, IntersafeError, JobEnded
 from intersafe.generation.grower import Stages, open_cast
 from intersafe.generation.job_kind import JobKind
 from intersafe.generation.kinds import KINDS
+from intersafe.generation.workers.worker_log import LogCollector, LogLine, collecting
 from intersafe.images.store import ImageStore
 from intersafe.models.base import Hooks
 from intersafe.models.open import check_cast
 from intersafe.recipe.sections import Model, Recipe
 from intersafe.run.budget import Budget, prices_of
-from intersafe.run.incidents import Incidents
+from intersafe.run.incidents import SHOWN, Incidents
 from intersafe.run.journal import Entry, Journal, ReuseIndex, RoleTally
 from intersafe.run.kinds import AnyJob
 from intersafe.run.manifest import Manifest
 from intersafe.storage.jsonl import GroupWriter
 from intersafe.templates.load import load_prompts, needed_by
+
+_logger = logging.getLogger(__name__)
 
 ENDS: dict[str, type[IntersafeError]] = {
     kind.__name__: kind for kind in (BudgetReached, InputError, ServiceGone, StorageError)
@@ -55,6 +60,8 @@ class Setup(msgspec.Struct, frozen=True):
     versions: dict[str, str]
     reuse: str
     """Path of the run to reuse, or empty."""
+    log_level: int = logging.WARNING
+    """The lowest level that the driver logs."""
 
 
 class Grown(msgspec.Struct, frozen=True):
@@ -83,6 +90,8 @@ class Report(msgspec.Struct, frozen=True):
     """The services that are away from this machine, each with its reason."""
     incidents: dict[str, Incidents] = {}
     """Retries, throttling and outages by role since it started."""
+    logged: list[LogLine] = []
+    """What it logged since the last report."""
 
 
 def versions_here() -> dict[str, str]:
@@ -110,13 +119,31 @@ def share_of(recipe: Recipe, workers: int) -> Recipe:
     return structs.replace(recipe, cast=structs.replace(recipe.cast, **parts), limits=limits)
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What the jobs of a worker share."""
+
+    writer: GroupWriter
+    images: ImageStore
+    journal: Journal
+    budget: Budget
+    hooks: Hooks
+    stages: Stages
+
+    def hashes(self, images: tuple[str, ...]) -> dict[str, int]:
+        """The perceptual hashes by image reference."""
+        return {reference: self.images.perceptual_hash(reference) for reference in images}
+
+
 class Worker:
     """Grows jobs, many at once; every method runs in the worker's event loop."""
 
     def __init__(self, setup: bytes) -> None:
         """Holds a `Setup`; nothing is opened yet."""
         self._setup = setup
+        self._opened: _Opened | None = None
         self._said: list[str] = []
+        self._log: LogCollector | None = None
         self._growing: set[asyncio.Task[Any]] = set()
         self._closing = contextlib.AsyncExitStack()
 
@@ -124,12 +151,13 @@ class Worker:
         """Opens what the jobs share; an error names the machine."""
         self._node = socket.gethostname()
         try:
-            self._open(msgspec.msgpack.decode(self._setup, type=Setup))
+            self._opened = self._open(msgspec.msgpack.decode(self._setup, type=Setup))
         except IntersafeError as error:
+            await self._closing.aclose()
             return Grown("run", stage=_name_of(error), detail=f"worker on {self._node}: {error}")
         return Grown("accepted", detail=self._node)
 
-    def _open(self, setup: Setup) -> None:
+    def _open(self, setup: Setup) -> _Opened:
         _check_versions(setup.versions)
         root, recipe, manifest = Path(setup.run), setup.recipe, setup.manifest
         _check_directory(root, setup)
@@ -137,65 +165,78 @@ class Worker:
         prompts = load_prompts(root / "prompts", recipe.strategies, needed_by(recipe), alone=True)
         if dict(prompts.hashes) != manifest.prompts:
             raise InputError("prompts differ from the driver's", at=root / "prompts", remedy="mount the same directory")
-        self._writer, self._images = GroupWriter(root), ImageStore(root / "images")
-        self._journal = Journal(self._writer, setup.journal, prices_of(recipe.cast))
-        self._budget = Budget(recipe.limits, self._journal.roles)
-        self._hooks = Hooks(self._said.append, may_send=self._budget.check)
+        self._log = LogCollector(model.key for model in recipe.cast.models.values() if model.key)
+        self._closing.enter_context(collecting(self._log, setup.log_level))
+        writer, images = GroupWriter(root), ImageStore(root / "images")
+        journal = Journal(writer, setup.journal, prices_of(recipe.cast))
+        budget = Budget(recipe.limits, journal.roles)
+        hooks = Hooks(self._notify, self._said.append, may_send=budget.check)
         older = Path(setup.reuse) if setup.reuse else None
         shared = open_cast(
             self._closing,
             recipe,
             prompts=prompts,
-            journal=self._journal,
-            images=self._images,
-            budget=self._budget,
-            hooks=self._hooks,
+            journal=journal,
+            images=images,
+            budget=budget,
+            hooks=hooks,
             index=ReuseIndex(older) if older else None,
             older=older,
         )
-        self._stages = Stages(recipe, manifest, shared)
+        return _Opened(writer, images, journal, budget, hooks, Stages(recipe, manifest, shared))
+
+    def _notify(self, text: str) -> None:
+        self._said.append(text)
+        _logger.info("%s", text, extra=SHOWN)
 
     async def grow(self, kind: str, job: bytes, paid: bytes) -> Grown:
         """What becomes of a job; `paid` are the journal entries that it has in other journals."""
-        task = asyncio.current_task()
+        task, opened = asyncio.current_task(), self._opened
         assert task is not None
+        assert opened is not None, "jobs come after `open`"
         self._growing.add(task)
         one = msgspec.msgpack.decode(job, type=KINDS[kind].records.job)
         entries = msgspec.msgpack.decode(paid, type=list[Entry])
         try:
-            with self._journal.lent(entries):
-                grown = await self._grow(KINDS[kind], one)
-            await self._writer.settled()
+            with opened.journal.lent(entries):
+                grown = await self._grow(opened, KINDS[kind], one)
+            await opened.writer.settled()
         except IntersafeError as error:
             return Grown("run", stage=_name_of(error), detail=str(error))
         finally:
             self._growing.discard(task)
         return grown
 
-    async def _grow(self, kind: JobKind, job: AnyJob) -> Grown:
+    @staticmethod
+    async def _grow(opened: _Opened, kind: JobKind, job: AnyJob) -> Grown:
         try:
-            outcome = await self._stages.grow(kind, job)
+            outcome = await opened.stages.grow(kind, job)
         except JobEnded as end:
             return Grown(end.kind, stage=end.stage, reason=end.reason, detail=end.detail)
         hashes: dict[str, int] = {}
         if kind.compares_images and len(outcome.images) > 1:
-            hashes = await asyncio.to_thread(self._hashes, outcome.images)
+            hashes = await asyncio.to_thread(opened.hashes, outcome.images)
         return Grown("accepted", msgspec.msgpack.encode(outcome), hashes)
 
-    def _hashes(self, images: tuple[str, ...]) -> dict[str, int]:
-        return {reference: self._images.perceptual_hash(reference) for reference in images}
-
     async def report(self) -> Report:
-        """The state of this worker."""
+        """The state of this worker; it is empty before `open`."""
+        opened = self._opened
+        if opened is None:
+            return Report({}, {}, [])
         said, self._said[:] = list(self._said), []
-        hooks = self._hooks
         return Report(
-            self._journal.roles, dict(self._stages.in_flight), said, dict(hooks.outages), dict(hooks.incidents)
+            roles=opened.journal.roles,
+            in_flight=dict(opened.stages.in_flight),
+            said=said,
+            waiting=dict(opened.hooks.outages),
+            incidents=dict(opened.hooks.incidents),
+            logged=self._log.taken() if self._log else [],
         )
 
     async def stop(self, why: str) -> None:
         """From now on no call starts; every job that needs one ends with `BudgetReached`."""
-        self._budget.stopped = why
+        if self._opened:
+            self._opened.budget.stopped = why
 
     async def close(self) -> tuple[Report, str]:
         """Cancels the jobs and closes the journal; the last report, and what went wrong with the journal."""
@@ -205,7 +246,8 @@ class Worker:
         await asyncio.gather(*growing, return_exceptions=True)
         problem = ""
         try:
-            await self._writer.close()
+            if self._opened:
+                await self._opened.writer.close()
         except StorageError as error:
             problem = str(error)
         await self._closing.aclose()
