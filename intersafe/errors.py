@@ -28,7 +28,7 @@ class InputError(IntersafeError):
 
     def __init__(self, what: str, *, at: object = None, line: int | None = None, remedy: str = "") -> None:
         """`at` is the file or flag, `line` its line counted from 1, `remedy` says how to correct it."""
-        self.what = what
+        self.what, self.at, self.remedy = what, at, remedy
         place = "" if at is None else f"{at}:{line}: " if line else f"{at}: "
         super().__init__(f"{place}{what}" + (f"; {remedy}" if remedy else ""))
 

@@ -16,7 +16,7 @@ from intersafe.records import Refusal
 
 Text = Annotated[str, Meta(min_length=1, max_length=1200)]
 LongText = Annotated[str, Meta(min_length=1, max_length=4000)]
-Reason = Annotated[str, Meta(max_length=2400)]
+ReasonText = Annotated[str, Meta(max_length=2400)]
 Score10 = Annotated[int, Meta(ge=0, le=10)]
 Score5 = Annotated[int, Meta(ge=1, le=5)]
 
@@ -49,28 +49,28 @@ class StepScoreAnswer(Answer, frozen=True):
     relevance: Score10
     association: Score10
     harmless: Score10
-    reason: Reason = ""
+    reason: ReasonText = ""
 
 
 class MessageAnswer(Answer, frozen=True):
     """attacker/*."""
 
     message: LongText
-    rationale: Reason = ""
+    rationale: ReasonText = ""
 
 
 class DescriptionAnswer(Answer, frozen=True):
     """painter/describe."""
 
     description: Annotated[str, Meta(min_length=1, max_length=1200)]
-    rationale: Reason = ""
+    rationale: ReasonText = ""
 
 
 class SameAnswer(Answer, frozen=True):
     """judge/images."""
 
     same: bool
-    reason: Reason = ""
+    reason: ReasonText = ""
 
 
 class AlignedAnswer(Answer, frozen=True):
@@ -88,7 +88,7 @@ class AlignedVerdictAnswer(Answer, frozen=True):
     refusal: Refusal
     harmless: Score5
     helpful: Score5
-    reason: Reason = ""
+    reason: ReasonText = ""
 
 
 class TwinAnswer(Answer, frozen=True):
@@ -117,7 +117,7 @@ class RefusalCheckAnswer(Answer, frozen=True):
     refuses: bool
     names_harm: bool
     repeats_detail: bool
-    reason: Reason = ""
+    reason: ReasonText = ""
 
 
 class VerdictAnswer(Answer, frozen=True):
@@ -127,7 +127,7 @@ class VerdictAnswer(Answer, frozen=True):
     refusal: Refusal
     harmless: Score5
     helpful: Score5
-    reason: Reason = ""
+    reason: ReasonText = ""
 
 
 class CheckAnswer(Answer, frozen=True):
@@ -135,7 +135,7 @@ class CheckAnswer(Answer, frozen=True):
 
     risk: bool
     coherent: bool
-    reason: Reason = ""
+    reason: ReasonText = ""
 
 
 class Schema(NamedTuple):

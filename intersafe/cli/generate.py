@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from intersafe.cli.options import prices_option, recipe_option
+from intersafe.cli.options import names_flags, prices_option, recipe_option
 from intersafe.cli.values import DURATION, TOKENS, USD, FiniteRange
 from intersafe.errors import InputError
 
@@ -99,6 +99,7 @@ def _changed(recipe: "Recipe", changes: dict[str, Any]) -> "Recipe":
 @click.option("--ray-workers", type=click.IntRange(1, 100_000), help="Number of Ray workers. Default: one per core.")
 @click.option("--serve", is_flag=True, help="Start the servers of the recipe's `serve` section, and stop them after.")
 @_log_options
+@names_flags
 def generate(
     recipe: "Recipe",
     n: int | None,
@@ -180,6 +181,7 @@ def _servers(recipe: "Recipe", ray: str | None, say: Callable[[str], None]) -> A
 @click.option("--run", metavar="NAME|PATH", help="Directory of the samples. Default: the recipe's name + `-estimate`.")
 @_recipe_options
 @_log_options
+@names_flags
 def estimate(
     recipe: "Recipe",
     n: int | None,

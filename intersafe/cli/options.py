@@ -69,6 +69,26 @@ def _load(files: list[Path], required: bool) -> "Recipe":
     return load_recipe(files[0] if files else default_recipe())
 
 
+_FLAGS = {"prices": "--price", "max_cost": "--max-cost"}
+"""By argument of the library, where the names differ."""
+
+
+def names_flags(command: _Command) -> _Command:
+    """Lets an error about an argument of the library name the flag that it was passed with."""
+
+    @functools.wraps(command)
+    def named(**values: Any) -> None:
+        try:
+            command(**values)
+        except InputError as error:
+            flag = _FLAGS.get(str(error.at))
+            if flag is None or not values[str(error.at)]:
+                raise
+            raise InputError(error.what, at=flag, remedy=error.remedy) from None
+
+    return cast("_Command", named)
+
+
 prices_option = click.option(
     "--price",
     "prices",

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from intersafe.cli.options import json_option, prices_option
+from intersafe.cli.options import json_option, names_flags, prices_option
 from intersafe.cli.values import JsonTarget
 from intersafe.errors import InputError
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--embedder", metavar="SPEC", help="Embedding model, as openai:model@url, for the embedding dispersion.")
 @click.option("--embedder-key", metavar="ENVVAR", default="", help="Environment variable with its API key.")
 @prices_option
+@names_flags
 def stats(
     run: str,
     target: JsonTarget | None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from intersafe.gates import Gate
 from intersafe.gates.dedup import SIGNATURES, DuplicateIndex, similar_images
-from intersafe.gates.quota import Quota
+from intersafe.gates.quota import CoverageQuota
 from intersafe.gates.rules import check_excluded, check_rules
 from intersafe.recipe.gates import Gates
 from intersafe.records import Dialogue, Job, Reason
@@ -28,7 +28,7 @@ class Chain:
         """
         rules, images = settings.rules, settings.images
         cache = root / SIGNATURES if root else None
-        self.quota = Quota(settings.coverage, values) if settings.coverage else None
+        self.quota = CoverageQuota(settings.coverage, values) if settings.coverage else None
         duplicates = DuplicateIndex(settings.duplicates, cache) if settings.duplicates else None
         self._checks: list[Callable[[Dialogue], Reason | None]] = []
         # The quotas come first: a job that they reject may never be grown, so no other gate could give its reason.

@@ -32,7 +32,7 @@ def shares_of(settings: CoverageSettings, values: Mapping[str, Sequence[str]]) -
     return shares
 
 
-class Quota:
+class CoverageQuota:
     """Rejects a dialogue whose value on an axis would get too far ahead of its share.
 
     The limit depends on what was accepted so far and not on the number asked for, so that a longer run begins with the

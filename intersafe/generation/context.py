@@ -106,7 +106,7 @@ def opened(request: RunRequest, workers: int) -> Iterator[RunContext]:
             notify(lease.news)
         with contextlib.ExitStack() as ending, stopped_by_signals():
             ending.push(lambda kind, error, _: _log_end(path, kind, error))
-            state = open_directory(path, request.prepared)
+            state = open_directory(path, request.prepared, request.n)
             if state.versions:
                 notify(f"{path} was begun by other versions ({', '.join(state.versions)}): its old part stays as it is")
             _log.info("%s %s: %d dialogues", "begin" if state.word == "new" else "resume", path, request.n)

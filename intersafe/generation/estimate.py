@@ -18,6 +18,7 @@ from intersafe.recipe.sections import Cast, Member, Recipe, TwinSettings
 from intersafe.run.budget import prices_of
 from intersafe.run.directory import Run, run_path
 from intersafe.run.journal import RoleTally
+from intersafe.run.outcomes import count_accepted
 
 REFUSALS = 3
 """Samples of each refusal group."""
@@ -71,8 +72,7 @@ def estimate_run(
     """
     wanted = recipe.n if n is None else n
     path = run_path(run if run is not None else f"{recipe.name}-estimate")
-    have = Run(path).funnel().accepted if (path / "recipe.json").exists() else 0
-    least = max(min(samples, wanted), have)
+    least = max(min(samples, wanted), count_accepted(path))
     try:
         generate_dialogues(
             sample_recipe(recipe), run=path, n=least, reuse=reuse, display=display, tries=TRIES, purpose="estimate"

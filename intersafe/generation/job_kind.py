@@ -28,7 +28,7 @@ class JobInputs(NamedTuple):
     dialogues: Callable[[], Iterator[Dialogue]] = lambda: iter(())
     """The accepted dialogues in job order."""
     accepted: int = 0
-    """Their number."""
+    """Their number, for a kind that follows the dialogues; 0 for the others, whose jobs do not depend on it."""
 
 
 class GateInputs(NamedTuple):

@@ -17,7 +17,6 @@ from intersafe.images.store import ImageStore, read_image
 from intersafe.models.open import check_cast
 from intersafe.recipe.sections import Recipe
 from intersafe.records import Seed, to_row
-from intersafe.run.directory import Run
 from intersafe.run.manifest import Manifest
 from intersafe.run.state import DirectoryState, state_of
 from intersafe.seeds.load import Seeds, load_seeds
@@ -87,7 +86,7 @@ def prepare(recipe: Recipe, run: Path | None = None, purpose: Literal["estimate"
         versions={name: importlib.metadata.version(name) for name in ("intersafe", "msgspec", "pillow", "rensa")},
         purpose=purpose,
     )
-    if before and run and not _is_made_from(run, manifest.seeds):  # the seeds changed, or the cache is damaged
+    if before and run and state_of(run, manifest).word != "same":  # the seeds changed, or the cache is damaged
         return prepare(recipe, purpose=purpose)
     return Prepared(
         recipe=recipe,
@@ -110,10 +109,6 @@ def _check_vision(recipe: Recipe) -> None:
             if is_blind(member, recipe.engine(member.spec.model)):
                 what = f"cast.{role}: {member.spec.model!r} cannot see images, and this recipe sends some"
                 raise InputError(what, remedy="name a vision-language model, or seeds without images and no painter")
-
-
-def _is_made_from(run: Path, seeds: str) -> bool:
-    return (run / "recipe.json").exists() and Run(run).manifest.seeds == seeds
 
 
 def _known(run: Path) -> dict[str, str]:
@@ -142,12 +137,12 @@ def values_of(recipe: Recipe, seeds: Sequence[Seed]) -> dict[str, list[str]]:
     return values
 
 
-def open_directory(path: Path, prepared: Prepared) -> DirectoryState:
-    """Creates the run directory, or completes the one that is there; returns what it was before.
+def open_directory(path: Path, prepared: Prepared, n: int | None = None) -> DirectoryState:
+    """Creates the run directory, or completes the one that is there; returns what it was before, as `state_of` does.
 
     Raises the problem of the state. A new directory that cannot be filled is deleted again.
     """
-    state = state_of(path, prepared.manifest)
+    state = state_of(path, prepared.manifest, n)
     if state.problem:
         raise state.problem
     if state.word != "new":

@@ -151,8 +151,10 @@ def _decide_again(kind: JobKind, gates: KindGates, replay: Replay, inputs: JobIn
             if verdict == "stop":
                 break
             if verdict == "grow":
-                job = next(job for job in jobs if job.index == outcome.job)
-                if reason := gates.skip(job):
+                job = next((job for job in jobs if job.index == outcome.job), None)
+                if job is None:  # a seed file of its group was shortened since
+                    decided = outcome
+                elif reason := gates.skip(job):
                     decided = rejected_by_gates(outcome.job, outcome.key, job.seed.category, reason)
                 else:
                     decided = _regrown(replay, kind, job, paid.entries(job.index)) or outcome

@@ -18,7 +18,8 @@ def resume_kind(kind: JobKind, context: RunContext, dialogues: int) -> KindRun:
     gates = kind.gates(GateInputs(recipe, context.prepared.values, context.images.perceptual_hash, context.path))
     funnel, streak = recall(run, kind, gates)
     prepared = context.prepared
-    inputs = JobInputs(recipe, prepared.seeds.seeds, lambda: prepared.groups, run.dialogues, dialogues)
+    accepted = dialogues if kind.follows_dialogues else 0
+    inputs = JobInputs(recipe, prepared.seeds.seeds, lambda: prepared.groups, run.dialogues, accepted)
     wanted, first = sum(kind.wanted(recipe, dialogues).values()), context.undecided[kind.name]
     jobs = kind.job_count(inputs)
     if context.request.tries is not None:

@@ -27,7 +27,6 @@ from intersafe.run.budget import prices_of
 from intersafe.run.directory import Run
 from intersafe.run.funnel import Funnel, Summary
 from intersafe.run.incidents import write_incidents
-from intersafe.run.state import too_many
 from intersafe.storage.files import write_whole
 
 LIMIT_CHECK = 0.25
@@ -37,8 +36,6 @@ LIMIT_CHECK = 0.25
 async def grow_run(context: RunContext) -> None:
     """Grows what is missing and writes the summary; `SeedsExhausted` if the jobs do not suffice."""
     dialogues = resume_kind(DIALOGUES, context, context.request.n)
-    if dialogues.funnel.accepted > dialogues.wanted:
-        raise too_many(context.path, dialogues.funnel.accepted, dialogues.wanted)
     (context.path / "summary.json").unlink(missing_ok=True)
     try:
         async with open_grower(context) as grower:

@@ -25,7 +25,10 @@ def all_tried(kind: KindRun, run: Run) -> Shortfall:
     if kind.filled:
         return Shortfall()
     have = f"{kind.funnel.accepted} of {kind.wanted} {kind.kind.name}"
-    return Shortfall(f"{have}: every job was tried ({losses(kind.funnel.ended)})")
+    lost = losses(kind.funnel.ended)
+    if kind.streak.lasting:
+        return Shortfall(f"{have}, and the last {kind.streak.lost} jobs were all lost ({lost}); fix what loses them")
+    return Shortfall(f"{have}: every job was tried ({lost})")
 
 
 def losses(ended: Mapping[str, int]) -> str:

@@ -51,7 +51,6 @@ class SampleJob(NamedTuple):
     """A decided sample job that asked a model."""
 
     number: int
-    key: str
     used: Used
 
 
@@ -139,7 +138,7 @@ def _stratum(kind: JobKind, group: str, wanted: int, n: int, run: Run, used: Map
     for outcome in run.outcomes(kind.name):
         is_skipped = isinstance(outcome, Ended) and is_full(outcome)
         if kind.group_of(outcome.key) == group and (kind.name, outcome.job) in used and not is_skipped:
-            jobs.append(SampleJob(outcome.job, outcome.key, used[kind.name, outcome.job]))
+            jobs.append(SampleJob(outcome.job, used[kind.name, outcome.job]))
             accepted += not isinstance(outcome, Ended)
     # With no accepted sample, every dialogue is tried.
     needed = wanted * len(jobs) / accepted if accepted else float(n if jobs else 0)

@@ -139,7 +139,7 @@ class TwinFigures(msgspec.Struct, frozen=True):
 class EndedCount(msgspec.Struct, frozen=True):
     """Jobs of one kind (dialogues, refusals, twins) that ended for the same reason."""
 
-    line: str
+    line: str  # the kind of job; `stats --json` publishes this name
     kind: str
     stage: str
     reason: str

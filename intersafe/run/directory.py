@@ -192,13 +192,13 @@ class Run:
         except msgspec.ValidationError:  # written by another version, with settings unknown to this one
             return {}
 
-    def entries(self, job: int, kind: str = "dialogues") -> dict[str, Entry]:
-        """The journal's entries of one job, by key."""
+    def entries(self, job: int) -> dict[str, Entry]:
+        """The journal's entries of the job of one dialogue, by key."""
         return {
             entry.key: entry
             for path in sorted((self.path / "journal").glob("*.jsonl"))
             for entry in entries_of(path)
-            if entry.job == job and entry.kind == kind
+            if entry.job == job and entry.kind == "dialogues"
         }
 
     def lost_images(self) -> list[str]:

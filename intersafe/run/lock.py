@@ -27,7 +27,7 @@ from pathlib import Path
 import msgspec
 
 from intersafe.errors import InputError, StorageError
-from intersafe.run.owner import BEAT, Found, Owner, awake, flocked, in_words, life_of, myself, read_owner
+from intersafe.run.owner import BEAT, Owner, OwnerFile, awake, flocked, in_words, life_of, myself, read_owner
 
 LIMIT = 12
 """Heartbeats that an owner may miss before others may consider it dead."""
@@ -180,9 +180,9 @@ def _take(root: Path, temporary: Path, owner: Owner, file: int, data: bytes) -> 
     raise AssertionError("not reached")
 
 
-def _chain(root: Path) -> list[Found]:
+def _chain(root: Path) -> list[OwnerFile]:
     """The owner's file and the claims of its successors, in order; empty if the run is free."""
-    found, chain = read_owner(root / NAME), list[Found]()
+    found, chain = read_owner(root / NAME), list[OwnerFile]()
     while found is not None and found.nonce not in {one.nonce for one in chain}:
         chain.append(found)
         found = read_owner(root / f"{NAME}-{found.nonce}")
@@ -257,7 +257,7 @@ def _tidy(root: Path, nonce: str, now: float) -> None:
 # --- the owner -------------------------------------------------------------------------------------------------------
 
 
-def _refuse_if_alive(root: Path, found: Found, now: float) -> None:
+def _refuse_if_alive(root: Path, found: OwnerFile, now: float) -> None:
     """`InputError` unless the owner is dead."""
     # Earlier versions left the file empty and used flock alone; ours is empty for a moment at most.
     life, limit = life_of(root, found), (1 if not found.data and found.unlocked else LIMIT) * found.beat
@@ -272,7 +272,7 @@ def _refuse_if_alive(root: Path, found: Found, now: float) -> None:
     raise InputError(f"another process is writing this run: {in_words(found.owner)}", at=root, remedy=remedy)
 
 
-def _renews(found: Found) -> bool:
+def _renews(found: OwnerFile) -> bool:
     """Watches the file for one and a half heartbeats: True if it changes."""
     until = time.monotonic() + 1.5 * found.beat
     while time.monotonic() < until:

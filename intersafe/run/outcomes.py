@@ -39,17 +39,30 @@ def align_outcomes(root: Path, kind: str = "dialogues") -> int:
     paths = [root / name for name in RECORDS[kind].files]
     for path in paths:
         heal(path)
+    first, _, ends = _common(paths)
+    for path, end in zip(paths, ends, strict=True):
+        if end is not None:
+            os.truncate(path, end)
+    return first
+
+
+def count_accepted(root: Path, kind: str = "dialogues") -> int:
+    """Accepted outcomes of a kind that `align_outcomes` would keep; reads only, and only the job numbers."""
+    _, (accepted, *_), _ = _common([root / name for name in RECORDS[kind].files])
+    return accepted
+
+
+def _common(paths: list[Path]) -> tuple[int, list[int], list[int | None]]:
+    """The first job that is not decided; by file the rows before it, and the offset of the next row if there is one."""
     rows = [_jobs_and_offsets(path) for path in paths]
     heads = [next(each, None) for each in rows]
-    first = 0
+    first, counts = 0, [0] * len(paths)
     while here := [number for number, head in enumerate(heads) if head is not None and head[0] == first]:
         for number in here:
             heads[number] = next(rows[number], None)
+            counts[number] += 1
         first += 1
-    for path, head in zip(paths, heads, strict=True):
-        if head is not None:
-            os.truncate(path, head[1])
-    return first
+    return first, counts, [head[1] if head else None for head in heads]
 
 
 def _jobs_and_offsets(path: Path) -> Iterator[tuple[float, int]]:

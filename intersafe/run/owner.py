@@ -49,7 +49,7 @@ class Owner(msgspec.Struct, frozen=True):
     nonce: str
 
 
-class Found(NamedTuple):
+class OwnerFile(NamedTuple):
     """A lock file as it was read; `owner` is None if it names none."""
 
     path: Path
@@ -71,12 +71,12 @@ class Found(NamedTuple):
         """Seconds between the owner's heartbeats."""
         return min(max(self.owner.beat, 0.05), BEAT) if self.owner else BEAT
 
-    def same(self, other: "Found | None") -> bool:
+    def same(self, other: "OwnerFile | None") -> bool:
         """True if the file has not changed."""
         return other is not None and (self.data, self.time) == (other.data, other.time)
 
 
-def read_owner(path: Path) -> Found | None:
+def read_owner(path: Path) -> OwnerFile | None:
     """The lock file, or None. Opens it each time, since NFS then asks the server."""
     try:
         with path.open("rb") as file:
@@ -91,7 +91,7 @@ def read_owner(path: Path) -> Found | None:
         owner = None
     if owner is not None and not _NONCE.fullmatch(owner.nonce):
         owner = None
-    return Found(path, data, status.st_mtime_ns, owner, unlocked)
+    return OwnerFile(path, data, status.st_mtime_ns, owner, unlocked)
 
 
 def flocked(file: int, how: int) -> bool | None:
@@ -105,7 +105,7 @@ def flocked(file: int, how: int) -> bool | None:
     return True
 
 
-def life_of(root: Path, found: Found) -> Life:
+def life_of(root: Path, found: OwnerFile) -> Life:
     """Whether an owner is alive, as far as that can be known without a clock."""
     owner = found.owner
     if owner is None:  # by an earlier version, which used flock alone; or torn, or not yet written

@@ -37,7 +37,8 @@ where the service may be at fault.
 Where no reply comes at all, the stage is the role that was called (`attacker`, `victim`, `judge`, `second_judge`,
 `responder`, `painter`). The job is rejected as `too_long` where the conversation outgrew the model's context, and as
 `excluded` where an unparseable answer must not be sent back with its correction. It fails as `too_long` where the first
-prompt does not fit, or as `bad_request`, `server_error` or `out_of_memory`.
+prompt does not fit, or as `bad_request`, `server_error` or `out_of_memory`. A job that meets a defect of intersafe
+fails in the stage `internal`, with the name of the exception as its reason.
 """
 
 from collections.abc import Mapping, Sequence

@@ -157,7 +157,17 @@ BAD: dict[str, tuple[tuple[str, ...], Files, str]] = {
     "a price for nobody": (
         (*GENERATE, "--price", "jugde=1,2"),
         recipe(),
-        "prices: no role 'jugde' in the cast; roles: ",
+        "--price: no role 'jugde' in the cast; roles: ",
+    ),
+    "a limited cost without a price": (
+        (*GENERATE, "--victim", "openai:vlm@http://127.0.0.1:1/v1", "--max-cost", "5"),
+        recipe(),
+        "--max-cost: the cost is limited, and there is no price for victim:0; add --price victim=IN,OUT or ",
+    ),
+    "a limited cost in the recipe": (
+        (*GENERATE, "--victim", "openai:vlm@http://127.0.0.1:1/v1"),
+        recipe(new="limits: {max_cost: 5}\n"),
+        "max_cost: the cost is limited, and there is no price for victim:0; add --price victim=IN,OUT or ",
     ),
     "two recipes": (
         (*GENERATE, "--pipeline", "r.yaml"),

@@ -14,7 +14,7 @@ import pytest
 from intersafe.checks.messages import fold
 from intersafe.gates import Gate
 from intersafe.gates.dedup import DuplicateIndex, bands_for, shingles, similar_images
-from intersafe.gates.quota import Quota
+from intersafe.gates.quota import CoverageQuota
 from intersafe.gates.rules import check_rules
 from intersafe.recipe.gates import CoverageSettings, DuplicateSettings, RuleSettings
 from intersafe.records import Dialogue, PrunedTurn, Reason
@@ -144,7 +144,7 @@ def test_a_broken_dialogue_is_rejected_for_its_reason(word: str, detail: str, br
 def test_an_honest_dialogue_passes_every_gate(honest: Dialogue) -> None:
     assert check_rules(honest, RULES) is None
     assert DuplicateIndex(DuplicateSettings()).check(honest) is None
-    assert Quota(CoverageSettings(), {"category": ["fraud", "political"]}).check(honest) is None
+    assert CoverageQuota(CoverageSettings(), {"category": ["fraud", "political"]}).check(honest) is None
 
 
 def test_the_settings_are_the_curators() -> None:
@@ -286,8 +286,8 @@ def grow(gate: Gate, offered: list[str]) -> Counter[str]:
     return accepted
 
 
-def balance(count: int = 14, **settings: Any) -> Quota:
-    return Quota(CoverageSettings(**settings), {"category": NAMES[:count]})
+def balance(count: int = 14, **settings: Any) -> CoverageQuota:
+    return CoverageQuota(CoverageSettings(**settings), {"category": NAMES[:count]})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 14])
@@ -365,7 +365,7 @@ def placed(strategy: str, victim: str, turns: int) -> Dialogue:
 def test_every_axis_keeps_to_its_shares_whatever_comes_most() -> None:
     values = {"category": ["fraud"], "strategy": ["a", "b"], "victim": ["v", "w"], "turns": ["1", "2", "3"]}
     wanted = {"1": 0.5, "2": 0.25, "3": 0.25}
-    gate = Quota(CoverageSettings(strategy="even", victim={"v": 0.8, "w": 0.2}, turns=wanted), values)
+    gate = CoverageQuota(CoverageSettings(strategy="even", victim={"v": 0.8, "w": 0.2}, turns=wanted), values)
     rng = random.Random(3)
     kept: list[Dialogue] = []
     for _ in range(9000):
@@ -385,7 +385,7 @@ def test_every_axis_keeps_to_its_shares_whatever_comes_most() -> None:
 
 
 def test_a_cell_that_stays_empty_is_named_with_what_it_lacks() -> None:
-    gate = Quota(CoverageSettings(category=None, strategy={"a": 0.9, "b": 0.1}), {"strategy": ["a", "b"]})
+    gate = CoverageQuota(CoverageSettings(category=None, strategy={"a": 0.9, "b": 0.1}), {"strategy": ["a", "b"]})
     for _ in range(90):
         gate.add(placed("a", "v", 2))
     assert gate.short() == [("strategy", "b", 0, 3)]  # at least 0.9 * 0.1 * 90 - 5
@@ -393,7 +393,7 @@ def test_a_cell_that_stays_empty_is_named_with_what_it_lacks() -> None:
 
 
 def test_a_value_that_the_shares_leave_out_is_rejected_from_the_first() -> None:
-    gate = Quota(CoverageSettings(category=None, strategy={"a": 1.0}), {"strategy": ["a", "b"]})
+    gate = CoverageQuota(CoverageSettings(category=None, strategy={"a": 1.0}), {"strategy": ["a", "b"]})
     reason = gate.check(placed("b", "v", 2))
     assert reason is not None
     assert reason.word == "strategy_full"

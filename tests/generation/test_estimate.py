@@ -8,11 +8,13 @@ from msgspec import UNSET, structs
 from intersafe.errors import BudgetReached, SeedsExhausted
 from intersafe.generation.estimate import Estimate, estimate_from, estimate_run, sample_recipe
 from intersafe.generation.generate import generate_dialogues
+from intersafe.generation.prepare import prepare
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Limits, Price
 from intersafe.run.directory import Run
 from intersafe.run.journal import RoleTally
+from intersafe.run.manifest import differences
 from intersafe.storage.bundled import bundled
 from tests.support.displays import Recording
 from tests.support.runs import cli, demo, journal_keys, refusal, whole_demo
@@ -209,3 +211,30 @@ def test_samples_and_a_run_are_not_taken_for_each_other(tmp_path: Path) -> None:
     assert Run(samples).manifest.purpose is UNSET
     assert "holds the samples of an estimate" in refusal(lambda: generate_dialogues(recipe, run=samples, n=5))
     assert estimate_run(recipe, n=5, samples=1, run=samples).n == 5
+
+
+def test_what_else_differs_between_samples_and_a_run_is_listed(tmp_path: Path) -> None:
+    recipe, run, samples = whole_demo(), tmp_path / "run-estimate", tmp_path / "samples"
+    generate_dialogues(recipe, run=run, n=1)
+    other = override(recipe, seed=7)
+    assert f"made from something else: seed: {recipe.seed} -> 7; " in refusal(
+        lambda: generate_dialogues(other, run=run, n=1)
+    ), "an ordinary run in a folder of that name"
+    listed = refusal(lambda: estimate_run(other, n=5, run=run))
+    assert f"seed: {recipe.seed} -> 7" in listed
+    assert "holds" not in listed
+    estimate_run(recipe, n=5, samples=1, run=samples)
+    marked = (samples / "recipe.json").read_bytes()
+    (samples / "recipe.json").write_bytes(marked.replace(b',\n  "purpose": "estimate"', b""))
+    listed = refusal(lambda: estimate_run(other, n=5, run=samples))
+    assert f"made from something else: seed: {recipe.seed} -> 7; " in listed, "samples of an earlier version"
+
+
+def test_the_settings_of_samples_alone_tell_them_from_a_run(tmp_path: Path) -> None:
+    recipe = load_recipe(bundled("pipelines/aligned.yaml"))
+    assert recipe.twins
+    recipe = structs.replace(recipe, twins=structs.replace(recipe.twins, ratio=0.1))
+    changed = differences(prepare(recipe).manifest, prepare(sample_recipe(recipe)).manifest)
+    assert {change.partition(":")[0].split(".")[0] for change in changed} == {"gates", "refusals", "twins"}
+    generate_dialogues(recipe, run=tmp_path / "run", n=1)
+    assert "holds a run" in refusal(lambda: estimate_run(recipe, n=5, run=tmp_path / "run"))

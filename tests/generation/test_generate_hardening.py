@@ -333,8 +333,12 @@ def test_one_answer_says_whether_a_directory_is_new_the_same_complete_or_another
     assert (fewer.word, "more than --n 2" in str(fewer.problem)) == ("same", True)
     other = state_of(run, prepare(demo(seed=99)).manifest, 3)
     assert other.word == "another"
-    assert other.changed == (f"seed: {recipe.seed} -> 99",)
+    assert f"made from something else: seed: {recipe.seed} -> 99; " in str(other.problem)
     assert "--reuse" in str(other.problem)
+    (run / "summary.json").unlink()
+    stopped = state_of(run, manifest, 2)
+    assert (stopped.word, str(stopped.problem)) == ("same", str(fewer.problem)), "a run without a summary is counted"
+    assert state_of(run, manifest, 3) == DirectoryState("same")
     old = msgspec.structs.replace(manifest, versions=manifest.versions | {"pillow": "0.1"})
     assert state_of(run, old, 4).versions == (f"pillow {manifest.versions['pillow']} -> 0.1",)
 

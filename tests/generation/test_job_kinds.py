@@ -15,17 +15,19 @@ from intersafe.errors import SeedsExhausted, ServiceGone
 from intersafe.generation import dialogues
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.grow import grow_dialogue
-from intersafe.generation.job_kind import JobInputs, JobKind
+from intersafe.generation.job_kind import GateInputs, JobInputs, JobKind, KindRun
 from intersafe.generation.kinds import DIALOGUES, KINDS
 from intersafe.generation.regate import regate
 from intersafe.generation.scheduler import FAILURES
 from intersafe.generation.shortfall import all_tried
+from intersafe.generation.streak import HOPELESS, LosingStreak
 from intersafe.generation.twins import TwinGates
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
 from intersafe.recipe.sections import Recipe, RefusalGroup, TwinSettings
 from intersafe.records import Dialogue, Job
 from intersafe.run.directory import Run
+from intersafe.run.funnel import Funnel
 from intersafe.run.kinds import RECORDS, records_of
 from intersafe.storage.bundled import bundled
 from tests.support.runs import cli, digest, journal_keys, rows, started
@@ -228,6 +230,28 @@ def test_the_terminal_hears_of_missing_twins(tmp_path: Path) -> None:
     kept = len(rows(tmp_path / "run" / "twins.jsonl"))
     assert 0 < kept < 20
     assert f"{kept} of 20 twins: every job was tried (" in done.stderr
+
+
+@pytest.mark.parametrize("lost", [HOPELESS, HOPELESS - 1])
+def test_twins_that_stop_at_a_losing_streak_say_so(reference: Path, lost: int) -> None:
+    recipe, run = everything(), Run(reference)
+    twins = KindRun(
+        kind=KINDS["twins"],
+        inputs=JobInputs(recipe, ()),
+        wanted=20,
+        gates=TwinGates(GateInputs(recipe, {}, lambda reference: 0, reference)),
+        funnel=Funnel(jobs=lost + 3, accepted=3, ended={"rejected twin unsafe": lost}),
+        streak=LosingStreak(lost=lost),
+        first=lost + 3,
+        jobs=5000,
+        queue=iter(()),
+        concurrency=1,
+    )
+    stopped = (
+        f"3 of 20 twins, and the last {lost} jobs were all lost ({lost} rejected twin unsafe); fix what loses them"
+    )
+    used_up = f"3 of 20 twins: every job was tried ({lost} rejected twin unsafe)"
+    assert all_tried(twins, run).reason == (stopped if lost == HOPELESS else used_up)
 
 
 def test_a_longer_run_that_uses_up_its_jobs_keeps_and_counts_its_twins(tmp_path: Path) -> None:

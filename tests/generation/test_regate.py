@@ -15,7 +15,7 @@ from intersafe.generation.regate import regate
 from intersafe.recipe.gates import CoverageSettings, DuplicateSettings, Gates, RuleSettings
 from intersafe.recipe.load import load_recipe
 from intersafe.recipe.override import override
-from intersafe.recipe.sections import Recipe
+from intersafe.recipe.sections import Recipe, RefusalGroup
 from intersafe.run.directory import Run
 from intersafe.run.lock import lock
 from intersafe.storage.bundled import bundled
@@ -127,6 +127,23 @@ def test_looser_gates_bring_back_what_the_old_ones_turned_down(strict: Path, tmp
     fresh = generate_dialogues(threshold(everything(), 0.6), run=tmp_path / "fresh", n=N)
     for dialogue in fresh.dialogues():
         assert (kept[dialogue.job].turns, kept[dialogue.job].key) == (dialogue.turns, dialogue.key)
+
+
+def test_a_sample_whose_seed_is_gone_from_the_file_of_its_group_is_kept_as_it_was(tmp_path: Path) -> None:
+    file, plain = tmp_path / "own.jsonl", threshold(everything(), STRICT)
+    fields = '"category":"fraud","source":"own","license":"CC0-1.0"'
+    lines = [f'{{"id":"s{i}","query":"A concern of kind {i}",{fields}}}\n' for i in range(20)]
+    file.write_text("".join(lines))
+    assert plain.refusals
+    groups = {"own": RefusalGroup(n=8, about="harmful requests", seeds=(str(file),))}
+    recipe = structs.replace(plain, refusals=structs.replace(plain.refusals, groups=groups))
+    old = generate_dialogues(recipe, run=tmp_path / "old", n=1)
+    lost = [row for row in old.ended("refusals") if row.reason == "near_duplicate"]
+    assert any(row.job >= 8 for row in lost), "beyond the jobs of one seed"
+    file.write_text(lines[0])
+    made = regate(old.path, threshold(recipe, 0.6), tmp_path / "new")
+    assert list(made.ended("refusals")) == list(old.ended("refusals"))
+    assert list(made.refusals()) == list(old.refusals())
 
 
 def test_new_rules_hold_dialogues_and_twins(old: Path, tmp_path: Path) -> None:

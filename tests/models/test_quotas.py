@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from intersafe.models.http.quotas import Quota
+from intersafe.models.http.quotas import RateQuota
 from intersafe.models.http.throttling import seconds_of, span_of, throttle_of
 from tests.support.jumping_time import run
 
@@ -24,7 +24,7 @@ def most_in_a_minute(sent: Sent) -> tuple[int, int]:
     return requests, tokens
 
 
-async def send(quota: Quota, costs: Sequence[int], estimate: int | None = None) -> Sent:
+async def send(quota: RateQuota, costs: Sequence[int], estimate: int | None = None) -> Sent:
     """All requests at once, each with its cost; they are counted for that, or for the estimate and then corrected."""
     loop = asyncio.get_running_loop()
     sent: Sent = []
@@ -42,21 +42,21 @@ async def send(quota: Quota, costs: Sequence[int], estimate: int | None = None) 
 
 @pytest.mark.parametrize("rpm", [1, 7, 60, 500, 3000])
 def test_no_minute_holds_more_requests_than_allowed_and_nearly_all_of_them_are_used(rpm: int) -> None:
-    sent = run(send(Quota(rpm, None), [0] * min(5 * rpm, 1500)))
+    sent = run(send(RateQuota(rpm, None), [0] * min(5 * rpm, 1500)))
     assert most_in_a_minute(sent)[0] <= rpm
     seconds = sent[-1][0] - sent[0][0]
     assert len(sent) >= 0.95 * rpm * seconds / 60
 
 
 def test_the_start_is_smooth() -> None:
-    sent = run(send(Quota(600, 60_000), [100] * 600))
+    sent = run(send(RateQuota(600, 60_000), [100] * 600))
     assert len([1 for at, _ in sent if at <= sent[0][0] + 1]) <= 20
     assert len([1 for at, _ in sent if at <= sent[0][0] + 30]) >= 280
 
 
 def test_tokens_are_kept_to_by_estimate_and_the_first_come_goes_first() -> None:
     costs = [50 + 37 * i % 900 for i in range(300)]
-    sent = run(send(Quota(None, 30_000), costs))
+    sent = run(send(RateQuota(None, 30_000), costs))
     assert [cost for _, cost in sent] == costs
     assert most_in_a_minute(sent)[1] <= 30_000 + max(costs)
     assert sum(costs) >= 0.9 * 500 * (sent[-1][0] - sent[0][0])
@@ -64,7 +64,7 @@ def test_tokens_are_kept_to_by_estimate_and_the_first_come_goes_first() -> None:
 
 @pytest.mark.parametrize("factor", [0.2, 5])
 def test_a_wrong_estimate_is_corrected_by_what_the_answers_say(factor: float) -> None:
-    sent = run(send(Quota(None, 60_000), [1000] * 600, estimate=int(1000 * factor)))
+    sent = run(send(RateQuota(None, 60_000), [1000] * 600, estimate=int(1000 * factor)))
     later = [(at, cost) for at, cost in sent if at > sent[0][0] + 60]
     assert most_in_a_minute(later)[1] <= 60_000 * 1.05
     assert sum(cost for _, cost in later) >= 0.9 * 1000 * (later[-1][0] - later[0][0])
@@ -72,7 +72,7 @@ def test_a_wrong_estimate_is_corrected_by_what_the_answers_say(factor: float) ->
 
 def test_a_request_larger_than_the_quota_goes_alone_and_is_never_starved() -> None:
     async def main() -> list[int]:
-        quota, order = Quota(None, 600), list[int]()
+        quota, order = RateQuota(None, 600), list[int]()
 
         async def one(cost: int) -> None:
             await quota.acquire(cost)
@@ -86,7 +86,7 @@ def test_a_request_larger_than_the_quota_goes_alone_and_is_never_starved() -> No
 
 def test_a_caller_that_is_cancelled_in_the_queue_takes_nothing_and_stops_no_other() -> None:
     async def main() -> float:
-        quota = Quota(60, None)
+        quota = RateQuota(60, None)
         await quota.acquire(0)
         began = asyncio.get_running_loop().time()
         tasks = [asyncio.create_task(quota.acquire(0)) for _ in range(10)]
@@ -101,7 +101,7 @@ def test_a_caller_that_is_cancelled_in_the_queue_takes_nothing_and_stops_no_othe
 
 def test_a_limit_that_the_server_names_is_taken_over_where_it_is_lower() -> None:
     async def main() -> tuple[list[bool], tuple[int, int]]:
-        quota = Quota(100, None)
+        quota = RateQuota(100, None)
         news = [quota.narrow(*named) for named in ((200, None), (None, None), (None, 9000), (30, 9000), (30, 9000))]
         return news, most_in_a_minute(await send(quota, [10] * 90))
 

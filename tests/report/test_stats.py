@@ -498,6 +498,9 @@ def test_a_price_of_an_unknown_role_is_refused(tmp_path: Path) -> None:
     run = lay(tmp_path / "r", judged(1, SAFE), entries=ENTRIES)
     message = refusal(lambda: stats_of(run, prices=prices_of("x=1,2")))
     assert message.startswith("prices: no role 'x' in this run; roles: attacker, ")
+    done = cli("stats", "./r", "--price", "x=1,2", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("intersafe: --price: no role 'x' in this run; roles: attacker, ")
 
 
 def test_two_prices_for_a_role_are_refused(tmp_path: Path) -> None:

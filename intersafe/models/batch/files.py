@@ -48,7 +48,7 @@ class State(msgspec.Struct, frozen=True):
     """Id of the batch at the provider."""
 
 
-class Found(msgspec.Struct, frozen=True):
+class StoredReply(msgspec.Struct, frozen=True):
     """A line with a result; `old` if an earlier process fetched it."""
 
     line: bytes
@@ -161,7 +161,7 @@ class BatchFolder:
         self._files[number] = _File(path, old, len(offsets), time.monotonic())
         self._offsets.update((key, (number, offset)) for key, offset in offsets.items())
 
-    def take(self, key: str) -> Found | None:
+    def take(self, key: str) -> StoredReply | None:
         """The result of that call; only the first caller gets it."""
         found = self._offsets.pop(bytes.fromhex(key), None)
         if found is None:
@@ -172,7 +172,7 @@ class BatchFolder:
         file.drained = time.monotonic()
         with file.path.open("rb") as opened:
             opened.seek(offset)
-            return Found(opened.readline(), file.old)
+            return StoredReply(opened.readline(), file.old)
 
     def sweep(self) -> None:
         """Deletes the files whose results were all taken a while ago."""

@@ -15,7 +15,7 @@ from intersafe.recipe.sections import Limits, Model
 from intersafe.recipe.specs import parse_spec
 from intersafe.storage.loops import run_anywhere
 
-LIMITS = Limits(timeout=60, patience=30, retries=3)
+EMBEDDING_LIMITS = Limits(timeout=60, patience=30, retries=3)
 """A report is cheap to repeat, so it waits less than a run does."""
 _BATCH = 64
 _FLAG = "--embedder"
@@ -39,7 +39,7 @@ class _Answer(msgspec.Struct):
     data: list[_Item]
 
 
-def open_embedder(spec: str, key: str, hooks: Hooks, limits: Limits = LIMITS) -> Embedder:
+def open_embedder(spec: str, key: str, hooks: Hooks, limits: Limits = EMBEDDING_LIMITS) -> Embedder:
     """The model of `openai:model@url`; `key` names the environment variable with its API key, if it needs one.
 
     `embed` raises `InputError` where the server's answer is unusable, and `ServiceGone` where it stays away.

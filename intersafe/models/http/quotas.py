@@ -31,7 +31,7 @@ class _Bucket:
         self._level = min(self.size, self._level - amount)
 
 
-class Quota:
+class RateQuota:
     """Requests and tokens a minute, for all replicas of a model together; first come first served.
 
     Before a request its tokens are estimated, scaled by what earlier answers have used; its answer then corrects the

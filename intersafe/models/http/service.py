@@ -30,7 +30,7 @@ from intersafe.models.http.faults import Fault, Moved, Overloaded, TooSlow, Tran
 from intersafe.models.http.incidents import IncidentLog
 from intersafe.models.http.limits import QueueCleared
 from intersafe.models.http.pending import PendingCalls
-from intersafe.models.http.quotas import Quota
+from intersafe.models.http.quotas import RateQuota
 from intersafe.models.http.replicas import Replica, Replicas
 from intersafe.models.http.request import A, Request
 from intersafe.models.http.transport import Transport
@@ -59,7 +59,7 @@ class Service:
         self._transport = Transport(model, limits.timeout)
         self.clean = self._transport.clean
         self._pending = PendingCalls(hooks.may_send)
-        self._quota = Quota(model.rpm, model.tpm)
+        self._quota = RateQuota(model.rpm, model.tpm)
         self._is_told = False
         self._incidents = IncidentLog(model.identity, hooks, self.clean)
         self._replicas = Replicas(
