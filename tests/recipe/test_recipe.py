@@ -298,6 +298,8 @@ def test_whatever_is_cut_off_or_swapped_is_refused_or_read(tmp_path: Path) -> No
         ("openai:http://h:1/v1", "is not a model's name"),
         ("openai:a b", "is not a model's name"),
         ("openai:a\nb", "is not a model's name"),
+        ("openai:m@", "no URL after the @"),
+        ("openai", "no model after the backend"),
         ("openai:m@http://", "is not a URL"),
         ("openai:m@https://", "is not a URL"),
         ("openai:m@http:///v1", "is not a URL"),
