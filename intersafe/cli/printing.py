@@ -17,7 +17,7 @@ from intersafe.images.store import ImageStore
 from intersafe.recipe.sections import Price
 from intersafe.records import Dialogue, ImageOrigin, RefusalSample, Turn
 from intersafe.run.directory import Run
-from intersafe.run.funnel import Funnel
+from intersafe.run.funnel import Funnel, Summary
 from intersafe.run.journal import RoleTally
 from intersafe.run.kinds import RECORDS
 from intersafe.wording import clock, counted, dollars, plain
@@ -48,12 +48,29 @@ def print_funnel(run: Run) -> None:
         + (f"   ({len(manifest.excluded)} seeds excluded)" if manifest.excluded else "")
     )
     _print_lost(funnel)
-    click.echo(f"{funnel.accepted:>8,} accepted" + ("" if summary else "   (not complete)"))
+    click.echo(f"{funnel.accepted:>8,} accepted" + _shortfall(summary))
     for cell in summary.short if summary else ():
         click.echo(f"         below its quota: {cell}")
     _print_other_kinds(run)
-    if not funnel.accepted:
-        return
+    if funnel.accepted:
+        _print_accepted(funnel)
+    if roles := run.roles():
+        _print_usage(roles, summary.prices if summary else run.prices())
+    for name, figures in sorted(summary.engines.items()) if summary else ():
+        click.echo(f"         engine {plain(name)}: {describe_metrics(figures)}")
+    for role, incidents in run.incidents().items():
+        click.echo(f"         {role:<12} {incidents.words}")
+
+
+def _shortfall(summary: Summary | None) -> str:
+    """What the number of accepted dialogues lacks."""
+    if summary is None:
+        return "   (not complete)"
+    return "" if summary.complete else f" of {summary.n:,}   (not complete: the jobs gave no more)"
+
+
+def _print_accepted(funnel: Funnel) -> None:
+    """Prints what the accepted dialogues are like."""
     counts = funnel.categories.values()
     click.echo(f"         turns {funnel.mean_turns:.2f} a dialogue {dict(sorted(funnel.turns.items()))}")
     click.echo(f"         images {funnel.images / funnel.accepted:.2f} a dialogue, {funnel.painted:,} of them painted")
@@ -61,11 +78,6 @@ def print_funnel(run: Run) -> None:
     shares = ", ".join(f"{word} {count / turns:.0%}" for word, count in sorted(funnel.verdicts.items()))
     click.echo(f"         unsafe in {funnel.unsafe:,} dialogues; turns {shares}")
     click.echo(f"         categories {len(counts)}, {min(counts):,} to {max(counts):,} each")
-    _print_usage(run.roles(), summary.prices if summary else run.prices())
-    for name, figures in sorted(summary.engines.items()) if summary else ():
-        click.echo(f"         engine {plain(name)}: {describe_metrics(figures)}")
-    for role, incidents in run.incidents().items():
-        click.echo(f"         {role:<12} {incidents.words}")
 
 
 def _print_usage(roles: dict[str, RoleTally], prices: dict[str, Price]) -> None:
