@@ -27,12 +27,13 @@ Exit codes:
   0    done
   1    doctor found something to fix
   2    wrong input: one line says what and how to correct it; nothing was written
-  3    the seeds are used up before --n; package, push: the version exists with other content
+  3    the jobs do not yield --n dialogues; package, push: the version exists with other content
   4    a model's service is gone or the disk is full; push: someone else changed the repository
   5    a limit on tokens, cost or time is reached; push, pull: the repository or the token refuses
   6    push, pull: the network gave up
   130  stopped by Ctrl-C or SIGTERM
-After 3 to 6 and 130 a run or a push can resume: correct what the line names, then repeat the command.
+After 4 to 6 and 130 the same command resumes, once what the line names is corrected. After 3 the line says what to
+change.
 """
 
 
