@@ -68,12 +68,12 @@ def _log_options(command: _Command) -> _Command:
     return to_file(verbose(command))
 
 
-def _log(recipe: "Recipe", log_file: Path | None, verbose: bool, display: "Display") -> None:
-    """Starts the log of the command, which ends with it."""
+def _log(recipe: "Recipe", log_file: Path | None, verbose: bool, display: "Display") -> AbstractContextManager[None]:
+    """The log of the command, within the block."""
     from intersafe.cli.logs import command_log
 
     keys = [model.key for model in recipe.cast.models.values() if model.key]
-    click.get_current_context().with_resource(command_log(log_file, verbose, display.say, keys))
+    return command_log(log_file, verbose, display.say, keys)
 
 
 def _changed(recipe: "Recipe", changes: dict[str, Any]) -> "Recipe":
@@ -140,9 +140,9 @@ def generate(
     recipe = _changed(recipe, changes)
     cluster = _cluster(ray, ray_workers)
     display = display_for(own_stderr())
-    _log(recipe, log_file, verbose, display)
-    servers = _servers(recipe, ray, display.say) if serve else None
-    made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display, cluster=cluster, servers=servers)
+    with _log(recipe, log_file, verbose, display):
+        servers = _servers(recipe, ray, display.say) if serve else None
+        made = generate_dialogues(recipe, run=run, n=n, reuse=reuse, display=display, cluster=cluster, servers=servers)
     print_funnel(made)
     click.echo(f"\n{made.path / 'dialogues.jsonl'}")
 
@@ -210,8 +210,8 @@ def estimate(
 
     recipe = _changed(recipe, changes)
     display = display_for(own_stderr())
-    _log(recipe, log_file, verbose, display)
-    found = estimate_run(recipe, n=n, samples=samples, run=run, reuse=reuse, display=display)
+    with _log(recipe, log_file, verbose, display):
+        found = estimate_run(recipe, n=n, samples=samples, run=run, reuse=reuse, display=display)
     print_estimate(found)
 
 

@@ -105,7 +105,7 @@ def opened(request: RunRequest, workers: int) -> Iterator[RunContext]:
         if lease.news:
             notify(lease.news)
         with contextlib.ExitStack() as ending, stopped_by_signals():
-            ending.push(lambda kind, error, _: _log_end(path, kind, error))
+            ending.push(lambda kind, *_: _log_end(path, kind))
             state = open_directory(path, request.prepared, request.n)
             if state.versions:
                 notify(f"{path} was begun by other versions ({', '.join(state.versions)}): its old part stays as it is")
@@ -140,8 +140,8 @@ def opened(request: RunRequest, workers: int) -> Iterator[RunContext]:
         lease.release()
 
 
-def _log_end(path: Path, kind: type[BaseException] | None, error: BaseException | None) -> None:
-    _log.info("end %s: %s", path, f"{kind.__name__} {error}".strip() if kind else "complete")
+def _log_end(path: Path, kind: type[BaseException] | None) -> None:
+    _log.info("end %s: %s", path, "not complete" if kind else "complete")  # the command logs the error itself
 
 
 def _tell(display: Display, text: str, level: int = logging.INFO) -> None:

@@ -5,6 +5,7 @@ continues at the call where it stopped.
 """
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,8 @@ from intersafe.run.directory import Run, run_path
 from intersafe.run.journal import ReuseIndex
 from intersafe.run.state import state_of
 from intersafe.storage.loops import run_anywhere
+
+_log = logging.getLogger(__name__)
 
 
 def generate_dialogues(
@@ -70,6 +73,8 @@ def generate_dialogues(
         )
         with servers or contextlib.nullcontext():
             run_anywhere(lambda: _grow(request))
+    else:
+        _log.info("%s is complete: %d dialogues", path, wanted)
     return Run(path)
 
 

@@ -25,7 +25,7 @@ from intersafe.errors import InputError, SeedsExhausted, ServiceGone, StorageErr
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.prepare import open_directory, prepare
 from intersafe.generation.scheduler import FAILURES
-from intersafe.recipe.gates import Gates
+from intersafe.recipe.gates import DuplicateSettings, Gates
 from intersafe.recipe.sections import Recipe
 from intersafe.run.directory import Run
 from intersafe.run.incidents import FILE, Incidents, added_up, over_workers, read_incidents, write_incidents
@@ -433,6 +433,46 @@ def test_no_line_of_a_log_holds_a_key_or_breaks(tmp_path: Path, monkeypatch: pyt
     log = (tmp_path / "log.txt").read_text()
     assert log.count("\n") == 2
     assert "secret" not in log
+
+
+def test_a_run_that_was_stopped_before_its_first_dialogue_shows_what_it_used(tmp_path: Path) -> None:
+    done = cli("generate", "--n", "50", "--run", "./run", "--no-refusals", "--max-tokens", "2000", cwd=tmp_path)
+    assert done.returncode == 5
+    assert Run(tmp_path / "run").funnel().accepted == 0
+    shown = cli("show", "./run", "--funnel", cwd=tmp_path).stdout
+    roles = Run(tmp_path / "run").roles()
+    assert roles
+    for role, tally in roles.items():
+        assert re.search(rf"{role} +{tally.calls:,} calls", shown)
+
+
+def test_a_run_that_fell_short_shows_of_how_many(tmp_path: Path) -> None:
+    gates = Gates(duplicates=DuplicateSettings(threshold=0.05))
+    with pytest.raises(SeedsExhausted):
+        generate_dialogues(demo(gates=gates), run=tmp_path / "run", n=9, tries=1)
+    shown = cli("show", "./run", "--funnel", cwd=tmp_path).stdout
+    assert re.search(r"^ +[1-8] accepted of 9   \(not complete", shown, re.MULTILINE)
+
+
+def test_the_error_that_ends_a_command_is_in_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    words = ("generate", "--n", "1", "--run", "./run", "--log-file", "log.txt")
+    assert cli(*words, "--seeds", "nowhere.jsonl", cwd=tmp_path).returncode == 2
+    assert re.search(r" ERROR intersafe: .*nowhere.jsonl: no such seed file", log.read_text())
+    assert cli(*words, cwd=tmp_path).returncode == 0
+    assert cli(*words, cwd=tmp_path).returncode == 0
+    assert log.read_text().splitlines()[-1].endswith("run is complete: 1 dialogues")
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "fifo", "-/log.txt"])
+def test_a_log_that_is_no_log_is_refused_and_left_as_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: mine\n")
+    os.mkfifo(tmp_path / "fifo")
+    done = cli("generate", "--n", "1", "--log-file", name, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("intersafe: --log-file: ")
+    assert (tmp_path / "recipe.yaml").read_text() == "name: mine\n"
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_the_log_of_a_command_ends_with_it(tmp_path: Path) -> None:
