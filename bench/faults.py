@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the server is the tests'
+
 from intersafe.generation.generate import generate_dialogues
 from intersafe.generation.jobs import jobs
 from intersafe.generation.prepare import prepare
@@ -30,9 +32,6 @@ from intersafe.run.directory import Run
 from intersafe.run.journal import entries_of
 from intersafe.storage.bundled import bundled
 from tests.support.servers.chaos_server import AWAY, FAULTS, Running, running_chaos
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the server is the tests'
-
 
 ALL_KINDS = 1_000
 """Dialogues from which on every kind of fault must occur."""

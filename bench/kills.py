@@ -22,11 +22,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from intersafe.storage.jsonl import GROUP_LINES
-from tests.support.servers.chaos_server import Running, running_chaos
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the server is the tests'
 
+from intersafe.storage.jsonl import GROUP_LINES
+from tests.support.servers.chaos_server import Running, running_chaos
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
 STOPPED = (130, *(-how for how in SIGNALS))

@@ -23,6 +23,8 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkpoint and the recipe are the tests'
+
 from intersafe.engines.metrics import Sample, parse_metrics
 from intersafe.generation.generate import generate_dialogues
 from intersafe.recipe.load import load_recipe
@@ -30,9 +32,6 @@ from intersafe.serving.plan import servers_of
 from intersafe.serving.supervisor import serving_in_background
 from tests.support.paths import FIXTURES
 from tests.support.tiny_engines import serve_entry, write_recipe
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkpoint and the recipe are the tests'
-
 
 BLOCK = 32
 """Tokens of a block of the KV cache: the minimum on a CPU. The default of 128 is longer than many turns here."""
