@@ -31,14 +31,11 @@ _ADDRESS = re.compile(r"@(?=http|localhost|[^@]*[:/])")
 def parse_spec(text: str, backends: tuple[str, ...] = BACKENDS) -> Spec:
     """The parts of `backend:model[@url[,url...]]`; `InputError` for an unknown backend, no model, or a bad URL."""
     backend, colon, rest = text.partition(":")
-    if text in backends:
-        remedy = "write backend:model[@url], for example openai:my-model@http://localhost:8000/v1"
-        raise InputError(f"model spec {text!r}: no model after the backend", remedy=remedy)
     if backend not in backends or not colon:
-        raise InputError(
-            f"model spec {text!r}: unknown backend {backend!r}" + nearest(backend, backends),
-            remedy="write backend:model[@url], for example openai:my-model@http://localhost:8000/v1",
-        )
+        known = backend in backends
+        what = "no model after the backend" if known else f"unknown backend {backend!r}" + nearest(backend, backends)
+        remedy = "write backend:model[@url], for example openai:my-model@http://localhost:8000/v1"
+        raise InputError(f"model spec {text!r}: {what}", remedy=remedy)
     if rest.endswith("@"):  # an unset variable, say: the default URL must not get what was meant for another server
         raise InputError(f"model spec {text!r}: no URL after the @", remedy="write the URL, or remove the @")
     model, *address = _ADDRESS.split(rest, maxsplit=1)
