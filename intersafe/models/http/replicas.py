@@ -170,7 +170,7 @@ class Replicas:
         outage = replica.outage
         replica.limiter.overloaded(fault.sent)
         outage.begin()
-        self._check_patience(replica, fault)
+        self._check_patience(fault)
         pause = outage.pause(fault.sent, fault.pause, self._patience_left())
         replica.limiter.hold(pause)
         if outage.seconds + pause < LONG_PAUSE or replica.out:
@@ -250,7 +250,7 @@ class Replicas:
                 replica.unanswered, replica.is_slow = fault.sent, False
                 replica.outage.begin()
                 try:
-                    self._check_patience(replica, fault)
+                    self._check_patience(fault)
                 except ServiceGone:
                     return
                 pause = replica.outage.pause(fault.sent, fault.pause, self._patience_left())
@@ -284,7 +284,7 @@ class Replicas:
     def _seconds_away(self) -> float:
         return min(replica.outage.seconds for replica in self.all)
 
-    def _check_patience(self, replica: Replica, fault: Fault) -> None:
+    def _check_patience(self, fault: Fault) -> None:
         """`ServiceGone` if none of them answered a request that was sent after all had gone away."""
         if all(other.outage.is_over_patience(fault.sent) for other in self.all):
             where = f"{self._name} at {', '.join(other.url for other in self.all)}"
